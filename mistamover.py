@@ -1,0 +1,5332 @@
+#!/usr/bin/env python3
+# Copyright (c) 2026, The MiStaMover contributors.  BSD 3-clause licence, see LICENSE.
+"""MiStaMover mirrors, stages and moves data from the machine that produces it
+to the machine that keeps it.  One file, standard library only, Python 3.6 and newer.
+
+    python3 mistamover.py --once   -c mistamover.ini      one pass over every stream
+    python3 mistamover.py --daemon -c mistamover.ini      the eternal loop around it
+
+An item (a file, or a directory as a whole) lives one straight line:
+
+    scan -> settle -> batch -> stop files? -> push -> verify -> publish -> record -> release
+
+Sections, each using only what stands above it:
+
+     1  imports, version
+     2  constants, exit codes
+     3  errors
+     4  small helpers
+     5  stop requests and signals
+     6  running programs
+     7  configuration
+     8  logging
+     9  locks, ledger, status
+    10  scanning and settling
+    11  zipping
+    12  transports
+    13  delivery
+    14  stream workers: once and daemon
+    15  commands
+    16  command line
+"""
+import collections
+import contextlib
+import errno
+import fnmatch
+import json
+import os
+import queue
+import random
+import re
+import stat
+import sys
+import threading
+import time
+from binascii import hexlify
+
+__version__ = '1.0.0'
+
+
+# ----------------------------------------------------------------------------------------
+# 2  constants, exit codes
+# ----------------------------------------------------------------------------------------
+
+EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_LOCKED = 0, 1, 2, 3
+
+WINDOWS = os.name == 'nt'
+OWN_PREFIX = b'.mistamover'             # our own entries in other people's directories
+RELEASE_DIR = OWN_PREFIX + b'-release'  # in the incoming directory: what is being deleted
+CLOCK_NAME = OWN_PREFIX + b'-clock-'    # in the incoming directory: touched to read its clock
+HERE_NAME = OWN_PREFIX + b'-here-'      # in the incoming directory: must not show at the target
+PARTIAL_DIR = '.mistamover-partial'     # at the target: rsync's unfinished files
+PROBE_NAME = b'.mistamover-probe'       # at the target: written, renamed, removed by a probe
+BLOCK = 1 << 20                         # bytes read at a time
+CHECK_RATE = 20 << 20                   # bytes per second any disk re-reads; slower counts as hung
+RESUME_FROM = 8 << 20                   # below this size a new start costs less than a resume
+SMALL = 128 << 10                       # bytes; sixty of these pass any line within stall_timeout
+STOP_FILE_AGE = 10                      # seconds for which an answer about a stop file holds
+KILL_GRACE = 2                          # seconds between SIGTERM and SIGKILL for a child
+CONTROL_PATH_MAX = 80                   # sun_path holds 104 bytes, ssh(1) adds 17 while binding
+CLOCK_TOLERANCE = 2                     # seconds two clocks may drift apart between two scans
+
+
+# ----------------------------------------------------------------------------------------
+# 3  errors: one class for each thing the caller does next
+# ----------------------------------------------------------------------------------------
+
+class MoverError(Exception):
+    """What went wrong and where (message), and how to mend it (hint)."""
+
+    exit_code = EXIT_FAILED
+
+    def __init__(self, message, hint=''):
+        Exception.__init__(self, message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self):
+        return '%s (%s)' % (self.message, self.hint) if self.hint else self.message
+
+
+class ConfigError(MoverError):
+    """Nothing was touched; a person must mend the configuration."""
+
+    exit_code = EXIT_USAGE
+
+
+class TargetError(MoverError):
+    """The target, or the way to it, is in trouble: keep everything, back off, try again."""
+
+
+class StateError(TargetError):
+    """This machine cannot write its own files: the same back-off, nothing is released."""
+
+
+class NoRoom(StateError):
+    """The spool is too full for this item; others may fit."""
+
+
+class IntegrityError(TargetError):
+    """What stands at the target is not what was sent: never release, send again."""
+
+
+class ItemError(MoverError):
+    """The fault of one item: count it, go on with the others."""
+
+
+class Changed(MoverError):
+    """The source changed while it was handled: no fault, the next pass sees to it."""
+
+
+class Suspended(MoverError):
+    """A stop file, a closed transfer window: wait, this is no failure."""
+
+
+class LockedError(MoverError):
+    """Another process works on this stream or on its directory."""
+
+    exit_code = EXIT_LOCKED
+
+
+class Interrupted(MoverError):
+    """Somebody asked us to stop."""
+
+
+# ----------------------------------------------------------------------------------------
+# 4  small helpers
+# ----------------------------------------------------------------------------------------
+
+# Names are bytes everywhere, so that whatever the file system holds goes through
+# unchanged whatever the locale says.  Text is made of them at the edges only.
+
+def to_bytes(text):
+    return text if isinstance(text, bytes) else text.encode('utf-8', 'surrogateescape')
+
+
+def to_text(name):
+    """The reversible text of a name, for JSON: bytes that are no UTF-8 become surrogates."""
+    return name if isinstance(name, str) else name.decode('utf-8', 'surrogateescape')
+
+
+def show(name):
+    """A name for people: one line, printable, unambiguous."""
+    text = to_bytes(name).decode('utf-8', 'backslashreplace')
+    if text.isprintable():
+        return text
+    return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in text)
+
+
+DURATION_UNITS = collections.OrderedDict([('d', 86400), ('h', 3600), ('m', 60), ('s', 1)])
+SIZE_UNITS = {'': 1, 'K': 1 << 10, 'M': 1 << 20, 'G': 1 << 30, 'T': 1 << 40}
+
+
+def parse_duration(text):
+    """Seconds of '90', '1.5h', '2m', '1d12h'.  Raises ValueError."""
+    parts = re.findall(r'(\d+(?:\.\d+)?)\s*([smhd]?)', text.strip().lower())
+    if not parts or re.sub(r'[\d.smhd\s]', '', text.lower()) or \
+            ''.join(n + u for n, u in parts) != re.sub(r'\s', '', text.lower()):
+        raise ValueError('%r is not a duration like 30s, 5m, 1.5h or 2d' % text)
+    return sum(float(number) * DURATION_UNITS[unit or 's'] for number, unit in parts)
+
+
+def parse_size(text):
+    """Bytes of '1000', '10K', '1.5G' (powers of 1024).  Raises ValueError."""
+    match = re.match(r'(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?$', text.strip().upper())
+    if not match:
+        raise ValueError('%r is not a size like 500K, 10M, 2G or 1T' % text)
+    return int(float(match.group(1)) * SIZE_UNITS[match.group(2)])
+
+
+def format_size(count):
+    power = 0
+    while count >= 1024 and power < 4:
+        count, power = count / 1024, power + 1
+    return '%.1f %s' % (count, ('B', 'KB', 'MB', 'GB', 'TB')[power]) if power else '%d B' % count
+
+
+def format_duration(seconds):
+    seconds = max(0, seconds)
+    if seconds < 10:
+        return '%.1f s' % seconds
+    for unit, length in DURATION_UNITS.items():
+        if seconds >= length:
+            big, rest = divmod(int(seconds), length)
+            smaller = {'d': 'h', 'h': 'm', 'm': 's'}.get(unit)
+            tail = rest // DURATION_UNITS[smaller] if smaller else 0
+            return '%d %s' % (big, unit) + (' %d %s' % (tail, smaller) if tail else '')
+
+
+def count_of(number, noun):
+    return '%d %s%s' % (number, noun, '' if number == 1 else 's')
+
+
+def utc_stamp(now=None):
+    """ISO 8601 in UTC, to the millisecond."""
+    now = time.time() if now is None else now
+    return time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(now)) + '.%03dZ' % (now % 1 * 1000)
+
+
+def stamped(name, now=None):
+    """NAME.~20261124T031500.123Z~, with the stamp before the ending of a zip."""
+    now = time.time() if now is None else now
+    stamp = b'.~%s~' % utc_stamp(now).replace('-', '').replace(':', '').encode()
+    return name[:-4] + stamp + b'.zip' if name.endswith(b'.zip') else name + stamp
+
+
+def sync_directory(path):
+    """fsync(2) of a directory, where the system has it: what was renamed in it survives."""
+    if WINDOWS:
+        return
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
+            raise
+    finally:
+        os.close(fd)
+
+
+def atomic_write(path, data, durable=False):
+    """Write bytes to a file of mode 0600 that nobody sees half written.  Raises OSError."""
+    temp = '%s.%d.new' % (path, os.getpid())
+    fd = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, 'O_NOFOLLOW', 0), 0o600)
+    try:
+        with os.fdopen(fd, 'wb') as handle:
+            handle.write(data)
+            if durable:
+                handle.flush()
+                os.fsync(handle.fileno())
+        os.replace(temp, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.unlink(temp)
+        raise
+    if durable:
+        sync_directory(os.path.dirname(path) or '.')
+
+
+def same_directory(one, two):
+    """Whether two paths lead to one directory, as far as this machine can tell."""
+    try:
+        return os.path.samefile(one, two)
+    except OSError:
+        return os.path.realpath(one) == os.path.realpath(two)
+
+
+def lies_below(path, top):
+    """Whether path is top or lies somewhere below it, symlinks resolved."""
+    path, top = (os.path.join(os.path.realpath(p), '') for p in (path, top))
+    return path.startswith(top)
+
+
+def alive(pid):
+    try:
+        os.kill(int(pid), 0)
+        return True
+    except PermissionError:
+        return True
+    except (OSError, TypeError, ValueError):
+        return False
+
+
+def say(text, stream=None):
+    """Print a line whatever the terminal's encoding can or cannot show."""
+    stream = stream or sys.stdout
+    encoding = stream.encoding or 'ascii'
+    stream.write(text.encode(encoding, 'backslashreplace').decode(encoding) + '\n')
+    stream.flush()
+
+
+# ----------------------------------------------------------------------------------------
+# 5  stop requests and signals
+# ----------------------------------------------------------------------------------------
+
+class StopRequest:
+    """The one way to end everything: handlers record, the main thread requests, loops look.
+
+    Whoever blocks in a call that cannot look registers what wakes it up with on_stop().
+    """
+
+    def __init__(self):
+        self.signal = None              # what a signal handler recorded
+        self.event = threading.Event()
+        self.lock = threading.Lock()    # guards wakers, which threads add and remove
+        self.wakers = set()
+
+    def record(self, number, _frame):
+        self.signal = number
+
+    def request(self):
+        self.event.set()
+        with self.lock:
+            wakers = list(self.wakers)
+        for wake in wakers:
+            with contextlib.suppress(OSError):
+                wake()
+
+    def check(self):
+        if self.event.is_set():
+            raise Interrupted('stopped on request')
+
+    def wait(self, seconds):
+        """Sleep, but not through a stop request.  Raises Interrupted."""
+        self.event.wait(max(0, seconds))
+        self.check()
+
+    @contextlib.contextmanager
+    def on_stop(self, wake):
+        with self.lock:
+            self.wakers.add(wake)
+        try:
+            self.check()
+            yield
+        finally:
+            with self.lock:
+                self.wakers.discard(wake)
+
+
+@contextlib.contextmanager
+def signals_recorded(stop):
+    """Let SIGTERM, SIGINT and SIGHUP be recorded; yields wait(seconds), cut short by a signal."""
+    import signal
+    import socket
+    reader, writer = socket.socketpair()
+    reader.setblocking(False)
+    writer.setblocking(False)
+    names = [n for n in ('SIGTERM', 'SIGINT', 'SIGHUP', 'SIGBREAK') if hasattr(signal, n)]
+    before = {getattr(signal, n): signal.signal(getattr(signal, n), stop.record) for n in names}
+    if hasattr(signal, 'SIGIO'):
+        # a writer that meets one of our leases makes the kernel send SIGIO, which would kill us
+        before[signal.SIGIO] = signal.signal(signal.SIGIO, signal.SIG_IGN)
+    old_fd = signal.set_wakeup_fd(writer.fileno())
+
+    def wait(seconds):
+        import select
+        if select.select([reader], [], [], seconds)[0]:
+            with contextlib.suppress(BlockingIOError):
+                reader.recv(64)
+
+    try:
+        yield wait
+    finally:
+        signal.set_wakeup_fd(old_fd)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        reader.close()
+        writer.close()
+
+
+# ----------------------------------------------------------------------------------------
+# 6  running programs: the one door
+# ----------------------------------------------------------------------------------------
+
+Finished = collections.namedtuple('Finished', 'code output errors')
+
+
+def clean_environment(secret=None):
+    """What children see: no rsync or popt settings of somebody else, messages in English."""
+    kept = {k: v for k, v in os.environ.items()
+            if not k.startswith(('RSYNC_', 'POPT', 'LC_', 'LANGUAGE', 'MISTAMOVER'))}
+    kept['LC_ALL'] = 'C'
+    kept.update(secret or {})
+    return kept
+
+
+class Program:
+    """A program run from an argument list, in a session of its own, under a watchdog.
+
+    feed: bytes for its standard input, or None to write() to it while it runs.
+    keep_fds: descriptors it inherits (the locks: an orphan still counts as one of ours).
+    secret: environment variables for this process alone.
+    """
+
+    def __init__(self, argv, stop, feed=b'', keep_fds=(), secret=None):
+        import subprocess
+        import tempfile
+        stop.check()
+        self.stop = stop
+        self.name = os.path.basename(to_text(argv[0]))
+        self.chunks = queue.Queue()
+        self.errors_file = tempfile.TemporaryFile()
+        convert = to_text if WINDOWS else to_bytes
+        options = {} if WINDOWS else {'pass_fds': keep_fds, 'start_new_session': True}
+        with contextlib.ExitStack() as stack:
+            source = subprocess.PIPE
+            if feed is not None:
+                source = stack.enter_context(tempfile.TemporaryFile())
+                source.write(feed)
+                source.seek(0)
+            try:
+                self.process = subprocess.Popen(
+                    [convert(a) for a in argv], stdin=source, stdout=subprocess.PIPE,
+                    stderr=self.errors_file, env=clean_environment(secret), **options)
+            except OSError as error:
+                self.errors_file.close()
+                raise TargetError('cannot start %s: %s' % (self.name, error.strerror),
+                                  'install %s or set its path in the configuration' % self.name)
+        self.reader = threading.Thread(target=self._read, name=self.name, daemon=True)
+        self.reader.start()
+
+    def _read(self):
+        fd = self.process.stdout.fileno()
+        while True:
+            chunk = os.read(fd, 1 << 16)
+            self.chunks.put(chunk)
+            if not chunk:
+                return
+
+    def read(self, limit, alive=None):
+        """The next piece of output, b'' at its end.
+
+        alive: asked after `limit` seconds of silence, whether the work goes on all the same.
+        Raises TargetError if it does not and Interrupted on a stop request; in both cases
+        the process group is gone when it does.
+        """
+        since = time.monotonic()
+        while True:
+            try:
+                return self.chunks.get(timeout=0.1)
+            except queue.Empty:
+                if self.overdue(since, limit) and alive and alive():
+                    since = time.monotonic()
+                self.watch(since, limit)
+
+    @staticmethod
+    def overdue(since, limit):
+        return time.monotonic() - since > limit
+
+    def watch(self, since, limit):
+        """End the program on a stop request, or when it was silent for too long."""
+        if self.stop.event.is_set():
+            self.kill()
+            self.stop.check()
+        if self.overdue(since, limit):
+            self.kill()
+            raise TargetError('%s gave no sign of life for %s and was ended' % (
+                self.name, format_duration(limit)), 'does the target or the network hang? see stall_timeout')
+
+    def write(self, data, limit):
+        """To its standard input, under the same watchdog: a hung program reads nothing."""
+        import select
+        fd = self.process.stdin.fileno()
+        since = time.monotonic()
+        try:
+            while data:
+                if not WINDOWS and not select.select([], [fd], [], 0.1)[1]:
+                    self.watch(since, limit)
+                    continue
+                data = data[os.write(fd, data[:4096]):]     # PIPE_BUF: never blocks after select
+                since = time.monotonic()
+        except OSError:
+            raise TargetError('%s ended early: %s' % (self.name, self.errors()))
+
+    def errors(self):
+        """The last lines it wrote to standard error, for a message."""
+        self.errors_file.seek(0)
+        lines = [show(line.strip()) for line in self.errors_file.read().splitlines()]
+        lines = [line for line in lines if line and 'known hosts' not in line]
+        return '; '.join(lines[-3:])[-500:]
+
+    def wait(self, limit):
+        """The exit code; a program that does not end within `limit` seconds is ended."""
+        import subprocess
+        try:
+            self.process.wait(timeout=limit)
+        except subprocess.TimeoutExpired:
+            self.kill()
+        return self.process.returncode
+
+    def kill(self):
+        """End the process and every child it started in its session."""
+        import signal
+        import subprocess
+        for name in ('SIGTERM', 'SIGKILL'):
+            with contextlib.suppress(OSError):
+                if WINDOWS:
+                    self.process.terminate()
+                else:
+                    os.killpg(self.process.pid, getattr(signal, name))
+            try:
+                self.process.wait(timeout=KILL_GRACE)
+                break
+            except subprocess.TimeoutExpired:
+                continue
+
+    def close(self):
+        if self.process.poll() is None:
+            self.kill()
+        if self.process.stdin:
+            with contextlib.suppress(OSError):
+                self.process.stdin.close()
+        self.reader.join()
+        self.process.stdout.close()
+        self.errors_file.close()
+
+
+def run(argv, stop, limit, feed=b'', on_output=None, keep_fds=(), secret=None, alive=None):
+    """Run a program to its end and return Finished(code, output, errors).
+
+    limit: seconds of silence after which it is ended, unless alive() says that it works.
+    on_output: called with each piece.
+    Raises TargetError (cannot start, hung), Interrupted.
+    """
+    program = Program(argv, stop, feed, keep_fds, secret)
+    pieces = []
+    try:
+        while True:
+            piece = program.read(limit, alive)
+            if not piece:
+                break
+            pieces.append(piece)
+            if on_output:
+                on_output(piece)
+        return Finished(program.wait(limit), b''.join(pieces), program.errors())
+    finally:
+        program.close()
+
+
+# ----------------------------------------------------------------------------------------
+# 7  configuration: every option is declared once, in OPTIONS
+# ----------------------------------------------------------------------------------------
+
+# A kind turns an option's text into its value, or raises ValueError with what would do.
+# `base` is the directory of the file that holds the option.
+
+def kind_text(text, _base):
+    return text
+
+
+def kind_path(text, base):
+    return os.path.normpath(os.path.join(base, os.path.expanduser(text)))
+
+
+def kind_program(text, base):
+    """A bare name is looked up on PATH when it is run; anything else is a path."""
+    return kind_path(text, base) if os.path.basename(text) != text else text
+
+
+def kind_duration(text, _base):
+    return parse_duration(text)
+
+
+def kind_size(text, _base):
+    return parse_size(text)
+
+
+def kind_number(text, _base):
+    if not re.match(r'\d+$', text):
+        raise ValueError('%r is not a whole number' % text)
+    return int(text)
+
+
+def kind_count(text, base):
+    if not kind_number(text, base):
+        raise ValueError('must be at least 1')
+    return int(text)
+
+
+def kind_flag(text, _base):
+    if text.lower() not in ('yes', 'no', 'true', 'false', 'on', 'off', '1', '0'):
+        raise ValueError('%r is neither yes nor no' % text)
+    return text.lower() in ('yes', 'true', 'on', '1')
+
+
+def kind_words(text, _base):
+    import shlex
+    return shlex.split(text)
+
+
+def kind_globs(text, _base):
+    return [part.strip() for part in text.split(',') if part.strip()]
+
+
+def kind_host(text, _base):
+    if not re.match(r'[A-Za-z0-9][A-Za-z0-9._-]*$|[0-9A-Fa-f:]*:[0-9A-Fa-f:.]*$', text):
+        raise ValueError('%r is no host name or address' % text)
+    return text
+
+
+def kind_user(text, _base):
+    if not re.match(r'[A-Za-z0-9_][A-Za-z0-9_.@+-]*$', text):
+        raise ValueError('%r is no user name' % text)
+    return text
+
+
+def kind_name(text, _base):
+    if '/' in text or text in ('.', '..'):
+        raise ValueError('%r must be a plain file name' % text)
+    return text
+
+
+def kind_ready(text, base):
+    if '{name}' not in text or text == '{name}':
+        raise ValueError('%r must hold {name}, like {name}.done' % text)
+    return kind_name(text, base)
+
+
+def kind_chmod(text, _base):
+    """'640' or 'F640,D750' as (mode of files, mode of directories)."""
+    modes = dict(re.findall(r'([FD]?)([0-7]{3,4})(?:,|$)', text))
+    if not re.match(r'([FD]?[0-7]{3,4}(,|$))+$', text) or '' in modes and len(modes) > 1:
+        raise ValueError('%r is no mode like 640 or F640,D750' % text)
+    files = modes.get('F', modes.get(''))
+    plain = int(files, 8) if files else None
+    with_search = plain | (plain & 0o444) >> 2 if plain is not None else None
+    return plain, int(modes['D'], 8) if 'D' in modes else with_search
+
+
+def kind_window(text, _base):
+    """'20:00-06:00' as (minutes, minutes) of the local day."""
+    match = re.match(r'(\d\d?):(\d\d)\s*-\s*(\d\d?):(\d\d)$', text)
+    if not match:
+        raise ValueError('%r is no time window like 20:00-06:00' % text)
+    a, b, c, d = map(int, match.groups())
+    if max(a, c) > 24 or max(b, d) > 59:
+        raise ValueError('%r names no time of day' % text)
+    return a * 60 + b, c * 60 + d
+
+
+def one_of(*words):
+    def kind_choice(text, _base):
+        if text.lower() not in words:
+            raise ValueError('%r is none of %s' % (text, ', '.join(words)))
+        return text.lower()
+    return kind_choice
+
+
+# default: the text, '' for none, or a pair (in move mode, in mirror mode)
+Option = collections.namedtuple('Option', 'section name kind default text')
+
+OPTIONS = [Option(*row) for row in (
+    ('mistamover', 'state_dir', kind_path, 'mistamover-state',
+     'locks, ledger, status; on a local disk'),
+    ('mistamover', 'log_file', kind_path, '', 'where to log; standard error if empty'),
+    ('mistamover', 'log_level', one_of('debug', 'info', 'warning', 'error'), 'INFO',
+     'DEBUG, INFO, WARNING or ERROR'),
+    ('mistamover', 'log_format', one_of('text', 'json'), 'text', 'text, or json: an object a line'),
+    ('mistamover', 'log_size', kind_size, '10M', 'log_file is rotated at this size; five are kept'),
+    ('mistamover', 'pause_time', kind_duration, '10s',
+     'pause between two scans when nothing was found'),
+    ('mistamover', 'stream_files', kind_path, '', 'more files with streams, e.g. streams.d/*.ini'),
+
+    ('stream', 'directory', kind_path, '', 'the incoming directory to watch (required)'),
+    ('stream', 'status', one_of('running', 'stopped'), 'running', 'running or stopped'),
+    ('stream', 'transfer_protocol', kind_text, 'rsync_ssh',
+     'local, rsync_ssh, rsync_native, scp, sftp or ftp'),
+    ('stream', 'transfer_mode', one_of('move', 'mirror'), 'move',
+     'move deletes the source after the verified delivery; mirror deletes nothing'),
+    ('stream', 'target_host', kind_host, '', 'the host that keeps the data (not for local)'),
+    ('stream', 'target_port', kind_number, '', "the port, if not the protocol's own"),
+    ('stream', 'target_dir', kind_text, '',
+     'where the data goes (required); rsync_native: MODULE/path; may end in dates of the '
+     "item's mtime, like data/%Y/%m/%d"),
+    ('stream', 'target_marker', kind_name, '',
+     'a file that must exist in target_dir, so that an unmounted disk is not taken for it'),
+    ('stream', 'create_directories', kind_flag, 'no',
+     'yes: make a missing directory or target_dir; else a missing one is an error'),
+    ('stream', 'username', kind_user, '', 'login name at the target'),
+    ('stream', 'password', kind_text, '', 'ftp, rsync_native; read raw; the file must be yours alone'),
+    ('stream', 'password_file', kind_path, '', 'file whose first line is the password'),
+    ('stream', 'ssh_key', kind_path, '', 'private key for rsync_ssh, scp and sftp'),
+    ('stream', 'ssh_options', kind_words, '',
+     'more options for ssh, e.g. -o UserKnownHostsFile=/etc/m/known_hosts'),
+    ('stream', 'rsync_options', kind_words, '', 'more options for rsync, e.g. -z'),
+    ('stream', 'tls', kind_flag, 'no', 'ftp: yes = explicit TLS, certificate checked'),
+    ('stream', 'rsync_command', kind_program, 'rsync', 'the rsync program'),
+    ('stream', 'ssh_command', kind_program, 'ssh', 'the ssh program'),
+    ('stream', 'scp_command', kind_program, 'scp', 'the scp program'),
+    ('stream', 'sftp_command', kind_program, 'sftp', 'the sftp program'),
+    ('stream', 'settle_time', kind_duration, '60s',
+     'an item must have been unchanged for this long before it is sent'),
+    ('stream', 'ready_file', kind_ready, '',
+     'e.g. {name}.done: an item is complete only when this exists'),
+    ('stream', 'ready_file_send', kind_flag, 'yes', 'send the ready file too, after its item'),
+    ('stream', 'items', one_of('top', 'files'), 'top',
+     'top: each entry of the directory is one item; files: each file below it is one'),
+    ('stream', 'pause_time', kind_duration, '', 'as in [mistamover], for this stream'),
+    ('stream', 'ignore', kind_globs, ('.*, *.tmp, *.part', ''),
+     'shell globs of names to leave alone, at any depth'),
+    ('stream', 'only', kind_globs, '*', 'shell globs: only items with such names'),
+    ('stream', 'symlinks', one_of('keep', 'leave'), ('leave', 'keep'),
+     'keep: mirror links as links; leave: leave them alone; they are never followed'),
+    ('stream', 'verify', one_of('checksum', 'size'), 'checksum',
+     'checksum: bytes are read back or hashed at the target; size: only their number'),
+    ('stream', 'on_conflict', one_of('backup', 'overwrite', 'refuse'), ('backup', 'overwrite'),
+     'if other content stands there: rename that to NAME.~TIME~, overwrite it, or report'),
+    ('stream', 'directories', one_of('auto', 'keep', 'zip'), 'auto',
+     'keep them, zip them, or what the protocol can (auto)'),
+    ('stream', 'dir_size_limit', kind_size, '',
+     'a directory above this size is not zipped but reported'),
+    ('stream', 'remove_directories', kind_flag, 'yes', 'move: no keeps emptied directories'),
+    ('stream', 'target_chmod', kind_chmod, '', 'modes of what arrives: 640, or F640,D750'),
+    ('stream', 'order', one_of('oldest', 'newest', 'name', 'smallest', 'largest'), 'oldest',
+     'what goes first: oldest, newest, name, smallest or largest'),
+    ('stream', 'batch_files', kind_count, ('2000', '1000000'), 'most files in one push'),
+    ('stream', 'batch_size', kind_size, ('2G', '1000T'), 'most bytes in one push (one item may be more)'),
+    ('stream', 'parallel', kind_count, '4', 'connections at a time (ftp, scp)'),
+    ('stream', 'retry_count', kind_count, '3', 'tries of --once; failures before quarantine'),
+    ('stream', 'retry_pause', kind_duration, '5s', 'pause after a failure, doubled each time'),
+    ('stream', 'retry_pause_max', kind_duration, '5m', 'longest pause after a failure'),
+    ('stream', 'connect_timeout', kind_duration, '20s', 'to reach the target'),
+    ('stream', 'stall_timeout', kind_duration, '2m', 'no progress for this long ends the attempt'),
+    ('stream', 'bandwidth_limit', kind_size, '', 'bytes per second'),
+    ('stream', 'transfer_window', kind_window, '', 'local hours to send in, e.g. 20:00-06:00'),
+    ('stream', 'quarantine_dir', kind_path, '', 'move: default DIRECTORY/.quarantine'),
+    ('stream', 'quarantine_after', kind_duration, '1d',
+     'an item that failed by its own fault retry_count times over this long goes there'),
+    ('stream', 'stop_file', kind_name, '.stop',
+     'in directory or target_dir, it suspends the stream until it is gone'),
+    ('stream', 'mirror_delete', kind_flag, 'no',
+     'mirror: delete at the target what is gone here; an empty directory deletes nothing'),
+)]
+
+REQUIRED = ('directory', 'target_dir')
+
+EXAMPLE_VALUES = {'directory': 'incoming', 'target_dir': 'archive', 'transfer_protocol': 'local',
+                  'create_directories': 'yes', 'settle_time': '2s'}
+
+# rsync options that delete, append, write in place, do nothing, or undo what ours must say
+REFUSED_RSYNC = re.compile(
+    r'--(del\b|delete|remove-|append|inplace|dry-run|list-only|existing|ignore-|update|'
+    r'write-|read-batch|only-write|files-from|no-?from0|rsh|out-format|log-format|partial-dir|'
+    r'no-partial|daemon|server|sender|password-file|recursive|archive-only|max-size|min-size|'
+    r'exclude|include|filter|backup|suffix|temp-dir|delay-updates|fake-super|size-only|from0|'
+    r'relative|no-relative|copy-links|copy-dirlinks|copy-unsafe|stop-|time-limit|batch|'
+    r'compare-dest|copy-dest|link-dest|files|progress|info|debug|outbuf|human|no-times|'
+    r'specials|devices|copy-devices|prune|one-file|max-delete|help|version)')
+REFUSED_RSYNC_LETTERS = 'nuqeFfTbRLkKVhPmxIDC'
+
+
+def refused_rsync_option(words):
+    """The first word of rsync_options that would break a promise, or None."""
+    for word in words:
+        if re.match(r'-M|--remote-option=', word):
+            word = word[2:] if word.startswith('-M') else word[16:]
+        if REFUSED_RSYNC.match(word) or not word.startswith('-') or word == '--':
+            return word
+        if not word.startswith('--'):
+            letters = re.split('[B@]', word[1:])[0]
+            if any(letter in REFUSED_RSYNC_LETTERS for letter in letters) or not letters:
+                return word
+    return None
+
+
+def default_of(option, mode):
+    return option.default if isinstance(option.default, str) else \
+        option.default[mode == 'mirror']
+
+
+class Settings:
+    """The values of one section, an attribute an option."""
+
+    def __init__(self, name, values):
+        self.name = name
+        self.__dict__.update(values)
+
+
+class Config:
+    """A configuration as read: `settings` of [mistamover] and a list of `streams`."""
+
+    def __init__(self, path):
+        self.path = os.path.abspath(path)
+        self.origins = {}           # (section, option) -> (file, line); option None: the header
+        self.sections = {}          # section -> {option: raw text}
+        self.settings = None
+        self.streams = []
+
+    def fail(self, section, option, message, hint=''):
+        path, line = self.origins.get((section, option)) or \
+            self.origins.get((section, None)) or (self.path, 0)
+        where = '%s%s: [%s]%s' % (show(path), ', line %d' % line if line else '', show(section),
+                                  ' ' + show(option) if option else '')
+        raise ConfigError('%s: %s' % (where, message), hint)
+
+
+def read_ini(config, path):
+    """Read one file into config.sections, remembering where each option stands."""
+    import configparser
+    try:
+        with open(path, encoding='utf-8-sig') as handle:
+            text = handle.read()
+    except OSError as error:
+        raise ConfigError('%s: cannot be read: %s' % (show(path), error.strerror),
+                          'write one, e.g. from mistamover.ini.example, beside the program, or name '
+                          'it with --config' if error.errno == errno.ENOENT else 'name a readable file')
+    except UnicodeDecodeError:
+        raise ConfigError('%s: is not UTF-8 text' % show(path), 'save it as UTF-8')
+    parser = configparser.RawConfigParser(default_section='\0', delimiters=('=',))
+    try:
+        parser.read_string(text)
+    except (configparser.DuplicateOptionError, configparser.DuplicateSectionError) as error:
+        raise ConfigError('%s, line %d: [%s] %s stands there twice' % (
+            show(path), error.lineno, show(error.section), show(getattr(error, 'option', ''))),
+            'remove one of them')
+    except configparser.MissingSectionHeaderError as error:
+        raise ConfigError('%s, line %d: an option before the first [section]'
+                          % (show(path), error.lineno), 'begin with [mistamover]')
+    except configparser.ParsingError as error:
+        # the error's own text would print the line, which may hold a password
+        raise ConfigError('%s, line %d: neither "option = value" nor [section]'
+                          % (show(path), error.errors[0][0]))
+    for section in parser.sections():
+        if section in config.sections:
+            config.fail(section, None, 'stands in %s too' % show(path), 'remove one of them')
+        config.sections[section] = dict(parser.items(section))
+    section = None
+    for number, line in enumerate(text.splitlines(), 1):
+        header, option = re.match(r'\[(.+)\]', line), re.match(r'([^\s#;=][^=]*?)\s*=', line)
+        if header:
+            section = header.group(1)
+            config.origins[(section, None)] = path, number
+        elif option:
+            config.origins[(section, option.group(1).lower())] = path, number
+
+
+def nearest(word, words):
+    import difflib
+    close = difflib.get_close_matches(word, words, 1)
+    return 'did you mean %s?' % close[0] if close else 'valid are: ' + ', '.join(sorted(words))
+
+
+def check_names(config):
+    """Unknown sections and options are errors: a misspelt safety option must not be silent."""
+    names = {kind: {o.name for o in OPTIONS if o.section == kind}
+             for kind in ('mistamover', 'stream')}
+    names['defaults'] = names['stream']
+    for section, options in config.sections.items():
+        kind = 'stream' if re.match(r'stream:.', section) else section
+        if kind not in names or section == 'stream':
+            config.fail(section, None, 'unknown section',
+                        nearest(section, ['mistamover', 'defaults', 'stream:NAME']))
+        if kind == 'stream' and not re.match(r'stream:[\w.-]+$', section):
+            config.fail(section, None, 'a stream name is made of letters, digits, _ . and -')
+        for option in options:
+            if option not in names[kind]:
+                config.fail(section, option, 'unknown option', nearest(option, names[kind]))
+
+
+def make_interpolator(config):
+    """text_of(section, option) -> text, None if it is not set; $ references followed."""
+    import configparser
+
+    class StreamReferences(configparser.ExtendedInterpolation):
+        """${stream:NAME:option}: the library allows one colon only."""
+
+        def before_get(self, parser, section, option, value, defaults):
+            value = re.sub(r'(?<!\$)\$\{stream:([^:}]+):', r'${stream/\1:', value)
+            return super().before_get(parser, section, option, value, defaults)
+
+        def before_set(self, _parser, _section, _option, value):
+            return value        # syntax is judged when it is read, where it can be named
+
+    parser = configparser.ConfigParser(default_section='defaults', interpolation=StreamReferences())
+    for section, values in config.sections.items():
+        parser.read_dict({section.replace('stream:', 'stream/', 1): values})
+
+    def text_of(section, option):
+        try:
+            return parser.get(section.replace('stream:', 'stream/', 1), option,
+                              raw=option == 'password').strip()
+        except (configparser.NoOptionError, configparser.NoSectionError):
+            return None
+        except configparser.InterpolationError:
+            config.fail(section, option, 'a ${reference} in it cannot be resolved',
+                        'write ${option} or ${section:option}, and $$ for a dollar sign')
+
+    return text_of
+
+
+def read_section(config, section, kind, text_of, mode=None):
+    """The values of a section: its own text, else [defaults], else the table."""
+    values = {}
+    for option in OPTIONS:
+        if option.section != kind:
+            continue
+        text = text_of(section, option.name)
+        home = section if option.name in config.sections.get(section, ()) else 'defaults'
+        base = os.path.dirname((config.origins.get((home, option.name)) or (config.path,))[0])
+        if text is None or (not text and isinstance(option.default, str)):
+            text = default_of(option, mode)
+        try:
+            values[option.name] = option.kind(text, base) if text or \
+                option.kind in (kind_globs, kind_words) else None
+        except ValueError as error:
+            config.fail(home, option.name, str(error))
+        if kind == 'stream' and option.name in REQUIRED and not text:
+            config.fail(section, None, '%s is missing' % option.name, 'add a line "%s = ..."'
+                        % option.name)
+    return values
+
+
+def only_mine(path):
+    """Whether nobody but its owner can read a file (POSIX)."""
+    return WINDOWS or not os.stat(path).st_mode & 0o077
+
+
+def check_secrets(config, stream):
+    """Raises ConfigError if a secret lies where others can read it."""
+    section = 'stream:' + stream.name
+    if stream.password:
+        home = section if 'password' in config.sections[section] else 'defaults'
+        path = config.origins[(home, 'password')][0]
+        if not only_mine(path):
+            config.fail(home, 'password', 'this file can be read by others', 'chmod 600 %s' % show(path))
+    if stream.password_file:
+        try:
+            if not only_mine(stream.password_file):
+                config.fail(section, 'password_file', '%s can be read by others' % show(
+                    stream.password_file), 'chmod 600 %s' % show(stream.password_file))
+            with open(stream.password_file, encoding='utf-8') as handle:
+                stream.password = handle.readline().rstrip('\r\n')
+        except OSError as error:
+            config.fail(section, 'password_file', 'cannot be read: %s' % error.strerror)
+
+
+def finish_stream(config, stream, state_dir):
+    """Derive what the rest of the program works with."""
+    stream.root = to_bytes(stream.directory)
+    stream.mirror = stream.transfer_mode == 'mirror'
+    stream.move = not stream.mirror
+    stream.quarantine_dir = stream.quarantine_dir or os.path.join(stream.directory, '.quarantine')
+    stream.spool = os.path.join(state_dir, 'spool', stream.name)
+    stream.control_dir = os.path.join(state_dir, stream.name + '.ssh')
+    if stream.transfer_protocol == 'local':
+        home = 'stream:' + stream.name
+        home = home if 'target_dir' in config.sections[home] else 'defaults'
+        base = os.path.dirname(config.origins[(home, 'target_dir')][0])
+        stream.target_dir = kind_path(stream.target_dir, base)
+    parts = stream.target_dir.split('/')
+    first = next((i for i, part in enumerate(parts) if '%' in part), len(parts))
+    stream.target_base = '/'.join(parts[:first]) or ('/' if first and not parts[0] else '.')
+    stream.target_dates = '/'.join(parts[first:])
+
+
+def check_stream(config, stream, protocols):
+    """Everything that can be known to be wrong without touching anything."""
+    section = 'stream:' + stream.name
+
+    def fail(option, message, hint=''):
+        config.fail(section, option, message, hint)
+
+    protocol = protocols.get(stream.transfer_protocol)
+    if protocol is None:
+        fail('transfer_protocol', 'unknown protocol %r' % stream.transfer_protocol,
+             nearest(stream.transfer_protocol, protocols))
+    if stream.mirror and not protocol.mirrors:
+        fail('transfer_mode', 'mirror does not work with %s' % stream.transfer_protocol,
+             'use %s, or transfer_mode = move'
+             % ' or '.join(n for n, p in sorted(protocols.items()) if p.mirrors))
+    if protocol.needs_host and not stream.target_host:
+        fail('target_host', 'is missing', '%s needs one' % stream.transfer_protocol)
+    if stream.password and not protocol.takes_password:
+        fail('password', '%s takes no password' % stream.transfer_protocol,
+             'use a key: ssh-keygen, ssh-copy-id, ssh_key')
+    if stream.directories == 'keep' and not protocol.keeps_directories:
+        fail('directories', '%s cannot keep directories' % stream.transfer_protocol, 'use zip')
+    if stream.directories == 'zip' and (stream.mirror or stream.items == 'files'):
+        fail('directories', 'zip goes with transfer_mode = move and items = top only')
+    if stream.move and stream.symlinks == 'keep':
+        fail('symlinks', 'keep goes with transfer_mode = mirror only', 'use leave')
+    bad = refused_rsync_option(stream.rsync_options)
+    if bad is not None:
+        fail('rsync_options', '%s is refused: it would break a promise' % show(bad), 'remove it')
+    if re.search(r'[\0-\037]', stream.target_dir) or stream.target_dir.startswith('-'):
+        fail('target_dir', 'must not begin with a dash or hold control characters')
+    if '..' in stream.target_dir.split('/'):
+        fail('target_dir', 'must not hold ".."', 'write the path it means')
+    if stream.transfer_protocol == 'rsync_native' and stream.target_dir.startswith('/'):
+        fail('target_dir', 'must begin with the name of a module, not with a slash', 'MODULE/path')
+    if stream.target_base == '.' != stream.target_dir:
+        fail('target_dir', 'must begin with a fixed part', 'dates go below it')
+    if stream.mirror_delete and stream.mirror and stream.target_dates:
+        fail('mirror_delete', 'does not go with dates in target_dir', 'mirror to a fixed directory')
+    if stream.target_host and not protocol.needs_host:
+        fail('target_host', '%s takes no host' % stream.transfer_protocol, 'remove it')
+    stream.zips = stream.directories == 'zip' or \
+        stream.directories == 'auto' and not protocol.keeps_directories
+
+
+def check_places(config, state_dir):
+    """No stream may eat another's directory, its own target, or our own files."""
+    for stream in config.streams:
+        section = 'stream:' + stream.name
+        for other in config.streams:
+            if other is stream:
+                break
+            if same_directory(stream.directory, other.directory):
+                config.fail(section, 'directory', 'is also the directory of stream %s' % other.name,
+                            'give each stream its own')
+            if lies_below(stream.directory, other.directory) or \
+                    lies_below(other.directory, stream.directory):
+                config.fail(section, 'directory', 'this and the directory of stream %s lie in each other'
+                            % other.name, 'give each stream its own')
+        if stream.transfer_protocol == 'local' and (
+                lies_below(stream.directory, stream.target_base) or
+                lies_below(stream.target_base, stream.directory)):
+            config.fail(section, 'target_dir', '%s and directory %s lie in each other' % (
+                show(stream.target_base), show(stream.directory)), 'use two separate directories')
+        for option, path in (('state_dir', state_dir), ('log_file', config.settings.log_file)):
+            if path and lies_below(path, stream.directory):
+                config.fail('mistamover', option, 'lies in the directory of stream %s' % stream.name,
+                            'put it somewhere else')
+
+
+def load_config(path, protocols, names=(), mode=None):
+    """Read and check a configuration; `names` selects streams, `mode` overrides theirs.
+
+    Raises ConfigError; nothing is touched.
+    """
+    import glob
+    config = Config(path)
+    read_ini(config, config.path)
+    check_names(config)
+    text_of = make_interpolator(config)
+    config.settings = Settings('mistamover', read_section(config, 'mistamover', 'mistamover', text_of))
+    if config.settings.stream_files:
+        for extra in sorted(glob.glob(config.settings.stream_files)):
+            read_ini(config, extra)
+        check_names(config)
+        text_of = make_interpolator(config)
+    for section in config.sections:
+        if not section.startswith('stream:'):
+            continue
+        chosen = mode or (text_of(section, 'transfer_mode') or 'move').lower()
+        values = read_section(config, section, 'stream', text_of, chosen)
+        values['transfer_mode'] = mode or values['transfer_mode']
+        stream = Settings(section[len('stream:'):], values)
+        if stream.pause_time is None:
+            stream.pause_time = config.settings.pause_time
+        check_secrets(config, stream)
+        finish_stream(config, stream, config.settings.state_dir)
+        config.streams.append(stream)
+    if not config.streams:
+        config.fail('stream:NAME', None, 'no stream is configured', 'add a [stream:NAME] section')
+    unknown = set(names) - {stream.name for stream in config.streams}
+    if unknown:
+        raise ConfigError('no stream %s in %s' % (show(min(unknown)), show(config.path)),
+                          nearest(min(unknown), [s.name for s in config.streams]))
+    check_places(config, config.settings.state_dir)
+    config.streams = [s for s in config.streams if not names or s.name in names]
+    for stream in config.streams:
+        check_stream(config, stream, protocols)
+    return config
+
+
+def example_ini():
+    """The text of mistamover.ini.example, made of the option table."""
+    lines = ['# MiStaMover: an example that runs as it stands.',
+             '#',
+             '#     mkdir incoming; echo hello > incoming/run001.dat',
+             '#     python3 mistamover.py --once --config mistamover.ini.example',
+             '#',
+             '# Every option is here with its default.  Relative paths are relative to this file.',
+             '# Durations take s m h d, sizes K M G T.  ${section:option} refers to another',
+             '# option; write $$ for a dollar sign.', '']
+    for section, kind in (('mistamover', 'mistamover'), ('defaults', 'stream')):
+        lines += ['', '[%s]' % section]
+        if section == 'defaults':
+            lines += ['# options for every stream; a stream may say otherwise']
+        for option in OPTIONS:
+            if option.section == kind:
+                default = option.default if isinstance(option.default, str) else \
+                    '%s in move, %s in mirror mode' % tuple(d or 'none' for d in option.default)
+                lines += ['', '# ' + option.text]
+                lines += ['#%s = %s' % (option.name, option.default)
+                          if isinstance(option.default, str) else
+                          '# (%s)\n#%s = %s' % (default, option.name, option.default[0])]
+    lines += ['', '', '# The active stream: what lies in incoming/ is moved to archive/.',
+              '[stream:example]']
+    lines += ['%s = %s' % (option.name, EXAMPLE_VALUES[option.name])
+              for option in OPTIONS if option.section == 'stream' and option.name in EXAMPLE_VALUES]
+    return re.sub(r' +\n', '\n', '\n'.join(lines)) + '\n'
+
+
+def reference_rows():
+    """(option, default, meaning) of every option: README's table."""
+    return [(o.name, (o.default if isinstance(o.default, str) else
+                      '%s; mirror: %s' % tuple(d or 'none' for d in o.default)) or 'none', o.text)
+            for o in OPTIONS]
+
+
+# ----------------------------------------------------------------------------------------
+# 8  logging
+# ----------------------------------------------------------------------------------------
+
+class Log:
+    """The logging module, imported with the first line; one line a message, printable."""
+
+    def __init__(self):
+        self.logger = None
+        self.said = set()
+        self.clear_line = lambda: None      # a progress line steps aside for a log line
+
+    def start(self, level='INFO', path=None, form='text', size=10 << 20):
+        """Raises ConfigError when the file cannot be opened."""
+        import logging
+        import logging.handlers
+        owner = self
+
+        class LineFormatter(logging.Formatter):
+            def format(self, record):
+                message = show(record.getMessage())
+                if record.exc_info:
+                    message += ' | ' + show(self.formatException(record.exc_info))
+                if form == 'json':
+                    return json.dumps({'time': utc_stamp(record.created), 'level': record.levelname,
+                                       'message': message})
+                clock = time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(record.created))
+                return '%s %-7s %s' % (clock, record.levelname, message)
+
+        class PrivateFile(logging.handlers.RotatingFileHandler):
+            def _open(self):
+                return open(self.baseFilename, 'a', encoding='utf-8',
+                            opener=lambda p, flags: os.open(p, flags, 0o600))
+
+        class Terminal(logging.StreamHandler):
+            def emit(self, record):
+                owner.clear_line()
+                super().emit(record)
+
+        handlers = [Terminal(sys.stderr)]
+        try:
+            if path:
+                handlers.append(PrivateFile(path, maxBytes=size, backupCount=4, encoding='utf-8'))
+        except OSError as error:
+            raise ConfigError('cannot write the log file %s: %s' % (show(path), error.strerror))
+        if path and level.upper() != 'DEBUG':
+            handlers[0].setLevel('WARNING')     # the file has the rest
+        for handler in handlers:
+            handler.setFormatter(LineFormatter())
+        logging.raiseExceptions = False     # a full disk under the log must not end a transfer
+        self.logger = logging.getLogger('mistamover')
+        self.logger.propagate = False
+        self.logger.handlers = handlers
+        self.logger.setLevel(level.upper())
+
+    def write(self, level, message, trace=None):
+        if self.logger:
+            getattr(self.logger, level)('%s', message, exc_info=trace)
+
+    def debug(self, message):
+        self.write('debug', message)
+
+    def info(self, message):
+        self.write('info', message)
+
+    def warning(self, message):
+        self.write('warning', message)
+
+    def error(self, message, trace=None):
+        self.write('error', message, trace)
+
+    def once(self, message):
+        """A warning about something that stays as it is: said once in a process's life."""
+        if message not in self.said and len(self.said) < 10000:
+            self.said.add(message)
+            self.warning(message)
+
+
+log = Log()
+
+
+# ----------------------------------------------------------------------------------------
+# 9  locks, ledger, status
+# ----------------------------------------------------------------------------------------
+
+def make_private_directory(path):
+    """Raises StateError."""
+    try:
+        os.makedirs(path, 0o700, exist_ok=True)
+    except OSError as error:
+        raise StateError('cannot make the directory %s: %s' % (show(path), error.strerror),
+                         'see state_dir')
+
+
+def lock_descriptor(fd):
+    """Take the exclusive lock of an open file without waiting.  Raises OSError."""
+    if WINDOWS:
+        import msvcrt
+        os.lseek(fd, 1 << 20, os.SEEK_SET)
+        msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
+    else:
+        import fcntl
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+class StreamLock:
+    """The OS lock on a stream's lock file and on its incoming directory.
+
+    Locks belong to the open file description: a program that inherits the descriptors
+    (`fds`) goes on holding them after kill -9, until it ends.
+    """
+
+    def __init__(self, stream, state_dir):
+        self.stream = stream
+        self.path = os.path.join(state_dir, stream.name + '.lock')
+        self.fds = []
+
+    def acquire(self):
+        """Raises LockedError, StateError."""
+        try:
+            self._take(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600), self._holder)
+            if not WINDOWS:
+                self._take(os.open(self.stream.root, os.O_RDONLY), lambda: (
+                    'the directory is held by another MiStaMover process, one with another '
+                    'configuration'))
+            os.ftruncate(self.fds[0], 0)
+            os.pwrite(self.fds[0], b'%d %s\n' % (os.getpid(), utc_stamp().encode()), 0) \
+                if not WINDOWS else None
+        except OSError as error:
+            self.release()
+            raise StateError('cannot lock stream %s: %s: %s' % (
+                self.stream.name, show(error.filename or self.path), error.strerror))
+        except LockedError:
+            self.release()
+            raise
+
+    def _take(self, fd, describe):
+        self.fds.append(fd)
+        try:
+            lock_descriptor(fd)
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
+                log.debug('%s: no lock on %s: %s' % (self.stream.name, show(self.stream.directory),
+                                                     error.strerror))
+                return      # a share without locks: the local lock file still stands guard
+            raise LockedError('stream %s: %s' % (self.stream.name, describe()),
+                              'wait until it ends, or stop it')
+
+    def _holder(self):
+        with contextlib.suppress(OSError, ValueError):
+            with open(self.path, encoding='ascii') as handle:
+                pid, since = handle.read().split()
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(int(pid), 0)
+                return 'process %s holds it since %s' % (pid, since)
+            return ('a transfer that process %s (gone) started still runs; it holds the stream '
+                    'until it ends' % pid)
+        return 'another process holds it'
+
+    def release(self):
+        while self.fds:
+            os.close(self.fds.pop())
+
+
+class Ledger:
+    """ledger-YYYY-MM.jsonl: one JSON object a line for every delivery, on disk before release."""
+
+    def __init__(self, state_dir):
+        self.state_dir = state_dir
+        self.lock = threading.Lock()    # one stream's lines stay together
+
+    def append(self, records):
+        """Raises StateError if the lines are not safely on disk; then nothing may be released."""
+        lines = b''.join(json.dumps(r).encode('ascii') + b'\n' for r in records)
+        path = os.path.join(self.state_dir, 'ledger-%s.jsonl' % time.strftime('%Y-%m', time.gmtime()))
+        try:
+            with self.lock:
+                new = not os.path.exists(path)
+                fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+                try:
+                    end = os.lseek(fd, 0, os.SEEK_END)
+                    if end and os.lseek(fd, end - 1, os.SEEK_SET) and os.read(fd, 1) != b'\n':
+                        lines = b'\n' + lines       # the torn line of a crash stays alone
+                    while lines:
+                        lines = lines[os.write(fd, lines):]
+                    os.fsync(fd)
+                finally:
+                    os.close(fd)
+                if new:
+                    sync_directory(self.state_dir)
+        except OSError as error:
+            raise StateError('cannot write the ledger %s: %s' % (show(path), error.strerror),
+                             'nothing is released until it can be written')
+
+    def read(self, months=0):
+        """Every record of the last `months` files (0: all), oldest first; a torn line is
+        skipped.  Raises StateError."""
+        import glob
+        paths = sorted(glob.glob(os.path.join(glob.escape(self.state_dir), 'ledger-*.jsonl')))
+        for path in paths[-months:]:
+            try:
+                with open(path, encoding='ascii', errors='replace') as handle:
+                    for line in handle:
+                        with contextlib.suppress(ValueError):
+                            record = json.loads(line)
+                            if isinstance(record, dict) and 'item' in record:
+                                yield record
+            except OSError as error:
+                raise StateError('cannot read the ledger %s: %s' % (show(path), error.strerror))
+
+
+class SharedJson:
+    """A JSON file in state_dir with one entry a stream, kept by several threads and processes."""
+
+    def __init__(self, state_dir, name):
+        self.path = os.path.join(state_dir, name)
+        self.lock = threading.Lock()
+
+    def read(self):
+        try:
+            with open(self.path, encoding='ascii') as handle:
+                content = json.load(handle)
+            return content if isinstance(content, dict) else {}
+        except (FileNotFoundError, ValueError):
+            return {}
+        except OSError as error:
+            raise StateError('cannot read %s: %s' % (show(self.path), error.strerror))
+
+    def update(self, stream_name, value):
+        with self.lock:
+            content = self.read()
+            if content.get(stream_name) == value:
+                return
+            content[stream_name] = value
+            try:
+                atomic_write(self.path, json.dumps(content, indent=1, sort_keys=True).encode('ascii'))
+            except OSError as error:
+                raise StateError('cannot write %s: %s' % (show(self.path), error.strerror))
+
+
+class Failures:
+    """Which items of a stream failed by their own fault, how often, since when; kept across runs."""
+
+    def __init__(self, shared, stream):
+        self.shared = shared
+        self.stream = stream
+        self.items = shared.read().get(stream.name, {})
+
+    def count(self, name, error, now):
+        entry = self.items.setdefault(to_text(name), {'count': 0, 'first': now})
+        entry.update(count=entry['count'] + 1, last=now, error=str(error))
+        return entry
+
+    def forget(self, name):
+        self.items.pop(to_text(name), None)
+
+    def keep_only(self, names):
+        for name in set(self.items) - {to_text(n) for n in names}:
+            del self.items[name]
+
+    def must_wait(self, name, now):
+        """Whether the item's own back-off still runs (a poison file must not heat the loop)."""
+        entry = self.items.get(to_text(name))
+        if not entry:
+            return False
+        pause = min(self.stream.retry_pause * 2 ** min(entry['count'] - 1, 30),
+                    self.stream.retry_pause_max)
+        return 0 <= now - entry['last'] < pause
+
+    def hopeless(self, name, now):
+        entry = self.items.get(to_text(name))
+        return entry is not None and entry['count'] >= self.stream.retry_count and \
+            now - entry['first'] >= self.stream.quarantine_after
+
+    def save(self):
+        self.shared.update(self.stream.name, self.items)
+
+
+def target_of(stream, dates=True):
+    """user@host:dir for the ledger and for people; never a password."""
+    directory = stream.target_dir if dates else stream.target_base
+    if not stream.target_host:
+        return directory
+    return '%s%s:%s' % (stream.username + '@' if stream.username else '', stream.target_host, directory)
+
+
+class Progress:
+    """What one stream is doing: the numbers behind the progress line and --status."""
+
+    def __init__(self, stream, shared):
+        self.stream = stream
+        self.shared = shared
+        self.state = 'starting'
+        self.note = ''
+        self.total_items = self.total_bytes = 0     # of this pass
+        self.done_items = self.done_bytes = 0
+        self.sent_bytes = 0                         # pushed, perhaps not yet proven
+        self.started = time.monotonic()
+        self.last = shared.read().get(stream.name, {})
+        self.saved = 0
+
+    def begin(self, items, size):
+        self.total_items, self.total_bytes = items, size
+        self.done_items = self.done_bytes = self.sent_bytes = 0
+        self.started = time.monotonic()
+
+    def sent(self, count):
+        self.sent_bytes += count
+
+    def enter(self, state, note='', save=True):
+        changed = (state, note) != (self.state, self.note)
+        self.state, self.note = state, note
+        if save and (changed or time.monotonic() - self.saved > 30):
+            self.save()
+
+    def delivered(self, items, size):
+        self.done_items += items
+        self.done_bytes += size
+        self.last['last_delivery'] = utc_stamp()
+        self.last['delivered_items'] = self.last.get('delivered_items', 0) + items
+        self.last['delivered_bytes'] = self.last.get('delivered_bytes', 0) + size
+        if time.monotonic() - self.saved > 1:
+            self.save()
+
+    def failed(self, message):
+        self.last['last_error'] = message
+        self.last['last_error_time'] = utc_stamp()
+
+    def save(self):
+        self.saved = time.monotonic()
+        self.last.update(
+            state=self.state, note=self.note, updated=utc_stamp(), pid=os.getpid(),
+            directory=to_text(self.stream.directory), mode=self.stream.transfer_mode,
+            protocol=self.stream.transfer_protocol, target=target_of(self.stream),
+            waiting_items=max(0, self.total_items - self.done_items),
+            waiting_bytes=max(0, self.total_bytes - self.done_bytes))
+        try:
+            self.shared.update(self.stream.name, dict(self.last))
+        except StateError as error:
+            log.once(str(error))
+
+    def line(self):
+        """For a terminal: items, bytes, rate, time left."""
+        seconds = max(0.001, time.monotonic() - self.started)
+        size = min(max(self.sent_bytes, self.done_bytes), self.total_bytes)
+        rate = size / seconds
+        left = format_duration((self.total_bytes - size) / rate) if rate else '?'
+        return '%s: %d/%d items, %s of %s, %s/s, %s left' % (
+            self.stream.name, self.done_items, self.total_items, format_size(size),
+            format_size(self.total_bytes), format_size(rate), left)
+
+
+# ----------------------------------------------------------------------------------------
+# 10  scanning and settling
+# ----------------------------------------------------------------------------------------
+
+class Entry(collections.namedtuple('Entry', 'path kind size mtime_ns ctime_ns dev ino mode')):
+    """What one file, directory ('d') or symlink ('l') looked like; path is relative, bytes."""
+
+    __slots__ = ()
+
+    @classmethod
+    def of(cls, path, info):
+        kind = 'f' if stat.S_ISREG(info.st_mode) else 'd' if stat.S_ISDIR(info.st_mode) else \
+            'l' if stat.S_ISLNK(info.st_mode) else '?'
+        return cls(path, kind, info.st_size if kind == 'f' else 0, info.st_mtime_ns,
+                   info.st_ctime_ns, info.st_dev, info.st_ino, stat.S_IMODE(info.st_mode))
+
+    @property
+    def identity(self):
+        return self.dev, self.ino, self.size, self.mtime_ns, self.ctime_ns
+
+    def same_as(self, info):
+        return self.identity == (info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns,
+                                 info.st_ctime_ns)
+
+
+def tree_of(entries):
+    """What must be equal for a zip to stand for a tree: every file, and which directories.
+    Directories' own times are left out: they change when a release empties them."""
+    return [(e.path, e.kind) + (e.identity if e.kind == 'f' else ()) for e in entries]
+
+
+class Item:
+    """A top-level entry (or, with items = files, any file): its name and its snapshot."""
+
+    __slots__ = ('name', 'entries', 'left', 'fault', 'ready')
+
+    def __init__(self, name, entries, left=(), fault=None, ready=None):
+        self.name = name
+        self.entries = entries          # of a directory: itself first, each before its content
+        self.left = left                # names in it that are never sent, with the reason
+        self.fault = fault              # why it could not be looked at
+        self.ready = ready              # the Entry of its ready file
+
+    @property
+    def files(self):
+        return [e for e in self.entries if e.kind == 'f']
+
+    @property
+    def size(self):
+        return self.entries[0].size if len(self.entries) == 1 else sum(e.size for e in self.entries)
+
+    @property
+    def is_directory(self):
+        return bool(self.entries) and self.entries[0].kind == 'd'
+
+    @property
+    def mtime_ns(self):
+        """Of its newest file, or its own."""
+        return max([e.mtime_ns for e in self.entries if e.kind == 'f'] or
+                   [e.mtime_ns for e in self.entries] or [0])
+
+    @property
+    def youngest_ns(self):
+        return max([max(e.mtime_ns, e.ctime_ns) for e in self.entries] or [0])
+
+    @property
+    def snapshot(self):
+        """A digest of the files' identities that another process can compare."""
+        import hashlib
+        return hashlib.sha1(repr(tree_of(self.entries)).encode()).hexdigest()
+
+    @property
+    def fingerprint(self):
+        return hash((self.name, tuple((e.path, e.kind, e.identity) for e in self.entries)))
+
+
+def compile_globs(patterns):
+    """A match function over bytes names for a list of shell globs; None for an empty list."""
+    if not patterns:
+        return None
+    translated = (fnmatch.translate(to_bytes(p).decode('latin-1')).encode('latin-1')
+                  for p in patterns)
+    return re.compile(b'|'.join(b'(?:%s)' % t for t in translated)).match
+
+
+class Scanner:
+    """Looks at a stream's incoming directory; os.scandir, no symlink ever followed."""
+
+    def __init__(self, stream, stop):
+        self.stream = stream
+        self.stop = stop
+        self.ignored = compile_globs(stream.ignore)
+        self.wanted = compile_globs(stream.only) or (lambda name: True)
+        self.follow_links = stream.symlinks == 'keep'
+        self.own = {to_bytes(stream.stop_file)}
+        quarantine = to_bytes(stream.quarantine_dir)
+        if os.path.dirname(quarantine) == stream.root:
+            self.own.add(os.path.basename(quarantine))
+        self.orphans = []           # ready files without their item, as (Entry, item name)
+        self.unready = 0            # items without their ready file, in the last scan
+        self.ready_pattern = None
+        if stream.ready_file:
+            before, after = to_bytes(stream.ready_file).split(b'{name}', 1)
+            self.ready_pattern = before, after
+
+    def skip(self, name, top):
+        return bool(self.ignored and self.ignored(name)) or \
+            top and (name in self.own or name.startswith(OWN_PREFIX))
+
+    def listing(self, relative):
+        """(name, stat_result) of what a directory holds, sorted; raises OSError."""
+        path = os.path.join(self.stream.root, relative) if relative else self.stream.root
+        found = []
+        with os.scandir(path) as entries:
+            for entry in entries:
+                with contextlib.suppress(FileNotFoundError):
+                    # on Windows what scandir caches is stale while a file is open
+                    info = os.lstat(entry.path) if WINDOWS else entry.stat(follow_symlinks=False)
+                    found.append((entry.name, info))
+        found.sort(key=lambda pair: pair[0])
+        return found
+
+    def walk(self, relative, entries, left):
+        """Append the entries below a directory to `entries`; raises OSError."""
+        self.stop.check()
+        for name, info in self.listing(relative):
+            if self.skip(name, False):
+                left.append((os.path.join(relative, name), 'ignored'))
+                continue
+            entry = Entry.of(os.path.join(relative, name), info)
+            if entry.kind == 'f' or entry.kind == 'l' and self.follow_links:
+                entries.append(entry)
+            elif entry.kind == 'd':
+                entries.append(entry)
+                self.walk(entry.path, entries, left)
+            else:
+                left.append((entry.path, 'a symlink' if entry.kind == 'l' else 'a special file'))
+
+    def item(self, name, info):
+        """The Item of one entry, or None if it is nothing that is ever sent."""
+        entry = Entry.of(name, info)
+        if entry.kind == '?' or entry.kind == 'l' and not self.follow_links:
+            log.once('%s: %s is a %s and is left alone' % (
+                self.stream.name, show(name), 'symlink' if entry.kind == 'l' else 'special file'))
+            return None
+        item = Item(name, [entry])
+        if entry.kind == 'd':
+            left = []
+            try:
+                self.walk(name, item.entries, left)
+            except OSError as error:
+                item.fault = ItemError('%s cannot be read: %s' % (
+                    show(error.filename or name), error.strerror), 'check its permissions')
+            except RecursionError:
+                item.fault = ItemError('%s is nested too deep' % show(name))
+            item.left = left
+        return item
+
+    def flat(self, relative=b''):
+        """items = files: every file below the directory as (relative path, stat_result)."""
+        for name, info in self.listing(relative):
+            path = os.path.join(relative, name)
+            if self.skip(name, not relative):
+                continue
+            if stat.S_ISDIR(info.st_mode):
+                try:
+                    yield from self.flat(path)
+                except OSError as error:
+                    log.error('%s: %s cannot be read: %s' % (self.stream.name, show(path),
+                                                             error.strerror))
+            else:
+                yield path, info
+
+    def look(self, name):
+        """The Item of one name as it is now, or None."""
+        try:
+            return self.item(name, os.lstat(os.path.join(self.stream.root, name)))
+        except OSError:
+            return None
+
+    def scan(self):
+        """Yield an Item for everything that could be sent.  Raises TargetError if the
+        directory itself cannot be read (so that an unmounted disk is noticed)."""
+        stream = self.stream
+        try:
+            found = list(self.flat()) if stream.items == 'files' else self.listing(b'')
+        except OSError as error:
+            raise StateError('cannot read the directory %s: %s' % (
+                show(stream.directory), error.strerror),
+                'create it or mount it, or set create_directories = yes')
+        ready = self.match_ready(dict(found)) if self.ready_pattern else {}
+        for path, info in found:
+            self.stop.check()
+            name = os.path.basename(path)
+            if stream.items == 'top' and self.skip(name, True) or not self.wanted(name):
+                continue
+            if self.ready_pattern and path not in ready:
+                self.unready += not self.is_ready_name(name)
+                continue
+            item = self.item(path, info)
+            if item is None or self.stays(item):
+                continue
+            item.ready = ready.get(path)
+            yield item
+
+    def everything(self):
+        """Every relative path below the directory, ignored or not.  Raises OSError."""
+        def refuse(error):
+            raise error
+        return {os.path.relpath(os.path.join(top, name), self.stream.root)
+                for top, directories, files in os.walk(self.stream.root, onerror=refuse)
+                for name in directories + files if not name.startswith(OWN_PREFIX)}
+
+    def is_ready_name(self, name):
+        before, after = self.ready_pattern
+        return name.startswith(before) and name.endswith(after) and len(name) > len(before) + len(after)
+
+    def match_ready(self, found):
+        """{path of an item: the Entry of its ready file}; lonely ready files go to self.orphans:
+        a crash came between the release of the item and theirs, or they came too early."""
+        before, after = self.ready_pattern
+        complete, self.orphans, self.unready = {}, [], 0
+        for path, info in found.items():
+            head, name = os.path.split(path)
+            if not self.is_ready_name(name) or not stat.S_ISREG(info.st_mode):
+                continue
+            item = os.path.join(head, name[len(before):len(name) - len(after)])
+            if item in found:
+                complete[item] = Entry.of(path, info)
+            else:
+                self.orphans.append((Entry.of(path, info), item))
+        return complete
+
+    def stays(self, item):
+        """A directory without files that must stay: there is nothing to send, now or ever."""
+        if not item.is_directory or item.fault or any(e.kind != 'd' for e in item.entries):
+            return False
+        if item.left and self.stream.move:
+            log.once('%s: %s stays: %s in it is %s' % (
+                self.stream.name, show(item.name), show(item.left[0][0]), item.left[0][1]))
+            return True
+        return self.stream.move and not self.stream.remove_directories
+
+
+def directory_clock(stream):
+    """The time in ns by the clock of the incoming directory's file system, or None.
+
+    A share has its own clock, so a file is touched there and its mtime read.
+    """
+    path = os.path.join(stream.root, CLOCK_NAME + b'%d' % os.getpid())
+    try:
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+        try:
+            return os.lstat(path).st_mtime_ns
+        finally:
+            os.unlink(path)
+    except OSError:
+        return None
+
+
+class Settler:
+    """Tells which items have been left in peace for settle_time seconds.
+
+    By age, where the directory's clock can be read and has not jumped; else by two looks
+    at the same snapshot, settle_time of monotonic time apart.
+    """
+
+    def __init__(self, settle_time):
+        self.settle_time = settle_time
+        self.seen = {}              # name -> (fingerprint, monotonic time of the first look)
+        self.previous = {}
+        self.clock_ns = None
+        self.read_at = None
+        self.distrust_until = 0
+
+    def begin(self, clock_ns, monotonic):
+        """A new scan begins; clock_ns as by directory_clock()."""
+        if clock_ns is not None and self.clock_ns is not None:
+            drift = (clock_ns - self.clock_ns) / 1e9 - (monotonic - self.read_at)
+            if abs(drift) > CLOCK_TOLERANCE:
+                log.warning('the clock jumped by %+.0f s; ages are not trusted for a while' % drift)
+                self.distrust_until = monotonic + self.settle_time
+        self.clock_ns, self.read_at = clock_ns, monotonic
+        self.previous, self.seen = self.seen, {}
+
+    def settled(self, item, monotonic):
+        if self.clock_ns is not None and monotonic >= self.distrust_until:
+            if self.clock_ns - item.youngest_ns >= self.settle_time * 1e9:
+                return True
+        fingerprint = item.fingerprint
+        known = self.seen.get(item.name) or self.previous.get(item.name)
+        if known is None or known[0] != fingerprint:
+            known = fingerprint, monotonic
+        self.seen[item.name] = known
+        return monotonic - known[1] >= self.settle_time
+
+
+def open_entry(root, entry):
+    """Open a file of a snapshot for reading, if it still is that file.
+
+    Neither a symlink nor a FIFO put in its place is followed or waited for.  Returns a
+    descriptor; raises Changed, ItemError.
+    """
+    flags = os.O_RDONLY | getattr(os, 'O_NOFOLLOW', 0) | getattr(os, 'O_NONBLOCK', 0) | \
+        getattr(os, 'O_BINARY', 0) | getattr(os, 'O_CLOEXEC', 0)
+    try:
+        fd = os.open(os.path.join(root, entry.path), flags)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ELOOP, errno.ENOTDIR, errno.ENXIO):
+            raise Changed('%s is gone' % show(entry.path))
+        if error.errno == errno.EAGAIN:
+            raise Changed('%s is in use' % show(entry.path))
+        raise ItemError('%s cannot be read: %s' % (show(entry.path), error.strerror),
+                        'check its permissions')
+    if not entry.same_as(os.fstat(fd)):
+        os.close(fd)
+        raise Changed('%s has changed' % show(entry.path))
+    return fd
+
+
+def open_for_writing(fd):
+    """Whether somebody has this file open for writing: True, or False (also: cannot tell).
+
+    A read lease (fcntl(2), F_SETLEASE) is refused with EAGAIN while there is a writer.
+    EACCES and EINVAL mean that the file system or the owner does not let us ask.
+    """
+    try:
+        import fcntl
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+    except OSError as error:
+        return error.errno == errno.EAGAIN
+    except (ImportError, AttributeError):
+        pass
+    return False
+
+
+def check_unused(stream, item):
+    """Raises Changed if a file of the item is being written, ItemError if unreadable."""
+    for entry in item.files:
+        fd = open_entry(stream.root, entry)
+        try:
+            if open_for_writing(fd):
+                raise Changed('%s is open for writing' % show(entry.path))
+        finally:
+            os.close(fd)
+
+
+# ----------------------------------------------------------------------------------------
+# 11  zipping
+# ----------------------------------------------------------------------------------------
+
+def zip_info(entry, name):
+    """The ZipInfo of an entry: exact name bytes, mtime to the second, dates clamped.
+
+    APPNOTE.TXT 4.4.6 (DOS times, 1980 to 2107) and 4.6.1 (extra field 0x5455: Unix mtime).
+    """
+    import struct
+    import zipfile
+
+    class ExactName(zipfile.ZipInfo):
+        """The library writes cp437 or UTF-8; a name that is neither goes in as it is."""
+
+        def _encodeFilenameFlags(self):
+            try:
+                name.decode('ascii')
+                return name, self.flag_bits
+            except UnicodeDecodeError:
+                pass
+            try:
+                name.decode('utf-8')
+                return name, self.flag_bits | 0x800
+            except UnicodeDecodeError:
+                return name, self.flag_bits
+
+    seconds = entry.mtime_ns // 10 ** 9
+    clamped = min(max(seconds, 315619200), 4354732800)      # a day inside of 1980 and 2107
+    info = ExactName(name.decode('utf-8', 'replace'), time.localtime(clamped)[:6])
+    info.create_system = 3
+    info.external_attr = (entry.mode | (stat.S_IFDIR if entry.kind == 'd' else stat.S_IFREG)) << 16
+    if entry.kind == 'd':
+        info.external_attr |= 0x10
+    else:
+        info.compress_type = zipfile.ZIP_DEFLATED
+        info.file_size = entry.size
+    if -2 ** 31 <= seconds < 2 ** 31:
+        info.extra = struct.pack('<HHBl', 0x5455, 5, 1, seconds)
+    return info
+
+
+def shutil_free(path):
+    import shutil
+    return shutil.disk_usage(path).free
+
+
+def copy_entry(root, entry, write, stop, start=0):
+    """Hand a file's bytes from `start` on to write(), and look afterwards that it is still
+    what the snapshot says.  Raises Changed, ItemError, Interrupted, and what write() raises."""
+    fd = open_entry(root, entry)
+    try:
+        os.lseek(fd, start, os.SEEK_SET)
+        while True:
+            stop.check()
+            try:
+                block = os.read(fd, BLOCK)
+            except OSError as error:
+                raise ItemError('%s cannot be read: %s' % (show(entry.path), error.strerror))
+            if not block:
+                break
+            write(block)
+        if not entry.same_as(os.fstat(fd)):
+            raise Changed('%s changed while it was read' % show(entry.path))
+    finally:
+        os.close(fd)
+
+
+def zip_item(root, item, path, stop):
+    """Write the item's snapshot to a new zip at path and prove that it can be read.
+
+    The same snapshot gives the same bytes, so a zip sent twice is no conflict.
+    Raises Changed, ItemError, StateError (no room), Interrupted.
+    """
+    import zipfile
+    if shutil_free(os.path.dirname(path)) < item.size:
+        raise NoRoom('no room to zip %s (%s) in %s' % (
+            show(item.name), format_size(item.size), show(os.path.dirname(path))), 'see state_dir')
+    try:
+        with open(path, 'wb') as target, \
+                zipfile.ZipFile(target, 'w', zipfile.ZIP_DEFLATED, allowZip64=True) as archive:
+            for entry in item.entries:
+                name = entry.path + (b'/' if entry.kind == 'd' else b'')
+                with archive.open(zip_info(entry, name), 'w',
+                                  force_zip64=entry.size > 1 << 30) as member:
+                    if entry.kind == 'f':
+                        copy_entry(root, entry, member.write, stop)
+        with open(path, 'rb') as source, zipfile.ZipFile(source) as archive:
+            for info in archive.infolist():
+                stop.check()
+                with archive.open(info) as member:
+                    while member.read(BLOCK):
+                        pass
+    except OSError as error:
+        raise StateError('cannot write the zip of %s: %s' % (show(item.name), error.strerror),
+                         'see state_dir')
+    except (zipfile.BadZipFile, zipfile.LargeZipFile) as error:
+        raise IntegrityError('the zip of %s cannot be read back: %s' % (show(item.name), error))
+
+
+def hash_entry(root, entry, stop):
+    """The SHA-256 of a file of a snapshot, in hex."""
+    import hashlib
+    digest = hashlib.sha256()
+    copy_entry(root, entry, digest.update, stop)
+    return digest.hexdigest()
+
+
+# ----------------------------------------------------------------------------------------
+# 12  transports
+# ----------------------------------------------------------------------------------------
+
+# What is handed to a transport: a Batch of Parcels.  The files of a parcel lie under
+# batch.root by their entries' paths and go to target_dir/batch.subdir under the same paths.
+# A parcel is a whole item, or the one zip file made of it.
+Parcel = collections.namedtuple('Parcel', 'item entries')
+
+# What a transport answers for each parcel: error (None: every file of it stands proven at
+# the target), checksum (of a single file), target (its name there, if it is another),
+# linked (the paths whose source and target are one file), sent (False: all of it stood there already).
+Outcome = collections.namedtuple('Outcome', 'error checksum target linked sent')
+
+
+class Batch:
+    """The parcels of one push; transports keep their notes about it in `jobs`."""
+
+    def __init__(self, root, subdir, parcels):
+        self.root = root
+        self.subdir = subdir
+        self.parcels = parcels
+        self.jobs = None
+
+    @property
+    def entries(self):
+        return [entry for parcel in self.parcels for entry in parcel.entries]
+
+    @property
+    def size(self):
+        return sum(entry.size for entry in self.entries)
+
+
+class Transport:
+    """The contract.  A protocol is a class with these verbs and a row in TRANSPORTS.
+
+    Each verb raises TargetError when the target or the way to it is in trouble and
+    Interrupted on a stop request; trouble with single files is told by finish().
+    """
+
+    mirrors = False             # mirror mode works
+    stages = False              # a crash may leave temporary files for tidy()
+    keeps_directories = False   # directories travel as they are
+    needs_host = True
+    takes_password = False
+    forbidden = b''             # bytes the protocol cannot carry in a name
+
+    def __init__(self, stream, stop, progress, lock_fds=()):
+        self.stream = stream
+        self.stop = stop
+        self.progress = progress
+        self.lock_fds = tuple(lock_fds)
+
+    def open(self):
+        """Make the connection ready; called again, it checks that it still is."""
+
+    def close(self):
+        """Give everything up; never raises."""
+
+    def present(self, names):
+        """Which of these names stand in target_dir.  Raises TargetError if it is missing."""
+        raise NotImplementedError
+
+    def send(self, batch):
+        """Bring the bytes to the target under names nobody reads."""
+        raise NotImplementedError
+
+    def finish(self, batch):
+        """Verify what was sent, publish it; an Outcome for each parcel, in order."""
+        raise NotImplementedError
+
+    def remove(self, name):
+        """Delete one file of ours in target_dir."""
+        raise NotImplementedError
+
+    def free_space(self):
+        """Bytes free at the target, or None where nobody can tell."""
+        return None
+
+    def tidy(self):
+        """Remove our temporary files at the target; whether nothing is left."""
+        return True
+
+    def delete_missing(self, kept):
+        """Mirrors: delete what stands at the target and is not in `kept`; returns the names."""
+        raise NotImplementedError
+
+    def refusal(self, parcel):
+        """An ItemError if the protocol cannot carry a name of this parcel."""
+        for entry in parcel.entries:
+            bad = [c for c in self.forbidden if c in entry.path]
+            if bad:
+                return ItemError('%s cannot be sent by %s: its name holds %s' % (
+                    show(entry.path), self.stream.transfer_protocol, show(bytes(bad[:1]))),
+                    'rename it')
+        return None
+
+    def backup_or(self, name):
+        """What on_conflict makes of a name that is taken: raises ItemError for refuse."""
+        if self.stream.on_conflict == 'refuse':
+            raise ItemError('%s stands at the target with other content' % show(name),
+                            'on_conflict = refuse: rename or remove one of them')
+
+
+@contextlib.contextmanager
+def scratch_directory(stream):
+    """A directory for a moment, in the spool, which every pass finds or makes empty."""
+    import tempfile
+    make_private_directory(stream.spool)
+    with tempfile.TemporaryDirectory(dir=stream.spool) as path:
+        yield to_bytes(path)
+
+
+def staging_id(stream):
+    """A random name for the staging area, kept: cloned machines must not share one."""
+    path = stream.spool + '.id'
+    try:
+        with open(path, 'rb') as handle:
+            name = handle.read()
+        if re.match(rb'[0-9a-f]{16}$', name):
+            return name
+    except FileNotFoundError:
+        pass
+    name = hexlify(os.urandom(8))
+    make_private_directory(os.path.dirname(path))
+    atomic_write(path, name, True)
+    return name
+
+
+class Throttle:
+    """Shares a limit in bytes per second among threads."""
+
+    def __init__(self, limit, stop):
+        self.limit = limit
+        self.stop = stop
+        self.free_at = 0                # monotonic time up to which the line is taken
+        self.lock = threading.Lock()    # guards free_at
+
+    def spend(self, count):
+        """Sleep until `count` bytes more keep the limit.  Raises Interrupted."""
+        if self.limit:
+            with self.lock:
+                self.free_at = max(self.free_at, time.monotonic()) + count / self.limit
+                pause = self.free_at - time.monotonic()
+            self.stop.wait(pause)
+
+
+class Staging(Transport):
+    """Transports that stage each file under a temporary name, verify it and rename it.
+
+    A protocol says how to stage, measure, place, rename and remove; the order of these
+    and the treatment of conflicts is the same for all.  Paths are bytes relative to
+    target_dir.
+    """
+
+    stages = True
+
+    class Job:
+        """One file on its way: where it is staged, what it should be, how it fares."""
+
+        __slots__ = ('entry', 'staged', 'final', 'digest', 'error', 'equal', 'linked', 'hashed')
+
+        def __init__(self, entry, staged, final, hashed):
+            self.entry, self.staged, self.final, self.hashed = entry, staged, final, hashed
+            self.digest = self.error = None
+            self.equal = self.linked = False
+
+    def __init__(self, *args, **kwargs):
+        Transport.__init__(self, *args, **kwargs)
+        self.area = OWN_PREFIX + b'-' + staging_id(self.stream)
+        self.throttle = Throttle(self.stream.bandwidth_limit, self.stop)
+        self.made = set()           # directories known to exist at the target
+
+    # -- what a protocol provides
+
+    def stage(self, batch, jobs):
+        """Write each job's bytes to job.staged; on an ItemError or Changed set job.error."""
+        raise NotImplementedError
+
+    def digest(self, batch, job):
+        """SHA-256 of what was read at the source."""
+        return job.digest or hash_entry(batch.root, job.entry, self.stop)
+
+    def measure(self, paths, hashed):
+        """{path: (size or None, SHA-256 or None)} of those paths that are files."""
+        raise NotImplementedError
+
+    def place(self, jobs):
+        """Give staged files their final names without ever overwriting; a set of those done."""
+        raise NotImplementedError
+
+    def rename(self, old, new):
+        """Rename, overwriting.  Raises ItemError when the target refuses."""
+        raise NotImplementedError
+
+    def delete(self, paths):
+        raise NotImplementedError
+
+    def make_directories(self, paths):
+        """Make directories and their parents where they are missing.  Raises ItemError."""
+        raise NotImplementedError
+
+    def staged_name(self, entry):
+        """The same snapshot has the same temporary name, so that a later run can resume it."""
+        import hashlib
+        key = entry.path + repr(entry.identity).encode()
+        return os.path.join(self.area, hashlib.sha1(key).hexdigest()[:20].encode())
+
+    # -- the one way to do it
+
+    def send(self, batch):
+        checksum = self.stream.verify == 'checksum'
+        batch.jobs = []
+        for parcel in batch.parcels:
+            refusal = self.refusal(parcel)
+            for entry in parcel.entries:
+                if entry.kind == 'f':
+                    job = self.Job(entry, self.staged_name(entry),
+                                   os.path.join(batch.subdir, entry.path), checksum)
+                    job.error = refusal
+                    batch.jobs.append(job)
+        try:
+            self.ensure([self.area])
+        except ItemError as error:
+            raise TargetError(error.message, error.hint)
+        self.stage(batch, [job for job in batch.jobs if not job.error])
+
+    def ensure(self, paths):
+        """Directories, made once."""
+        missing = sorted({p for p in paths if p} - self.made)
+        if missing:
+            self.make_directories(missing)
+            self.made.update(missing)
+
+    def finish(self, batch):
+        jobs = [job for job in batch.jobs if not job.error and not job.equal]
+        self.ensure_parents(jobs)
+        jobs = [job for job in jobs if not job.error]
+        self.verify(batch, [job for job in jobs if not job.linked])
+        jobs = [job for job in jobs if not job.error]
+        placed = self.place(jobs)
+        for job in jobs:
+            if job not in placed:
+                try:
+                    self.settle_conflict(batch, job)
+                except (ItemError, Changed) as error:
+                    job.error = error
+        published = [job for job in jobs if not job.error and not job.linked]
+        sizes = self.measure([job.final for job in published], False)
+        for job in published:
+            if sizes.get(job.final, (None,))[0] != job.entry.size:
+                job.error = ItemError('%s does not stand at the target under its name'
+                                      % show(job.final), 'can the target hold such a name?')
+        self.delete([job.staged for job in jobs if job.error and not job.linked])
+        return self.outcomes(batch)
+
+    def ensure_parents(self, jobs):
+        """A directory that cannot be made is the trouble of what goes into it, of nothing else."""
+        for directory in sorted({os.path.dirname(job.final) for job in jobs}):
+            try:
+                self.ensure([directory])
+            except ItemError as error:
+                for job in jobs:
+                    if os.path.dirname(job.final) == directory:
+                        job.error = error
+
+    def verify(self, batch, jobs):
+        """Compare what is staged with what was read; what differs is removed, never placed."""
+        wrong = []
+        for hashed in (False, True):
+            chosen = [job for job in jobs if job.hashed == hashed]
+            found = self.measure([job.staged for job in chosen], hashed) if chosen else {}
+            for job in chosen:
+                size, digest = found.get(job.staged, (None, None))
+                try:
+                    if size not in (None, job.entry.size) or job.staged not in found or \
+                            hashed and digest != self.digest(batch, job):
+                        job.error = IntegrityError(
+                            '%s arrived damaged (%s of %s)' % (show(job.final), size, job.entry.size))
+                        wrong.append(job.staged)
+                    elif hashed:
+                        job.digest = digest
+                except (Changed, ItemError) as error:
+                    job.error = error
+                    wrong.append(job.staged)
+        self.delete(wrong)
+
+    def settle_conflict(self, batch, job):
+        """Something stands under the final name."""
+        there = self.measure([job.final], True).get(job.final)
+        if there and there[0] in (None, job.entry.size) and there[1] == self.digest(batch, job):
+            self.keep_identical(job)
+            return
+        self.backup_or(job.final)
+        if self.stream.zips and job.final.endswith(b'.zip') and self.stream.move:
+            # the one that stands there may be the only copy of a tree released long ago
+            job.final = stamped(job.final)
+            if job not in self.place([job]):
+                raise ItemError('%s cannot be placed' % show(job.final))
+        elif self.stream.on_conflict == 'backup' and there:
+            backup = stamped(job.final)
+            self.rename(job.final, backup)
+            log.info('%s: %s stood at the target with other content and is %s now' % (
+                self.stream.name, show(job.final), show(backup)))
+            if job not in self.place([job]):
+                raise ItemError('%s cannot be placed' % show(job.final))
+        elif there:
+            self.overwrite(job)
+            log.info('%s: %s stood at the target with other content and was overwritten' % (
+                self.stream.name, show(job.final)))
+        else:
+            raise ItemError('%s: something that is no file stands there' % show(job.final),
+                            'rename or remove it at the target')
+
+    def keep_identical(self, job):
+        self.delete([job.staged])
+
+    def overwrite(self, job):
+        self.rename(job.staged, job.final)
+
+    def outcomes(self, batch):
+        by_path = {job.entry.path: job for job in batch.jobs}
+        answers = []
+        for parcel in batch.parcels:
+            jobs = [by_path[e.path] for e in parcel.entries if e.kind == 'f']
+            error = next((job.error for job in jobs if job.error), None)
+            single = jobs[0] if jobs and len(parcel.entries) == 1 else None
+            checksum = 'sha256:' + single.digest if single and single.digest else None
+            answers.append(Outcome(error, checksum, single.final if single else None,
+                                   {job.entry.path for job in jobs if job.linked},
+                                   self.stream.move or any(not job.equal for job in jobs)))
+        return answers
+
+    def remove(self, name):
+        self.delete([name])
+
+    def tidy(self):
+        self.made.discard(self.area)
+        return self.delete_area()
+
+    def delete_area(self):
+        """Remove the staging area; whether it is gone."""
+        raise NotImplementedError
+
+
+def protected(relative, stream):
+    """Whether mirror_delete leaves this name at the target alone: it is ours or a person's."""
+    parts = relative.split(b'/')
+    return any(part.startswith(OWN_PREFIX) or re.search(rb'\.~\d{8}T[\d.]+Z~', part)
+               for part in parts) or parts[0] in (to_bytes(stream.stop_file),
+                                                  to_bytes(stream.target_marker or ''))
+
+
+def current_umask():
+    """The process's umask, without the race of setting it where Linux can tell."""
+    try:
+        with open('/proc/self/status') as handle:
+            return int(re.search(r'^Umask:\s*(\d+)', handle.read(), re.M).group(1), 8)
+    except (OSError, AttributeError):
+        mask = os.umask(0o022)
+        os.umask(mask)
+        return mask
+
+
+class LocalTransport(Staging):
+    """Another directory, disk or mounted share.  On one file system a move is a hard link
+    and an unlink: no byte is copied, nothing can be overwritten, nothing can be lost."""
+
+    mirrors = True
+    keeps_directories = True
+    needs_host = False
+
+    def path(self, relative):
+        return os.path.join(to_bytes(self.stream.target_base), relative)
+
+    def open(self):
+        self.made.clear()
+        if not os.path.isdir(self.path(b'')):
+            if not self.stream.create_directories:
+                raise TargetError('the target directory %s is missing' % show(self.stream.target_base),
+                                  'create it or mount it, or set create_directories = yes')
+            try:
+                os.makedirs(self.path(b''), exist_ok=True)
+            except OSError as error:
+                raise self.trouble('cannot make', error)
+
+    def trouble(self, what, error):
+        return TargetError('%s %s: %s' % (what, show(error.filename or self.stream.target_base),
+                                          error.strerror))
+
+    def present(self, names):
+        found = set()
+        for name in names:
+            try:
+                os.lstat(self.path(name))
+                found.add(name)
+            except FileNotFoundError:
+                pass
+            except OSError as error:
+                raise self.trouble('cannot look at', error)
+        if not os.path.isdir(self.path(b'')):
+            raise TargetError('the target directory %s is missing' % show(self.stream.target_base),
+                              'create it or mount it')
+        return found
+
+    def make_directories(self, paths):
+        for path in paths:
+            try:
+                mode = self.stream.target_chmod and self.stream.target_chmod[1]
+                step = b''
+                for part in path.split(b'/'):
+                    step = os.path.join(step, part)
+                    with contextlib.suppress(FileExistsError):
+                        os.mkdir(self.path(step), 0o700 if path == self.area else 0o777)
+                        if mode and path != self.area:
+                            os.chmod(self.path(step), mode)
+            except OSError as error:
+                raise ItemError('cannot make %s: %s' % (show(self.path(path)), error.strerror))
+
+    def send(self, batch):
+        self.device = os.lstat(self.path(b'')).st_dev
+        Staging.send(self, batch)
+
+    def stage(self, batch, jobs):
+        for job in jobs:
+            self.stop.check()
+            if self.stream.mirror and self.stands(job):
+                job.equal = True
+                self.progress.sent(job.entry.size)
+            elif self.can_link(batch, job):
+                job.linked = True
+                self.progress.sent(job.entry.size)
+            else:
+                try:
+                    self.copy(batch, job)
+                except (Changed, ItemError) as error:
+                    job.error = error
+
+    def stands(self, job):
+        """Mirror: equal by size and mtime, like rsync's quick check."""
+        with contextlib.suppress(OSError):
+            info = os.lstat(self.path(job.final))
+            return stat.S_ISREG(info.st_mode) and info.st_size == job.entry.size and \
+                info.st_mtime_ns // 10 ** 9 == job.entry.mtime_ns // 10 ** 9
+        return False
+
+    def can_link(self, batch, job):
+        return self.stream.move and batch.root == self.stream.root and \
+            job.entry.dev == self.device and not self.stream.target_chmod
+
+    def copy(self, batch, job):
+        """Copy to the staged name, fsync, set time and mode; job.digest is what was read."""
+        import hashlib
+        digest = hashlib.sha256()
+        with contextlib.suppress(OSError):
+            os.unlink(self.path(job.staged))
+        try:
+            fd = os.open(self.path(job.staged), os.O_WRONLY | os.O_CREAT | os.O_EXCL |
+                         getattr(os, 'O_NOFOLLOW', 0) | getattr(os, 'O_BINARY', 0), 0o600)
+            with os.fdopen(fd, 'wb', 0) as handle:
+                def write(block):
+                    digest.update(block)
+                    view = memoryview(block)
+                    while view:
+                        view = view[handle.write(view):]
+                    self.progress.sent(len(block))
+                    self.throttle.spend(len(block))
+
+                copy_entry(batch.root, job.entry, write, self.stop)
+                os.fsync(handle.fileno())
+            self.dress(job)
+        except OSError as error:
+            if error.errno in (errno.ENAMETOOLONG, errno.EILSEQ, errno.EFBIG):
+                raise ItemError('%s: %s' % (show(job.final), error.strerror))
+            raise self.trouble('cannot write', error)
+        job.digest = digest.hexdigest()
+
+    def dress(self, job):
+        mode = self.stream.target_chmod[0] if self.stream.target_chmod else \
+            job.entry.mode & ~current_umask() & 0o777
+        os.utime(self.path(job.staged), ns=(job.entry.mtime_ns, job.entry.mtime_ns))
+        os.chmod(self.path(job.staged), mode)
+
+    def measure(self, paths, hashed):
+        found = {}
+        for path in paths:
+            self.stop.check()
+            try:
+                fd = os.open(self.path(path), os.O_RDONLY | getattr(os, 'O_NOFOLLOW', 0) |
+                             getattr(os, 'O_NONBLOCK', 0) | getattr(os, 'O_BINARY', 0))
+            except OSError:
+                continue
+            try:
+                info = os.fstat(fd)
+                if stat.S_ISREG(info.st_mode):
+                    found[path] = info.st_size, self.read_back(fd) if hashed else None
+            except OSError as error:
+                raise self.trouble('cannot read back', error)
+            finally:
+                os.close(fd)
+        return found
+
+    def read_back(self, fd):
+        """SHA-256 of what the disk holds: the cache is dropped first where that can be asked."""
+        import hashlib
+        if hasattr(os, 'posix_fadvise'):
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        digest = hashlib.sha256()
+        for block in iter(lambda: os.read(fd, BLOCK), b''):
+            self.stop.check()
+            digest.update(block)
+        return digest.hexdigest()
+
+    def place(self, jobs):
+        done = set()
+        for job in jobs:
+            source = os.path.join(self.stream.root, job.entry.path) if job.linked \
+                else self.path(job.staged)
+            try:
+                os.link(source, self.path(job.final), follow_symlinks=False)
+                if not job.linked:
+                    os.unlink(source)
+                elif not self.linked_rightly(job):
+                    os.unlink(self.path(job.final))
+                    job.error = Changed('%s was replaced' % show(job.entry.path))
+                done.add(job)
+            except FileExistsError:
+                continue
+            except OSError as error:
+                if self.place_otherwise(job, error):
+                    done.add(job)
+        for directory in {os.path.dirname(job.final) for job in done if not job.error}:
+            try:
+                sync_directory(self.path(directory))
+            except OSError as error:
+                raise self.trouble('cannot sync', error)
+        return done
+
+    def linked_rightly(self, job):
+        info = os.lstat(self.path(job.final))
+        return (job.entry.dev, job.entry.ino, job.entry.size, job.entry.mtime_ns) == \
+            (info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns)
+
+    def place_otherwise(self, job, error):
+        """No hard link here: another disk after all, a share, a file of somebody else."""
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE):
+            raise self.trouble('cannot link', error)
+        if error.errno in (errno.ENOENT, errno.ENAMETOOLONG, errno.ENOTDIR):
+            job.error = ItemError('%s: %s' % (show(job.final), error.strerror))
+            return True
+        try:
+            if job.linked:
+                job.linked = False
+                batch = Batch(self.stream.root, b'', ())
+                self.copy(batch, job)
+                self.verify(batch, [job])
+                if job.error:
+                    return True
+            if os.path.lexists(self.path(job.final)):
+                return False
+            os.rename(self.path(job.staged), self.path(job.final))
+        except OSError as trouble:
+            if trouble.errno != errno.EXDEV:
+                raise self.trouble('cannot rename', trouble)
+            job.error = ItemError('%s: another file system is mounted below target_dir' % show(job.final),
+                                  'make it the target_dir of a stream of its own')
+        except (Changed, ItemError) as trouble:
+            job.error = trouble
+        return True
+
+    def rename(self, old, new):
+        try:
+            os.rename(self.path(old), self.path(new))
+        except OSError as error:
+            raise ItemError('cannot rename %s to %s: %s' % (show(old), show(new), error.strerror))
+
+    def settle_conflict(self, batch, job):
+        if job.linked:
+            with contextlib.suppress(OSError):
+                here = os.lstat(os.path.join(batch.root, job.entry.path))
+                if os.path.samestat(here, os.lstat(self.path(job.final))):
+                    return          # a crash came between the link and the release
+        Staging.settle_conflict(self, batch, job)
+
+    def keep_identical(self, job):
+        """The bytes stand there already; a mirror takes over the time, so as not to ask again."""
+        if job.linked:
+            job.linked = False
+        else:
+            self.delete([job.staged])
+        if self.stream.mirror:
+            with contextlib.suppress(OSError):
+                os.utime(self.path(job.final), ns=(job.entry.mtime_ns, job.entry.mtime_ns))
+
+    def overwrite(self, job):
+        if job.linked:
+            try:
+                os.link(os.path.join(self.stream.root, job.entry.path), self.path(job.staged))
+            except OSError as error:
+                raise ItemError('%s: cannot link: %s' % (show(job.final), error.strerror))
+        self.rename(job.staged, job.final)
+
+    def delete(self, paths):
+        for path in paths:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.path(path))
+
+    def finish(self, batch):
+        """Directories first, with their times last; then files as everywhere, and symlinks."""
+        blocked = {}
+        inner = [e for e in batch.entries if e.kind == 'd']
+        for entry in inner:
+            path = self.path(os.path.join(batch.subdir, entry.path))
+            if os.path.lexists(path) and (os.path.islink(path) or not os.path.isdir(path)):
+                blocked[entry.path] = ItemError('%s: something else stands at the target' % show(path),
+                                                'rename or remove it')
+            else:
+                try:
+                    self.make_directories([os.path.join(batch.subdir, entry.path)])
+                except ItemError as error:
+                    blocked[entry.path] = error
+        for job in batch.jobs:
+            above = job.entry.path
+            while above and not job.error:
+                above = os.path.dirname(above)
+                job.error = blocked.get(above)
+        answers = Staging.finish(self, batch)
+        links = {e.path: self.copy_link(batch, e) for e in batch.entries if e.kind == 'l'}
+        for entry in reversed(inner):
+            with contextlib.suppress(OSError):
+                os.utime(self.path(os.path.join(batch.subdir, entry.path)),
+                         ns=(entry.mtime_ns, entry.mtime_ns))
+        return [self.with_links(parcel, answer, links, blocked)
+                for parcel, answer in zip(batch.parcels, answers)]
+
+    @staticmethod
+    def with_links(parcel, answer, links, blocked):
+        found = [links.get(e.path) or blocked.get(e.path) for e in parcel.entries]
+        error = answer.error or next((f for f in found if isinstance(f, MoverError)), None)
+        return answer._replace(error=error, sent=answer.sent or any(found))
+
+    def copy_link(self, batch, entry):
+        """Mirror a symlink as a link: True if it was made, None if it stood there, an error."""
+        final = self.path(os.path.join(batch.subdir, entry.path))
+        staged = self.path(self.staged_name(entry))
+        try:
+            aim = os.readlink(os.path.join(batch.root, entry.path))
+            if os.path.islink(final) and os.readlink(final) == aim:
+                return None
+            if os.path.lexists(final):
+                self.backup_or(entry.path)
+                if self.stream.on_conflict == 'backup':
+                    os.rename(final, stamped(final))
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(staged)
+            os.symlink(aim, staged)
+            os.replace(staged, final)
+            return True
+        except OSError as error:
+            return ItemError('symlink %s: %s' % (show(entry.path), error.strerror))
+        except ItemError as error:
+            return error
+
+    def free_space(self):
+        try:
+            return shutil_free(self.path(b''))
+        except OSError as error:
+            raise self.trouble('cannot look at', error)
+
+    def delete_area(self):
+        import shutil
+        shutil.rmtree(self.path(self.area), ignore_errors=True)
+        return not os.path.lexists(self.path(self.area))
+
+    def delete_missing(self, kept):
+        gone = []
+        for top, directories, files in os.walk(self.path(b''), topdown=False):
+            for name in files + directories:
+                path = os.path.join(top, name)
+                relative = os.path.relpath(path, self.path(b''))
+                if relative in kept or protected(relative, self.stream):
+                    continue
+                with contextlib.suppress(OSError):
+                    if os.path.isdir(path) and not os.path.islink(path):
+                        os.rmdir(path)
+                    else:
+                        os.unlink(path)
+                    gone.append(relative)
+        return gone
+
+
+class SshConnection:
+    """One ssh connection that ssh, scp, sftp and rsync share (ssh_config(5), ControlMaster).
+
+    The master goes to the background by itself and ends a minute after its last client,
+    so a kill -9 leaves nothing behind; it inherits none of our descriptors.
+    """
+
+    def __init__(self, stream, stop):
+        self.stream = stream
+        self.stop = stop
+        self.directory = None
+        self.pid = None
+
+    def options(self):
+        """Options that ssh, scp and sftp all understand."""
+        stream = self.stream
+        interval = max(1, min(15, int(stream.stall_timeout / 4)))
+        words = list(stream.ssh_options) + [
+            '-oBatchMode=yes', '-oConnectTimeout=%d' % max(1, stream.connect_timeout),
+            '-oServerAliveInterval=%d' % interval, '-oServerAliveCountMax=3',
+            '-oForwardAgent=no', '-oForwardX11=no', '-oPermitLocalCommand=no',
+            '-oClearAllForwardings=yes']
+        if stream.target_port:
+            words += ['-oPort=%d' % stream.target_port]
+        if stream.username:
+            words += ['-oUser=' + stream.username]
+        if stream.ssh_key:
+            words += ['-i', stream.ssh_key.replace('%', '%%')]
+        if self.directory:
+            words += ['-oControlPath=' + self.control_path().replace('%', '%%')]
+        return words
+
+    def control_path(self):
+        return os.path.join(self.directory, 's')
+
+    def command(self):
+        """ssh itself; it never becomes a master unless told, whatever ssh_config says."""
+        return [self.stream.ssh_command, '-T'] + self.options()
+
+    def control(self, verb):
+        """Ask the master for something: the finished command, or None if it does not answer."""
+        try:
+            return run([self.stream.ssh_command, '-O', verb,
+                        '-oControlPath=' + self.control_path().replace('%', '%%'),
+                        '--', self.stream.target_host], StopRequest(), 5)
+        except TargetError:
+            return None
+
+    def open(self):
+        """Log in, or see that we still are.  Raises TargetError with what ssh said."""
+        if WINDOWS:
+            return                  # no shared connections there: each program logs in itself
+        if self.directory:
+            answer = self.control('check')
+            if answer and answer.code == 0:
+                return
+            self.close()
+        self.directory = self.stream.control_dir
+        if len(self.control_path()) > CONTROL_PATH_MAX:
+            import tempfile
+            self.directory = tempfile.mkdtemp(prefix='mistamover-')
+        make_private_directory(self.directory)
+        if os.path.lexists(self.control_path()):
+            self.control('exit')        # left by a killed run, perhaps for another host
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.control_path())
+        argv = self.command() + ['-f', '-N', '-oControlMaster=yes', '-oControlPersist=60',
+                                 '--', self.stream.target_host]
+        done = run(argv, self.stop, self.stream.connect_timeout + 10)
+        if done.code != 0:
+            raise TargetError('cannot log in to %s: %s' % (
+                self.stream.target_host, done.errors or 'ssh ended with %d' % done.code),
+                'can you log in by hand? host key known, key in place, right port?')
+        answer = self.control('check')
+        match = re.search(r'pid=(\d+)', answer.errors) if answer else None
+        self.pid = int(match.group(1)) if match else None
+
+    def close(self):
+        if not self.directory:
+            return
+        import shutil
+        answer = self.control('exit')
+        if (answer is None or answer.code != 0) and self.pid and \
+                os.path.exists(self.control_path()):
+            with contextlib.suppress(OSError):
+                os.kill(self.pid, 15)       # it hangs: no ssh client would ever reach it again
+        shutil.rmtree(self.directory, ignore_errors=True)
+        self.directory = self.pid = None
+
+
+class RsyncTransport(Transport):
+    """What rsync over ssh and an rsync daemon have in common (rsync(1)).
+
+    An exit code or the output of a push proves nothing.  What counts is a second run over
+    the same names, -n --checksum: a name is delivered if that run names it as equal.
+    """
+
+    mirrors = True
+    keeps_directories = True
+
+    ROW = re.compile(rb'^([<>ch.*][fdLDS].{9}|\*\w+ *)\|([0-9a-f ]*)\|(.*)$')
+    CONNECTION_LOST = (2, 5, 10, 12, 14, 20, 22, 30, 35, 255)
+
+    def __init__(self, *args, **kwargs):
+        Transport.__init__(self, *args, **kwargs)
+        self.version = None
+        self.made = {b''}
+
+    def remote_shell(self):
+        """The -e option, or nothing for a daemon."""
+        return []
+
+    def url(self, subdir=b''):
+        raise NotImplementedError
+
+    def secret(self):
+        return {}
+
+    def open(self):
+        self.made = {b''}
+        if self.version is None:
+            done = run([self.stream.rsync_command, '--version'], self.stop, 30)
+            match = re.search(rb'version v?(\d+)\.(\d+)\.(\d+)', done.output)
+            if not match:
+                raise TargetError('%s is no rsync that this program knows' % show(
+                    self.stream.rsync_command), 'install rsync 3.1 or newer')
+            self.version = tuple(int(n) for n in match.groups())
+        if self.version < (3, 2, 4) and re.search(r'[^\w/.,@%+=:-]', self.stream.target_base):
+            raise TargetError('rsync %d.%d.%d would let a shell see target_dir' % self.version,
+                              'install rsync 3.2.4 or newer, or use plain characters')
+
+    def rsync(self, root, paths, options, subdir=b'', quiet_limit=None, watch=False):
+        """One rsync over a list of relative names: (Finished, {path: (row, checksum)})."""
+        stream = self.stream
+        argv = [stream.rsync_command] + stream.rsync_options + [
+            '--times', '--no-recursive', '--dirs', '--no-implied-dirs', '--from0',
+            '--files-from=-', '--out-format=%i|%C|%n',
+            '--timeout=%d' % max(2 * stream.stall_timeout, 2 * (quiet_limit or 0), 1)]
+        if stream.symlinks == 'keep':
+            argv += ['--links']
+        if stream.target_chmod:
+            argv += ['--perms', '--chmod=F%o,D%o' % stream.target_chmod]
+        else:
+            argv += ['--chmod=Du+rwx']      # else one 0544 directory refuses its own content
+        if self.version >= (3, 2, 0) and '--checksum' in options:
+            argv += ['--checksum-choice=md5']       # a name for what the ledger holds
+        argv += options + self.remote_shell() + ['--', os.path.join(root, b''), self.url(subdir)]
+        feed = b''.join(b'./' + path + b'\0' for path in paths)
+        done = run(argv, self.stop, quiet_limit or stream.stall_timeout, feed,
+                   on_output=self.watcher() if watch else None, keep_fds=self.lock_fds,
+                   secret=self.secret())
+        rows = {}
+        for line in re.split(rb'[\r\n]+', done.output):
+            match = self.ROW.match(line)
+            if match:
+                name = re.sub(rb'\\#([0-7]{3})', lambda m: bytes([int(m.group(1), 8)]), match.group(3))
+                rows[name.rstrip(b'/') or b'.'] = match.group(1), match.group(2).strip()
+        return done, rows
+
+    def watcher(self):
+        """Follows --info=progress2: its first number on a line is the bytes sent so far."""
+        before = self.progress.sent_bytes
+
+        def watch(piece):
+            numbers = re.findall(rb'[\r\n] *(\d[\d,.]*) +\d+%', piece)
+            if numbers:
+                self.progress.sent_bytes = before + int(re.sub(rb'\D', b'', numbers[-1]))
+        return watch
+
+    def fail(self, done, what):
+        hints = {5: 'is the module name right, and the password?', 12: 'is rsync installed there?',
+                 2: 'does the login print something, or is rsync too old there?',
+                 11: 'is the disk full, or the quota?', 30: 'the network or the target hangs'}
+        raise TargetError('%s: %s' % (what, done.errors or 'rsync ended with %d' % done.code),
+                          hints.get(done.code, ''))
+
+    def look(self, names, subdir=b''):
+        """Rows for names of an empty local directory: whether each stands at the target.
+
+        A listing would do, but not for write-only modules; a dry run does everywhere.
+        """
+        with scratch_directory(self.stream) as empty:
+            for name in names:
+                open(os.path.join(empty, name), 'wb').close()
+            done, rows = self.rsync(empty, [b''] + sorted(names), ['-n', '-i', '-i'], subdir)
+        if b'.' not in rows or any(name not in rows for name in names):
+            self.fail(done, 'cannot look at %s' % target_of(self.stream))
+        return {name: not row.endswith(b'+' * 9) for name, (row, _) in rows.items()}
+
+    def present(self, names):
+        found = self.look(names)
+        if not found.pop(b'.'):
+            if not self.stream.create_directories:
+                raise TargetError('the target directory %s is missing' % target_of(self.stream),
+                                  'create it or mount it, or set create_directories = yes')
+            self.make_base()
+        return {name for name, there in found.items() if there}
+
+    def make_base(self):
+        if self.version < (3, 2, 3):
+            raise TargetError('rsync %d.%d.%d cannot make directories' % self.version,
+                              'create target_dir there, or install rsync 3.2.3 or newer')
+        with scratch_directory(self.stream) as empty:
+            done, _ = self.rsync(empty, [b''], ['--mkpath'])
+        if done.code:
+            self.fail(done, 'cannot make %s' % target_of(self.stream))
+
+    def ensure(self, subdir):
+        """Make a dated directory by sending a tree of empty ones: any rsync can do that."""
+        if subdir in self.made:
+            return
+        with scratch_directory(self.stream) as empty:
+            os.makedirs(os.path.join(empty, subdir))
+            parts = subdir.split(b'/')
+            steps = [b'/'.join(parts[:n + 1]) for n in range(len(parts))]
+            self.rsync(empty, steps, ['--omit-dir-times', '--ignore-existing'])
+            done, rows = self.rsync(empty, steps, ['--omit-dir-times', '-n', '-i', '-i'])
+        if any(rows.get(step, (b'',))[0][:2] != b'.d' for step in steps):
+            self.fail(done, 'cannot make %s at %s, or something else stands there' % (
+                show(subdir), target_of(self.stream)))
+        self.made.add(subdir)
+
+    def patience(self, batch):
+        """Seconds of silence to allow while both sides read the biggest file."""
+        biggest = max([entry.size for entry in batch.entries] or [0])
+        return self.stream.stall_timeout + biggest / CHECK_RATE
+
+    @staticmethod
+    def reporting(batch):
+        """Small files report in blocks of 4 KB, about sixty names: a write for each would cost
+        as much as the file.  Large ones report while they are under way."""
+        if all(entry.size < SMALL for entry in batch.entries):
+            return ['--outbuf=B']
+        return ['--outbuf=L', '--info=progress2', '--no-human-readable']
+
+    def push(self, batch, paths, options):
+        if self.stream.bandwidth_limit:
+            options = options + ['--bwlimit=%d' % max(1, self.stream.bandwidth_limit // 1024)]
+        done, rows = self.rsync(
+            batch.root, paths, ['--partial-dir=' + PARTIAL_DIR] + self.reporting(batch) + options,
+            batch.subdir, self.patience(batch), watch=True)
+        if done.code in self.CONNECTION_LOST:
+            self.fail(done, 'the transfer to %s broke off' % target_of(self.stream))
+        return done, rows
+
+    def send(self, batch):
+        """batch.jobs: (names sent just now, names that were equal, what rsync said)."""
+        self.ensure(batch.subdir)
+        quick = self.stream.mirror and self.stream.on_conflict == 'overwrite'
+        options = ['-i', '-i'] + ([] if quick else ['--ignore-existing'])
+        done, rows = self.push(batch, [e.path for e in batch.entries], options)
+        # only a mirror may believe rsync's own look at size and time
+        believed = (b'.d', b'.f', b'.L') if quick else (b'.d',)
+        batch.jobs = ({p for p, (row, _) in rows.items() if row[:1] in (b'<', b'c')},
+                      {p for p, (row, _) in rows.items() if row[:2] in believed}, done)
+
+    def prove(self, batch, paths, options):
+        """{path: checksum} of those that stand at the target as they are here, and all rows."""
+        done, rows = self.rsync(batch.root, sorted(paths), ['-n', '-i', '-i', '--outbuf=B'] + options,
+                                batch.subdir, self.patience(batch) + batch.size / CHECK_RATE)
+        if done.code in self.CONNECTION_LOST:
+            self.fail(done, 'the proof at %s broke off' % target_of(self.stream))
+        equal = {}
+        for path, (row, checksum) in rows.items():
+            if row[:2] in (b'.f', b'.d', b'.L') and row[2:4] in (b'  ', b'..'):
+                equal[path] = 'md5:' + checksum.decode() if len(checksum) == 32 and \
+                    self.version >= (3, 2, 0) else None
+        return equal, rows
+
+    def finish(self, batch):
+        sent, quick, done = batch.jobs
+        everything = {e.path for e in batch.entries}
+        by_size = sent if self.stream.verify == 'size' else set()
+        equal = dict.fromkeys(quick)
+        known = {}
+        # what was not sent stood there before: only its content can tell whether it is ours
+        for paths, option in ((by_size, '--size-only'), (everything - by_size - set(quick), '--checksum')):
+            if self.stream.mirror and option == '--checksum' and paths - sent:
+                before, _ = self.prove(batch, paths - sent, [])
+                equal.update(before)
+                paths = paths - set(before)
+            if paths:
+                proven, rows = self.prove(batch, paths, [option])
+                equal.update(proven)
+                known.update(rows)
+        problems = self.send_again(batch, everything - set(equal), sent, known, equal)
+        broken = done.code == 11
+        return [self.outcome(batch, parcel, equal, problems, sent, done, broken)
+                for parcel in batch.parcels]
+
+    def send_again(self, batch, missing, sent, rows, equal):
+        """What differs at the target is ours and damaged, or somebody else's: on_conflict."""
+        differing = {p for p in missing if rows.get(p, (b'',))[0][:2] in (b'<f', b'cL')
+                     and not rows[p][0].endswith(b'+' * 9)}
+        foreign = differing - sent
+        problems = {}
+        for path in sorted(foreign):
+            try:
+                self.backup_or(path)
+            except ItemError as error:
+                problems[path] = error
+        foreign -= set(problems)
+        renamed = set() if batch.root == self.stream.root else self.send_renamed(batch, foreign, equal)
+        suffix = stamped(b'').decode()
+        backup = ['--backup', '--suffix=' + suffix] if self.stream.on_conflict == 'backup' else []
+        for path in sorted(foreign - renamed):
+            log.info('%s: %s stood at the target with other content and %s' % (
+                self.stream.name, show(path), 'is %s%s now' % (show(path), suffix)
+                if backup else 'is overwritten'))
+        again = foreign - renamed
+        if self.stream.on_conflict != 'refuse':
+            again |= differing & sent       # damaged, or taken by another sender: backed up as well
+        if again:
+            self.push(batch, sorted(again), ['--ignore-times', '-i'] + backup)
+            equal.update(self.prove(batch, again, ['--checksum'])[0])
+        for path in (again | differing & sent) - set(equal):
+            problems[path] = IntegrityError('%s arrived damaged' % show(path))
+        return problems
+
+    def send_renamed(self, batch, paths, equal):
+        """A zip never takes the name of one that stands there: it gets a time stamp."""
+        for index, parcel in enumerate(batch.parcels):
+            entry = parcel.entries[0]
+            if entry.path in paths:
+                new = stamped(entry.path)
+                os.rename(os.path.join(batch.root, entry.path), os.path.join(batch.root, new))
+                fresh = Entry.of(new, os.lstat(os.path.join(batch.root, new)))
+                batch.parcels[index] = Parcel(parcel.item, [fresh])
+                self.push(batch, [new], ['--ignore-existing', '-i'])
+                equal.update(self.prove(batch, [new], ['--checksum'])[0])
+        return set(paths)
+
+    def outcome(self, batch, parcel, equal, problems, sent, done, broken):
+        error = None
+        for entry in parcel.entries:
+            if entry.path in equal:
+                continue
+            error = problems.get(entry.path) or (
+                TargetError('%s was not taken: %s' % (show(entry.path), done.errors),
+                            'is the disk full, or the quota?') if broken else
+                ItemError('%s was not taken by the target: %s' % (
+                    show(entry.path), done.errors or 'no reason given')))
+            break
+        single = parcel.entries[0] if len(parcel.entries) == 1 else None
+        target = os.path.join(batch.subdir, single.path) if single else None
+        return Outcome(error, equal.get(single.path) if single else None, target, (),
+                       not self.stream.mirror or any(e.path in sent for e in parcel.entries))
+
+    def remove(self, name):
+        self.delete([name])
+
+    def delete(self, names):
+        """Names that do not exist here are deleted there: what exists here cannot be hit."""
+        with scratch_directory(self.stream) as empty:
+            return self.rsync(empty, names, ['--delete-missing-args', '-i'])
+
+    def delete_missing(self, kept):
+        """List the target, then name what must go; a name that exists here by then is safe."""
+        stream = self.stream
+        argv = [stream.rsync_command] + stream.rsync_options + ['--recursive', '--list-only', '--links'] + \
+            self.remote_shell() + ['--', self.url()]
+        done = run(argv, self.stop, stream.stall_timeout, secret=self.secret())
+        if done.code:
+            self.fail(done, 'mirror_delete cannot list %s' % target_of(stream))
+        extra = []
+        for line in done.output.split(b'\n'):
+            match = re.match(rb'(.)\S{9} +[\d,.]+ \d{4}/\d\d/\d\d \d\d:\d\d:\d\d (.*)$', line)
+            if match:
+                name = match.group(2).split(b' -> ')[0] if match.group(1) == b'l' else match.group(2)
+                name = re.sub(rb'\\#([0-7]{3})', lambda m: bytes([int(m.group(1), 8)]), name)
+                if name != b'.' and name not in kept and not protected(name, stream):
+                    extra.append((name, match.group(1) == b'd'))
+        gone = [name for name, is_directory in extra if not is_directory]
+        if gone:
+            self.run_deletion(gone)
+        for depth in sorted({name.count(b'/') for name, d in extra if d}, reverse=True):
+            level = [name for name, d in extra if d and name.count(b'/') == depth]
+            self.run_deletion(level)
+            gone += level
+        return gone
+
+    def run_deletion(self, names):
+        done, _ = self.rsync(self.stream.root, names, ['--delete-missing-args', '-i', '--existing'])
+        if done.code not in (0, 23, 24):
+            self.fail(done, 'mirror_delete failed at %s' % target_of(self.stream))
+
+
+class RsyncSsh(RsyncTransport):
+    """rsync over one shared ssh connection; nothing but rsync is needed at the target, so a
+    key restricted by rrsync works."""
+
+    def __init__(self, *args, **kwargs):
+        RsyncTransport.__init__(self, *args, **kwargs)
+        self.ssh = SshConnection(self.stream, self.stop)
+
+    def open(self):
+        RsyncTransport.open(self)
+        self.ssh.open()
+
+    def close(self):
+        self.ssh.close()
+
+    def remote_shell(self):
+        # rsync splits this itself: words in quotes, a quote doubled inside them (rsync(1), -e)
+        return ['-e', ' '.join("'%s'" % to_text(w).replace("'", "''") for w in self.ssh.command())]
+
+    def url(self, subdir=b''):
+        host = self.stream.target_host
+        host = '[%s]' % host if ':' in host else host
+        return b'%s:%s' % (to_bytes(host), os.path.join(to_bytes(self.stream.target_base), subdir, b''))
+
+
+class RsyncNative(RsyncTransport):
+    """An rsync daemon (rsyncd.conf(5)); target_dir = MODULE/path."""
+
+    takes_password = True
+
+    def secret(self):
+        return {'RSYNC_PASSWORD': self.stream.password} if self.stream.password else {}
+
+    def rsync(self, root, paths, options, subdir=b'', quiet_limit=None, watch=False):
+        options = options + ['--contimeout=%d' % max(1, self.stream.connect_timeout)]
+        return RsyncTransport.rsync(self, root, paths, options, subdir, quiet_limit, watch)
+
+    def url(self, subdir=b''):
+        stream = self.stream
+        host = '[%s]' % stream.target_host if ':' in stream.target_host else stream.target_host
+        return b'rsync://%s%s%s/%s' % (
+            to_bytes(stream.username + '@' if stream.username else ''), to_bytes(host),
+            b':%d' % stream.target_port if stream.target_port else b'',
+            os.path.join(to_bytes(stream.target_base), subdir, b''))
+
+
+class Dialogue:
+    """A program that is kept running and answers: one process for many questions.
+
+    marker(token): the command whose trace in the output tells that all before it is done.
+    """
+
+    def __init__(self, argv, stop, limit, marker, keep_fds=()):
+        self.marker = marker
+        self.limit = limit
+        self.program = Program(argv, stop, None, keep_fds)
+        self.rest = b''
+        self.asked = 0
+        self.lock = threading.Lock()    # one batch is sent while the one before is finished
+
+    def ask(self, script, limit=None, alive=None):
+        """Run commands, return the lines they printed.  Raises TargetError, Interrupted.
+        limit, alive: as for Program.read()."""
+        limit = limit or self.limit
+        with self.lock:
+            self.asked += 1
+            command, trace = self.marker(b'%d-%s' % (self.asked, hexlify(os.urandom(12))))
+            self.program.write(script + command, limit)
+            while trace not in self.rest:
+                piece = self.program.read(limit, alive)
+                if not piece:
+                    self.program.wait(KILL_GRACE)
+                    raise TargetError('%s ended: %s' % (
+                        self.program.name, self.program.errors() or 'no reason given'))
+                self.rest += piece
+            answer, self.rest = self.rest.split(trace, 1)
+        return answer.split(b'\n')[:-1]
+
+    def close(self):
+        self.program.close()
+
+
+class SshStaging(Staging):
+    """What scp and sftp share: a staging area at the other end of one ssh connection."""
+
+    def __init__(self, *args, **kwargs):
+        Staging.__init__(self, *args, **kwargs)
+        self.ssh = SshConnection(self.stream, self.stop)
+        self.talk = None                # the Dialogue for everything but the bytes
+
+    def start_dialogue(self):
+        raise NotImplementedError
+
+    def open(self):
+        self.made.clear()
+        self.ssh.open()
+        if self.talk and self.talk.program.process.poll() is not None:
+            self.end_dialogue()
+        if not self.talk:
+            self.talk = self.start_dialogue()
+            self.check_base()
+
+    def check_base(self):
+        raise NotImplementedError
+
+    def end_dialogue(self):
+        if self.talk:
+            self.talk.close()
+            self.talk = None
+
+    def close(self):
+        self.end_dialogue()
+        self.ssh.close()
+
+    def missing(self):
+        return TargetError('the target directory %s is missing or no directory' % target_of(self.stream),
+                           'create it or mount it, or set create_directories = yes')
+
+    def present(self, names):
+        names = list(names)
+        return {name for name, there in zip(names, self.exist(names)) if there}
+
+    def exist(self, names):
+        """For each name in target_dir whether anything stands there."""
+        raise NotImplementedError
+
+
+def in_chunks(values, size):
+    values = list(values)
+    return [values[i:i + size] for i in range(0, len(values), size)]
+
+
+def shell_quote(name):
+    """shlex.quote for bytes."""
+    return b"'" + name.replace(b"'", b"'\"'\"'") + b"'"
+
+
+class ScpTransport(SshStaging):
+    """scp for the bytes, one remote POSIX shell for hashing, renaming and the rest.
+
+    The names of a batch reach scp as a tree of symlinks in the spool, so no name ever
+    stands in an argument list.
+    """
+
+    HASH = (b'if command -v sha256sum >/dev/null 2>&1; then H=sha256sum; '
+            b'elif command -v shasum >/dev/null 2>&1; then H="shasum -a 256"; else H=; fi\n')
+
+    def start_dialogue(self):
+        talk = Dialogue(self.ssh.command() + ['--', self.stream.target_host, 'exec sh -s'], self.stop,
+                        self.stream.stall_timeout, lambda t: (b'echo %s\n' % t, t + b'\n'),
+                        self.lock_fds)
+        self.batches, self.arrived, self.batch_patience = 0, None, 0
+        self.run_id = hexlify(os.urandom(4))    # what an older run staged is never taken for ours
+        talk.ask(b'LC_ALL=C; export LC_ALL; umask 022\n' + self.HASH)
+        return talk
+
+    def words(self, names):
+        return b' '.join(shell_quote(b'./' + name) for name in names)
+
+    def check_base(self):
+        base = shell_quote(to_bytes(self.stream.target_base))
+        make = b'mkdir -p -- %s 2>/dev/null\n' % base if self.stream.create_directories else b''
+        if self.talk.ask(make + b'cd -- %s && echo yes\n' % base) != [b'yes']:
+            self.end_dialogue()
+            raise self.missing()
+
+    def exist(self, names):
+        script = b'for f in %s; do if [ -e "$f" ] || [ -L "$f" ]; then echo 1; else echo 0; fi; done\n'
+        answer = self.talk.ask(script % self.words(names) + b'[ -d . ] && echo yes\n')
+        if answer[-1:] != [b'yes'] or len(answer) != len(names) + 1:
+            raise self.missing()
+        return [line == b'1' for line in answer[:-1]]
+
+    def make_directories(self, paths):
+        for path in paths:
+            mode = b'700' if path == self.area else \
+                b'%o' % self.stream.target_chmod[1] if self.stream.target_chmod else b''
+            change = b' && chmod %s %s' % (mode, self.words([path])) if mode else b''
+            if self.talk.ask(b'mkdir -p %s%s && echo yes\n' % (self.words([path]), change)) != [b'yes']:
+                raise ItemError('cannot make %s at %s: %s' % (
+                    show(path), target_of(self.stream), self.talk.program.errors()))
+
+    def staged_name(self, entry):
+        """Under its own name in a directory of this batch, so that many can be placed at once."""
+        return os.path.join(self.area, self.batch_name(), entry.path)
+
+    def batch_name(self):
+        return b'%s-%d' % (self.run_id, self.batches)
+
+    def send(self, batch):
+        self.batches += 1
+        SshStaging.send(self, batch)
+
+    def stage(self, batch, jobs):
+        import shutil
+        spool = os.path.join(to_bytes(self.stream.spool), b'scp')
+        shutil.rmtree(spool, ignore_errors=True)
+        trees = []
+        for job in jobs:
+            try:
+                tree = os.path.join(spool, b'%d' % (len(trees) % self.stream.parallel),
+                                    self.batch_name())
+                link = os.path.join(tree, job.entry.path)
+                os.makedirs(os.path.dirname(link), 0o700, exist_ok=True)
+                os.symlink(os.path.join(batch.root, job.entry.path), link)
+                trees.append(tree)
+            except OSError as error:
+                raise StateError('cannot write to the spool %s: %s' % (show(spool), error.strerror))
+        try:
+            if not self.copy_trees(sorted(set(trees))):
+                for job in jobs:            # a full disk leaves holes of the right size
+                    job.hashed = True
+        finally:
+            shutil.rmtree(spool, ignore_errors=True)
+        self.progress.sent(sum(job.entry.size for job in jobs))
+
+    def copy_trees(self, trees):
+        """One scp for each tree, side by side; whether all said that it went well, which
+        proves nothing yet."""
+        base = to_bytes(self.stream.target_base)
+        if not base.startswith(b'/'):
+            base = b'./' + base
+        host = to_bytes('[%s]' % self.stream.target_host if ':' in self.stream.target_host
+                        else self.stream.target_host)
+        target = b'%s:%s/' % (host, os.path.join(base, self.area))
+        limit = ['-l', str(max(1, self.stream.bandwidth_limit * 8 // 1024 // len(trees)))] \
+            if self.stream.bandwidth_limit else []
+        failures, codes = [], {}
+
+        def copy(tree):
+            try:
+                done = run([self.stream.scp_command, '-q', '-p', '-r'] + limit + self.ssh.options() +
+                           ['--', tree, target], self.stop, self.stream.stall_timeout,
+                           keep_fds=self.lock_fds, alive=self.growing)
+                codes[tree] = done.code
+                if done.code == 255:
+                    raise TargetError('scp to %s broke off: %s' % (target_of(self.stream), done.errors))
+            except MoverError as error:
+                failures.append(error)
+
+        threads = [threading.Thread(target=copy, args=(tree,)) for tree in trees]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if failures:
+            raise failures[0]
+        return not any(codes.values())
+
+    def growing(self):
+        """scp is silent while it works: whether more has arrived since this was asked last."""
+        before = self.arrived
+        try:
+            lines = self.talk.ask(b'du -sk %s\n' % self.words([self.area]))
+        except TargetError:
+            return False
+        self.arrived = lines and lines[0].split()[0]
+        return self.arrived != before
+
+    def measure(self, paths, hashed):
+        """Sizes by wc or hashes by sha256sum, which prove the size as well."""
+        found = {}
+        command = b'$H' if hashed else b'wc -c'
+        plain = [p for p in paths if not re.search(rb'[\n\r\\]', p)]
+        odd = [p for p in paths if re.search(rb'[\n\r\\]', p)]
+        for chunk in in_chunks(plain, 500):
+            lines = self.talk.ask(
+                b'set --; for f in %s; do [ -f "$f" ] && [ ! -L "$f" ] && set -- "$@" "$f"; done\n'
+                b'[ $# -gt 0 ] && %s -- "$@"\n' % (self.words(chunk), command), self.hash_limit())
+            for line in lines:
+                match = re.match(rb'\s*(\w+) [ *]?(\./.*)$', line)
+                if match:
+                    found[match.group(2)[2:]] = match.group(1)
+        for path in odd:
+            word = self.words([path])
+            lines = self.talk.ask(b'[ -f %s ] && [ ! -L %s ] && %s < %s\n' % (
+                word, word, command, word), self.hash_limit())
+            if lines:
+                found[path] = lines[0].split()[0]
+        return {p: (None, v.decode()) if hashed else (int(v), None) for p, v in found.items()}
+
+    def hash_limit(self):
+        return max(self.stream.stall_timeout, self.batch_patience)
+
+    def verify(self, batch, jobs):
+        self.batch_patience = self.stream.stall_timeout + batch.size / CHECK_RATE
+        if jobs and any(job.hashed for job in jobs) and self.talk.ask(b'echo "$H"\n') == [b'']:
+            raise TargetError('no sha256sum or shasum at %s' % self.stream.target_host,
+                              'install one there, or set verify = size')
+        if self.stream.target_chmod:
+            for chunk in in_chunks([job.staged for job in jobs], 500):
+                self.talk.ask(b'chmod %o %s\n' % (self.stream.target_chmod[0], self.words(chunk)))
+        SshStaging.verify(self, batch, jobs)
+        # what is proven must also survive a power cut there, before the source goes
+        self.talk.ask(b'sync -f . 2>/dev/null || sync\n', self.batch_patience)
+
+    def place(self, jobs):
+        done = set()
+        groups = collections.defaultdict(list)
+        for job in jobs:
+            # ln into the directory keeps the base name; after a rename that is another one
+            if os.path.basename(job.staged) == os.path.basename(job.final):
+                groups[os.path.dirname(job.final)].append(job)
+            elif self.place_one(job):
+                done.add(job)
+        for directory, members in groups.items():
+            for chunk in in_chunks(members, 500):
+                pairs = b' '.join(self.words([job.staged, job.final]) for job in chunk)
+                lines = self.talk.ask(
+                    b'ln -- %s %s/ 2>/dev/null\nset -- %s\n'
+                    b'while [ $# -gt 0 ]; do [ "$1" -ef "$2" ] && echo 1 || echo 0; shift 2; done\n'
+                    % (self.words([job.staged for job in chunk]),
+                       self.words([directory or b'.']), pairs))
+                for job, line in zip(chunk, lines):
+                    if line == b'1' or self.place_one(job):
+                        done.add(job)
+        self.delete([job.staged for job in done])
+        return done
+
+    def place_one(self, job):
+        """By a link, which never overwrites, or where there are none by a rename."""
+        old, new = self.words([job.staged]), self.words([job.final])
+        return self.talk.ask(
+            b'if [ -e %s ] || [ -L %s ]; then [ %s -ef %s ] && echo yes; '
+            b'elif ln -- %s %s 2>/dev/null; then echo yes; '
+            b'elif [ ! -e %s ] && [ ! -L %s ] && mv -f -- %s %s; then echo yes; fi\n'
+            % (new, new, old, new, old, new, new, new, old, new)) == [b'yes']
+
+    def rename(self, old, new):
+        answer = self.talk.ask(b'[ ! -d %s ] && mv -f -- %s %s && echo yes\n' % (
+            self.words([new]), self.words([old]), self.words([new])))
+        if answer != [b'yes']:
+            raise ItemError('cannot rename %s to %s: %s' % (show(old), show(new),
+                                                            self.talk.program.errors()))
+
+    def delete(self, paths):
+        for chunk in in_chunks(paths, 500):
+            self.talk.ask(b'rm -f -- %s\n' % self.words(chunk))
+
+    def delete_area(self):
+        return self.talk.ask(b'rm -rf -- %s && echo yes\n' % self.words([self.area])) == [b'yes']
+
+    def free_space(self):
+        lines = self.talk.ask(b'df -Pk .\n')
+        match = re.search(rb' (\d+) +\d+% ', lines[-1]) if lines else None
+        return int(match.group(1)) * 1024 if match else None
+
+
+class SftpTransport(SshStaging):
+    """Accounts with no shell: everything by sftp(1) commands, one running sftp each for the
+    bytes and for the rest.  A line feed in a name would begin a command, so it is refused."""
+
+    forbidden = b'\n'
+    LISTED = re.compile(rb'^(\S)\S{9}.*? (\d+) [A-Z][a-z]{2} [ \d]\d (?:\d\d:\d\d| \d{4})$')
+
+    def __init__(self, *args, **kwargs):
+        SshStaging.__init__(self, *args, **kwargs)
+        self.pipe = None                # the Dialogue that carries the bytes
+
+    def start_dialogue(self):
+        limit = ['-l', str(max(1, self.stream.bandwidth_limit * 8 // 1024))] \
+            if self.stream.bandwidth_limit else []
+        host = '[%s]' % self.stream.target_host if ':' in self.stream.target_host \
+            else self.stream.target_host
+        argv = [self.stream.sftp_command, '-q', '-b', '-', '-S', self.stream.ssh_command] + \
+            self.ssh.options() + limit + ['--', host]
+        return Dialogue(argv, self.stop, self.stream.stall_timeout,
+                        lambda t: (b'# %s\n' % t, b'sftp> # %s\n' % t), self.lock_fds)
+
+    def end_dialogue(self):
+        if self.pipe:
+            self.pipe.close()
+            self.pipe = None
+        SshStaging.end_dialogue(self)
+
+    def quote(self, name):
+        path = os.path.join(to_bytes(self.stream.target_base), name)
+        return self.word(path if path.startswith(b'/') else b'./' + path)
+
+    @staticmethod
+    def word(path):
+        return b'"%s"' % path.replace(b'\\', b'\\\\').replace(b'"', b'\\"')
+
+    def answers(self, commands, talk=None, alive=None):
+        """What each of some commands printed: a list of lists of lines."""
+        lines = (talk or self.talk).ask(b''.join(b'-%s\n' % c for c in commands), alive=alive)
+        found = []
+        for line in lines:
+            if line.startswith(b'sftp> '):
+                found.append([])
+            elif found:
+                found[-1].append(line)
+        if len(found) != len(commands):
+            raise TargetError('sftp answered %d of %d commands' % (len(found), len(commands)))
+        return found
+
+    @staticmethod
+    def printed(text):
+        """As sftp prints a name in the C locale: bytes that are not plain ASCII in octal."""
+        return re.sub(rb'[^\x20-\x7e]', lambda m: b'\\%03o' % ord(m.group()), text)
+
+    def listed(self, lines, name):
+        """(type, size) of exactly this name in the output of ls -ln, or None."""
+        path = self.printed(os.path.join(to_bytes(self.stream.target_base), name))
+        for line in map(self.printed, lines):
+            for ending in (b' ' + path, b' ./' + path):
+                match = self.LISTED.match(line[:-len(ending)]) if line.endswith(ending) else None
+                if match:
+                    return match.group(1), int(match.group(2))
+        return None
+
+    def check_base(self):
+        if self.stream.create_directories:
+            parts = self.stream.target_base.split('/')
+            steps = ['/'.join(parts[:n + 1]) for n in range(len(parts)) if parts[n]]
+            self.answers([b'mkdir ' + self.word(to_bytes(step)) for step in steps])
+        self.base_listing()
+
+    def base_listing(self):
+        lines = self.answers([b'ls -lan ' + self.quote(b'')])[0]
+        if not any(line.startswith(b'd') and line.endswith(b'/.') for line in lines):
+            raise self.missing()
+        return lines
+
+    def exist(self, names):
+        lines = self.base_listing()
+        return [any(self.printed(line).endswith(b'/' + self.printed(name)) for line in lines)
+                for name in names]
+
+    def make_directories(self, paths):
+        steps = []
+        for path in paths:
+            parts = path.split(b'/')
+            steps += [b'/'.join(parts[:n + 1]) for n in range(len(parts))]
+        steps = sorted(set(steps))
+        self.answers([b'mkdir ' + self.quote(step) for step in steps])
+        mode = self.stream.target_chmod
+        self.answers([b'chmod %o %s' % (0o700 if step == self.area else mode[1], self.quote(step))
+                      for step in steps if mode or step == self.area])
+        for path, lines in zip(paths, self.answers([b'ls -lan ' + self.quote(p) for p in paths])):
+            if not any(line.startswith(b'd') and line.endswith(b'/.') for line in lines):
+                raise ItemError('cannot make %s at %s: %s' % (
+                    show(path), target_of(self.stream), self.talk.program.errors()))
+
+    def open(self):
+        SshStaging.open(self)
+        if self.pipe and self.pipe.program.process.poll() is not None:
+            self.pipe.close()
+            self.pipe = None
+        if not self.pipe:
+            self.pipe = self.start_dialogue()
+
+    def stage(self, batch, jobs):
+        """put -f (fsync at the target) under the temporary name; a big rest is resumed."""
+        there = self.measure([j.staged for j in jobs if j.entry.size >= RESUME_FROM], False, self.pipe)
+        for job in jobs:
+            part = there.get(job.staged, (0, None))[0]
+            resume = 0 < part <= job.entry.size
+            job.hashed = job.hashed or resume       # only the whole proves what a resume made
+            if resume and part == job.entry.size:
+                self.progress.sent(part)
+                continue
+            source = self.word(os.path.join(batch.root, job.entry.path))
+            self.answers([b'%s -fp %s %s' % (b'reput' if resume else b'put', source,
+                                             self.quote(job.staged))],
+                         self.pipe, alive=self.growth_of(job.staged))
+            self.progress.sent(job.entry.size - (part if resume else 0))
+        if self.stream.target_chmod:
+            self.answers([b'chmod %o %s' % (self.stream.target_chmod[0], self.quote(job.staged))
+                          for job in jobs], self.pipe)
+
+    def growth_of(self, path):
+        """An alive() for a put: whether the file at the target has grown since the last look."""
+        seen = [None]
+
+        def growing():
+            before = seen[0]
+            try:
+                seen[0] = self.measure([path], False).get(path)
+            except TargetError:
+                return False
+            return seen[0] != before
+        return growing
+
+    def measure(self, paths, hashed, talk=None):
+        found = {}
+        for path, lines in zip(paths, self.answers([b'ls -ln ' + self.quote(p) for p in paths], talk)
+                               if paths else ()):
+            listed = self.listed(lines, path)
+            if listed and listed[0] == b'-':
+                found[path] = listed[1], self.read_back(path, listed[1]) if hashed else None
+        return found
+
+    def read_back(self, path, size):
+        """Fetch a file into the spool, hash it, remove it: there is no other way without a shell."""
+        import hashlib
+        copy = os.path.join(to_bytes(self.stream.spool), b'read-back')
+        digest = hashlib.sha256()
+        try:
+            os.makedirs(os.path.dirname(copy), 0o700, exist_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(copy)
+            if shutil_free(os.path.dirname(copy)) < size:
+                raise StateError('no room in %s to read %s back' % (
+                    show(os.path.dirname(copy)), format_size(size)), 'see state_dir, or verify = size')
+            seen = [-1]
+
+            def growing():
+                before, seen[0] = seen[0], os.path.getsize(copy) if os.path.exists(copy) else 0
+                return seen[0] != before
+            self.answers([b'get %s %s' % (self.quote(path), self.word(copy))], alive=growing)
+            with open(copy, 'rb') as handle:
+                for block in iter(lambda: handle.read(BLOCK), b''):
+                    digest.update(block)
+            os.unlink(copy)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise StateError('cannot read back into %s: %s' % (show(copy), error.strerror))
+        return digest.hexdigest()
+
+    def place(self, jobs):
+        """rename -l never overwrites: the server links and unlinks, or looks and renames.  What
+        is staged no longer has been placed."""
+        if not jobs:
+            return set()
+        self.answers([b'rename -l %s %s' % (self.quote(j.staged), self.quote(j.final)) for j in jobs])
+        still = self.measure([job.staged for job in jobs], False)
+        return {job for job in jobs if job.staged not in still}
+
+    def rename(self, old, new):
+        self.answers([b'rename %s %s' % (self.quote(old), self.quote(new))])
+        if old in self.measure([old], False):
+            raise ItemError('cannot rename %s to %s: %s' % (show(old), show(new),
+                                                            self.talk.program.errors()))
+
+    def delete(self, paths):
+        if paths:
+            self.answers([b'rm ' + self.quote(path) for path in paths])
+
+    def delete_area(self):
+        lines = self.answers([b'ls -1a ' + self.quote(self.area)])[0]
+        names = [line.rsplit(b'/', 1)[-1] for line in lines]
+        self.delete([os.path.join(self.area, name) for name in names if name not in (b'.', b'..')])
+        self.answers([b'rmdir ' + self.quote(self.area)])
+        return not self.answers([b'ls -la ' + self.quote(self.area)])[0]
+
+    def free_space(self):
+        lines = self.answers([b'df ' + self.quote(b'')])[0]
+        return int(lines[-1].split()[2]) * 1024 if len(lines) == 2 else None
+
+
+def copy_prefix(root, entry, digest, length, stop):
+    """Hash the first `length` bytes of a file: what a resumed transfer has sent before."""
+    fd = open_entry(root, entry)
+    try:
+        while length:
+            stop.check()
+            block = os.read(fd, min(BLOCK, length))
+            if not block:
+                raise Changed('%s became shorter' % show(entry.path))
+            digest.update(block)
+            length -= len(block)
+    finally:
+        os.close(fd)
+
+
+class FtpTransport(Staging):
+    """FTP and FTPS (RFC 959, 3659, 4217) by ftplib: passive, binary, several connections.
+
+    A 226 proves nothing: the size is asked for, and for verify = checksum a hash where FEAT
+    offers one, else the bytes are read back.
+    """
+
+    takes_password = True
+    forbidden = b'\r\n\0'
+
+    def __init__(self, *args, **kwargs):
+        Staging.__init__(self, *args, **kwargs)
+        self.idle = []                  # logged-in connections nobody uses just now
+        self.used = 0                   # connections in all
+        self.allowed = self.stream.parallel
+        self.lock = threading.Lock()    # guards these three
+        self.features = ''
+
+    def connect(self):
+        """A logged-in connection in target_dir.  Raises TargetError."""
+        import ftplib
+        import ssl
+
+        class Plain(ftplib.FTP):
+            encoding = 'latin-1'        # names are bytes; every byte has its character
+
+            def makepasv(self):
+                # never where the answer says: that may be another host (CVE-2021-4189)
+                return self.sock.getpeername()[0], ftplib.FTP.makepasv(self)[1]
+
+        class Secure(Plain, ftplib.FTP_TLS):
+            def ntransfercmd(self, cmd, rest=None):
+                # servers want the session of the control connection again (gh-63699)
+                conn, size = ftplib.FTP.ntransfercmd(self, cmd, rest)
+                return self.context.wrap_socket(conn, server_hostname=self.host,
+                                                session=self.sock.session), size
+
+        stream = self.stream
+        ftp = Secure(context=ssl.create_default_context()) if stream.tls else Plain()
+        ftp.encoding = 'latin-1'
+        with self.translated('cannot log in to %s, port %d' % (
+                stream.target_host, stream.target_port or 21)), \
+                self.stop.on_stop(lambda: ftp.close()):
+            ftp.connect(stream.target_host, stream.target_port or 0, timeout=stream.connect_timeout)
+            ftp.login(stream.username or 'anonymous', stream.password or '')
+            if stream.tls:
+                ftp.prot_p()
+            ftp.timeout = stream.stall_timeout
+            ftp.sock.settimeout(stream.stall_timeout)
+            ftp.voidcmd('TYPE I')
+        return ftp
+
+    @contextlib.contextmanager
+    def translated(self, what):
+        """Reply codes and socket errors into errors by what to do next (RFC 959, 4.2)."""
+        import ftplib
+        try:
+            yield
+        except ftplib.all_errors as error:
+            self.stop.check()
+            text = show(str(error).strip()) or type(error).__name__
+            code = text[:3]
+            hint = {'530': 'are username and password right?',
+                    '452': 'the disk is full', '552': 'the disk or the quota is full'}.get(code, '')
+            if isinstance(error, ftplib.error_perm) and code not in ('530', '532', '534', '535', '552',
+                                                                    '521', '522'):
+                raise ItemError('%s: %s' % (what, text), hint)
+            raise TargetError('%s: %s' % (what, text), hint)
+
+    def enter_base(self, ftp):
+        base = to_bytes(self.stream.target_base).decode('latin-1')
+        try:
+            with self.translated('target_dir'):
+                ftp.cwd(base)
+        except ItemError:
+            if not self.stream.create_directories:
+                raise TargetError('the target directory %s is missing' % target_of(self.stream),
+                                  'create it, or set create_directories = yes')
+            step = '/' if base.startswith('/') else ''
+            for part in base.strip('/').split('/'):
+                step = step + part if step in ('', '/') else step + '/' + part
+                with contextlib.suppress(ItemError), self.translated('mkdir'):
+                    ftp.mkd(step)
+            try:
+                with self.translated('target_dir'):
+                    ftp.cwd(base)
+            except ItemError as error:
+                raise TargetError('cannot make %s: %s' % (target_of(self.stream), error))
+
+    def take(self):
+        """A connection from the pool, or a new one; a server that allows fewer than
+        `parallel` teaches us how many."""
+        while True:
+            with self.lock:
+                if self.idle:
+                    return self.idle.pop()
+                grow = self.used < self.allowed
+                self.used += grow
+            if not grow:
+                self.stop.wait(0.05)
+                continue
+            try:
+                ftp = self.connect()
+                try:
+                    self.enter_base(ftp)
+                    return ftp
+                except BaseException:
+                    ftp.close()
+                    raise
+            except MoverError as error:
+                with self.lock:
+                    self.used -= 1
+                    if self.used and isinstance(error, TargetError):
+                        self.allowed = self.used
+                        continue
+                raise TargetError(error.message, error.hint) if isinstance(error, ItemError) else error
+
+    @contextlib.contextmanager
+    def connection(self):
+        """A connection for one thread; after an error that leaves it unclear it is thrown away."""
+        ftp = self.take()
+
+        def wake():
+            import socket
+            ftp.sock.shutdown(socket.SHUT_RDWR)
+        healthy = False
+        try:
+            with self.stop.on_stop(wake):
+                yield ftp
+            healthy = True
+        except ItemError:
+            healthy = True
+            raise
+        finally:
+            if not healthy:
+                ftp.close()
+            with self.lock:
+                if healthy:
+                    self.idle.append(ftp)
+                else:
+                    self.used -= 1
+
+    def open(self):
+        self.made.clear()
+        with self.lock:
+            stale, self.idle = self.idle, []
+        for ftp in stale:
+            try:
+                with self.translated('noop'):
+                    ftp.voidcmd('NOOP')
+                self.idle.append(ftp)
+            except MoverError:
+                self.drop(ftp)
+        if not self.idle:
+            self.allowed = self.stream.parallel
+            with self.connection() as ftp, contextlib.suppress(ItemError), self.translated('FEAT'):
+                self.features = ftp.sendcmd('FEAT').upper()
+
+    def drop(self, ftp):
+        ftp.close()
+        with self.lock:
+            self.used -= 1
+
+    def close(self):
+        with self.lock:
+            idle, self.idle = self.idle, []
+        for ftp in idle:
+            with contextlib.suppress(MoverError), self.translated('quit'):
+                ftp.sock.settimeout(KILL_GRACE)
+                ftp.quit()
+            self.drop(ftp)
+
+    @staticmethod
+    def name(path):
+        """A path as an argument: never empty, never beginning with a dash or a blank."""
+        return './' + path.decode('latin-1')
+
+    def each(self, values, action):
+        """action(connection, value) for every value, on up to `parallel` connections."""
+        values = list(values)
+        waiting = collections.deque(values)
+        failures = []
+
+        def work():
+            try:
+                with self.connection() as ftp:
+                    while not failures:
+                        self.stop.check()
+                        try:
+                            value = waiting.popleft()
+                        except IndexError:
+                            return
+                        action(ftp, value)
+            except MoverError as error:
+                failures.append(error)
+
+        threads = [threading.Thread(target=work, name='ftp')
+                   for _ in range(min(self.stream.parallel, len(values)) - 1)]
+        for thread in threads:
+            thread.start()
+        if values:
+            work()
+        for thread in threads:
+            thread.join()
+        if failures:
+            raise failures[0]
+
+    def size(self, ftp, path):
+        """RFC 3659 SIZE, or None if no such file stands there."""
+        try:
+            with self.translated('SIZE %s' % show(path)):
+                return int(ftp.sendcmd('SIZE ' + self.name(path))[3:].split()[-1])
+        except ItemError:
+            return None
+
+    def stands(self, ftp, path):
+        """Whether anything has this name.  SIZE may be refused for other reasons than absence;
+        RNFR is answered 350 for whatever can be renamed (RFC 959, 4.1.3)."""
+        try:
+            with self.translated('RNFR %s' % show(path)):
+                return ftp.sendcmd('RNFR ' + self.name(path)).startswith('3')
+        except ItemError:
+            return self.size(ftp, path) is not None or self.is_directory(ftp, path)
+
+    def present(self, names):
+        with self.connection() as ftp:
+            try:
+                with self.translated('pwd'):
+                    ftp.cwd('.')
+            except ItemError:
+                raise TargetError('the target directory %s is gone' % target_of(self.stream),
+                                  'create it or mount it')
+            return {name for name in names if self.stands(ftp, name)}
+
+    def is_directory(self, ftp, path):
+        import ftplib
+        with self.translated('cwd'):
+            try:
+                here = ftp.pwd()
+                ftp.cwd(self.name(path))
+                ftp.cwd(here)
+                return True
+            except ftplib.error_perm:
+                return False
+
+    def make_directories(self, paths):
+        with self.connection() as ftp:
+            for path in paths:
+                step = b''
+                for part in path.split(b'/'):
+                    step = os.path.join(step, part)
+                    with contextlib.suppress(ItemError), self.translated('MKD'):
+                        ftp.mkd(self.name(step))
+                        if self.stream.target_chmod and step != self.area:
+                            ftp.voidcmd('SITE CHMOD %o %s' % (self.stream.target_chmod[1],
+                                                              self.name(step)))
+                if not self.is_directory(ftp, path):
+                    raise ItemError('cannot make %s at %s' % (show(path), target_of(self.stream)),
+                                    'may this account write there?')
+
+    def stage(self, batch, jobs):
+        def store(ftp, job):
+            try:
+                self.store(ftp, batch, job)
+            except (Changed, ItemError) as error:
+                job.error = error
+        self.each(jobs, store)
+
+    def store(self, ftp, batch, job):
+        """STOR to the temporary name, or REST and STOR for the rest of a big file."""
+        import hashlib
+        start = 0
+        if job.entry.size >= RESUME_FROM:
+            there = self.size(ftp, job.staged) or 0
+            start = there if 0 < there <= job.entry.size else 0
+            job.hashed = job.hashed or start > 0    # only the whole proves what a resume made
+        digest = hashlib.sha256()
+        if start:
+            copy_prefix(batch.root, job.entry, digest, start, self.stop)
+        if start < job.entry.size or not start:
+            self.transfer(ftp, batch, job, start, digest)
+        self.dress(ftp, job)
+        job.digest = digest.hexdigest()
+
+    def transfer(self, ftp, batch, job, start, digest):
+        """The bytes from `start` on, over a data connection of their own."""
+        with self.translated('STOR %s' % show(job.entry.path)):
+            conn = ftp.transfercmd('STOR ' + self.name(job.staged), rest=start or None)
+            try:
+                def write(block):
+                    conn.sendall(block)
+                    digest.update(block)
+                    self.progress.sent(len(block))
+                    self.throttle.spend(len(block))
+                copy_entry(batch.root, job.entry, write, self.stop, start)
+                if self.stream.tls:
+                    conn.unwrap()
+            except (Changed, ItemError):
+                conn.close()
+                ftp.getmultiline()      # whatever it says of the half it got
+                raise
+            finally:
+                conn.close()
+            ftp.voidresp()
+
+    def dress(self, ftp, job):
+        """Time by MFMT (draft-somers-ftp-mfxx) or MDTM; mode by SITE CHMOD, where offered."""
+        stamp = time.strftime('%Y%m%d%H%M%S', time.gmtime(job.entry.mtime_ns // 10 ** 9))
+        verb = 'MFMT' if 'MFMT' in self.features else 'MDTM'
+        with contextlib.suppress(ItemError), self.translated(verb):
+            ftp.voidcmd('%s %s %s' % (verb, stamp, self.name(job.staged)))
+        if self.stream.target_chmod:
+            with self.translated('SITE CHMOD'):
+                ftp.voidcmd('SITE CHMOD %o %s' % (self.stream.target_chmod[0], self.name(job.staged)))
+
+    def measure(self, paths, hashed):
+        found = {}
+
+        def look(ftp, path):
+            size = self.size(ftp, path)
+            if size is not None:
+                found[path] = size, self.remote_hash(ftp, path) if hashed else None
+        self.each(paths, look)
+        return found
+
+    def remote_hash(self, ftp, path):
+        import hashlib
+        if 'XSHA256' in self.features:
+            with contextlib.suppress(ItemError), self.translated('XSHA256'):
+                match = re.search(r'\b[0-9A-Fa-f]{64}\b', ftp.sendcmd('XSHA256 ' + self.name(path)))
+                if match:
+                    return match.group().lower()
+        digest = hashlib.sha256()
+
+        def read(block):
+            self.stop.check()
+            digest.update(block)
+        with self.translated('RETR %s' % show(path)):
+            ftp.retrbinary('RETR ' + self.name(path), read, 1 << 16)
+        return digest.hexdigest()
+
+    def place(self, jobs):
+        done = set()
+
+        def publish(ftp, job):
+            if not self.stands(ftp, job.final):
+                try:
+                    with self.translated('RNTO %s' % show(job.final)):
+                        ftp.rename(self.name(job.staged), self.name(job.final))
+                except ItemError as error:
+                    job.error = error
+                done.add(job)
+        self.each(jobs, publish)
+        return done
+
+    def rename(self, old, new):
+        with self.connection() as ftp, self.translated('RNTO %s' % show(new)):
+            ftp.rename(self.name(old), self.name(new))
+
+    def delete(self, paths):
+        def remove(ftp, path):
+            with contextlib.suppress(ItemError), self.translated('DELE'):
+                ftp.delete(self.name(path))
+        self.each(paths, remove)
+
+    def delete_area(self):
+        names = []
+        with self.connection() as ftp:
+            with contextlib.suppress(ItemError), self.translated('NLST'):
+                ftp.retrlines('NLST ' + self.name(self.area), names.append)
+            with self.translated('TYPE I'):
+                ftp.voidcmd('TYPE I')       # retrlines() leaves the connection in ASCII mode
+            for name in names:
+                with contextlib.suppress(ItemError), self.translated('DELE'):
+                    ftp.delete(self.name(os.path.join(
+                        self.area, name.encode('latin-1').rsplit(b'/', 1)[-1])))
+            with contextlib.suppress(ItemError), self.translated('RMD'):
+                ftp.rmd(self.name(self.area))
+            return not self.is_directory(ftp, self.area)
+
+
+TRANSPORTS = {
+    'local': LocalTransport,
+    'rsync_ssh': RsyncSsh,
+    'rsync_native': RsyncNative,
+    'scp': ScpTransport,
+    'sftp': SftpTransport,
+    'ftp': FtpTransport,
+}
+
+
+# ----------------------------------------------------------------------------------------
+# 13  delivery: the straight line
+# ----------------------------------------------------------------------------------------
+
+def in_window(window, now):
+    """Whether a local time lies in a transfer window, which may go past midnight."""
+    if window is None:
+        return True
+    start, end = window
+    minute = now.tm_hour * 60 + now.tm_min
+    return start <= minute < end if start <= end else minute >= start or minute < end
+
+
+class Releaser:
+    """Deletes delivered sources, and nothing else.
+
+    A file is held by a read lease and looked at; then it is renamed into a private directory
+    and looked at once more, so that neither a writer nor a file put in its place can lose
+    anything: whatever turns out not to be the delivered snapshot is put back.  A zipped
+    directory is renamed aside as a whole, after a journal that lets a crash be finished.
+    """
+
+    def __init__(self, stream, state_dir):
+        self.stream = stream
+        self.root = stream.root
+        self.journal = os.path.join(state_dir, stream.name + '.releasing')
+        self.cached = None              # (directory, its descriptor, the private one)
+        self.changed = {}               # (dev, ino) -> ctime after we unlinked another name of it
+
+    # -- single files
+
+    def release(self, item, linked):
+        """Delete what of the item still is as its snapshot says; return why the rest stays.
+        Raises ItemError if something is there but may not be deleted."""
+        reasons = []
+        for entry in item.files:
+            reason = self.release_file(entry, entry.path in linked)
+            if reason:
+                reasons.append('%s %s' % (show(entry.path), reason))
+        if item.is_directory or b'/' in item.name:
+            self.forget_directory()
+            self.remove_directories(item)
+        return reasons
+
+    def release_file(self, entry, linked):
+        """None when it is gone, else the reason why it stays."""
+        try:
+            if WINDOWS:
+                return self.release_plainly(entry)
+            return self.release_linked(entry) if linked else self.release_held(entry)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise ItemError('%s was delivered, but cannot be deleted: %s' % (
+                show(entry.path), error.strerror), 'change the permissions of the directory')
+
+    def release_plainly(self, entry):
+        path = os.path.join(self.root, entry.path)
+        if not entry.same_as(os.lstat(path)):
+            return 'changed after it was sent'
+        os.unlink(path)     # Windows refuses while somebody has it open
+        return None
+
+    def release_linked(self, entry):
+        """One inode stands at both ends: nothing written to it can be lost, only a file that
+        was put in its place."""
+        parent, aside = self.directory(os.path.dirname(entry.path))
+        name = os.path.basename(entry.path)
+        os.rename(name, name, src_dir_fd=parent, dst_dir_fd=aside)
+        there = os.stat(name, dir_fd=aside, follow_symlinks=False)
+        if (there.st_dev, there.st_ino) != (entry.dev, entry.ino):
+            self.put_back(name, aside, parent)
+            return 'was replaced after it was sent'
+        os.unlink(name, dir_fd=aside)
+        return None
+
+    def release_held(self, entry):
+        import fcntl
+        parent, aside = self.directory(os.path.dirname(entry.path))
+        name = os.path.basename(entry.path)
+        fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=parent)
+        try:
+            leased = self.lease(fd, fcntl)
+            if leased is False:
+                return 'is open for writing'
+            if not self.unchanged(entry, os.fstat(fd)):
+                return 'changed after it was sent'
+            try:
+                os.rename(name, name, src_dir_fd=parent, dst_dir_fd=aside)
+            except OSError as error:
+                if error.errno != errno.EXDEV:
+                    raise
+                os.unlink(name, dir_fd=parent)      # a mount point: without the last look
+                return None
+            here, there = os.fstat(fd), os.stat(name, dir_fd=aside, follow_symlinks=False)
+            if not os.path.samestat(here, there) or \
+                    (here.st_size, here.st_mtime_ns) != (entry.size, entry.mtime_ns) or \
+                    leased and fcntl.fcntl(fd, fcntl.F_GETLEASE) != fcntl.F_RDLCK:
+                self.put_back(name, aside, parent)
+                return 'changed while it was released'
+            os.unlink(name, dir_fd=aside)
+            if here.st_nlink > 1:
+                self.changed[(here.st_dev, here.st_ino)] = os.fstat(fd).st_ctime_ns
+            return None
+        finally:
+            os.close(fd)
+
+    @staticmethod
+    def lease(fd, fcntl):
+        """True: we hold a read lease; False: somebody writes; None: it cannot be asked here."""
+        try:
+            fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+            return True
+        except OSError as error:
+            return False if error.errno == errno.EAGAIN else None
+        except AttributeError:
+            return None
+
+    def unchanged(self, entry, info):
+        ours = self.changed.get((entry.dev, entry.ino))
+        return entry.same_as(info) or ours is not None and \
+            entry._replace(ctime_ns=ours).same_as(info)
+
+    @staticmethod
+    def put_back(name, aside, parent):
+        """Under its own name, or beside what took it meanwhile; nothing is overwritten."""
+        for new in (name, stamped(name)):
+            try:
+                os.link(name, new, src_dir_fd=aside, dst_dir_fd=parent, follow_symlinks=False)
+                os.unlink(name, dir_fd=aside)
+                return
+            except FileExistsError:
+                continue
+            except OSError:             # no hard links here
+                os.rename(name, stamped(name), src_dir_fd=aside, dst_dir_fd=parent)
+                return
+
+    def directory(self, relative):
+        """Descriptors of a directory of the source and of its private counterpart; every
+        component is opened without following symlinks."""
+        if self.cached and self.cached[0] == relative:
+            return self.cached[1:]
+        self.forget_directory()
+        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
+        parent = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY)
+        aside = None
+        try:
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(RELEASE_DIR, 0o700, dir_fd=parent)
+            aside = os.open(RELEASE_DIR, flags, dir_fd=parent)
+            for part in relative.split(b'/') if relative else ():
+                with contextlib.suppress(FileExistsError):
+                    os.mkdir(part, 0o700, dir_fd=aside)
+                for fd in (parent, aside):      # each descriptor steps down in place
+                    below = os.open(part, flags, dir_fd=fd)
+                    os.dup2(below, fd, inheritable=False)
+                    os.close(below)
+        except OSError:
+            for fd in (parent, aside):
+                if fd is not None:
+                    os.close(fd)
+            raise
+        self.cached = relative, parent, aside
+        return parent, aside
+
+    def forget_directory(self):
+        if self.cached:
+            os.close(self.cached[1])
+            os.close(self.cached[2])
+            self.cached = None
+
+    def remove_directories(self, item):
+        """What is empty goes; what holds something stays, whatever it is."""
+        if not self.stream.remove_directories:
+            return
+        paths = [e.path for e in reversed(item.entries) if e.kind == 'd']
+        above = os.path.dirname(item.name)
+        while above:
+            paths.append(above)
+            above = os.path.dirname(above)
+        for path in paths:
+            with contextlib.suppress(OSError):
+                os.rmdir(os.path.join(self.root, path))
+
+    def clean(self):
+        """Remove the private directory, which is empty unless a crash left something in it."""
+        self.forget_directory()
+        top = os.path.join(self.root, RELEASE_DIR)
+        for path, directories, _ in os.walk(top, topdown=False):
+            for name in directories:
+                with contextlib.suppress(OSError):
+                    os.rmdir(os.path.join(path, name))
+        with contextlib.suppress(OSError):
+            os.rmdir(top)
+
+    # -- zipped directories
+
+    def release_tree(self, item, scanner):
+        """Rename the tree aside in one step, look at it, delete it; return why it stays."""
+        content = [[to_text(e.path), e.kind] + list(e.identity) for e in item.entries]
+        atomic_write(self.journal, json.dumps([to_text(item.name), content]).encode('ascii'), True)
+        top = os.path.join(self.root, RELEASE_DIR)
+        try:
+            os.makedirs(top, 0o700, exist_ok=True)
+            # directories' own times change when their content is renamed; files' do not
+            now = scanner.look(item.name)
+            if now is None or tree_of(now.entries) != tree_of(item.entries):
+                os.unlink(self.journal)
+                return ['%s changed after it was zipped' % show(item.name)]
+            os.rename(os.path.join(self.root, item.name), os.path.join(top, item.name))
+        except OSError as error:
+            os.unlink(self.journal)
+            raise ItemError('%s was delivered, but cannot be deleted: %s' % (
+                show(item.name), error.strerror), 'change the permissions of the directory')
+        return self.finish_tree(item.name, item.entries)
+
+    def finish_tree(self, name, entries):
+        """Delete of a tree that was renamed aside what the snapshot holds, if all of it is
+        as it was; put back everything else."""
+        top = os.path.join(self.root, RELEASE_DIR)
+        busy = [e for e in entries if e.kind == 'f' and self.is_held(top, e)]
+        reasons = []
+        if not busy:
+            for entry in reversed(entries):
+                path = os.path.join(top, entry.path)
+                with contextlib.suppress(OSError):
+                    if entry.kind == 'd':
+                        os.rmdir(path)
+                    elif entry.same_as(os.lstat(path)):
+                        os.unlink(path)
+        if any(e.kind == 'f' and os.path.lexists(os.path.join(top, e.path)) for e in entries):
+            reasons.append('%s: something in it changed or is in use; it stays' % show(name))
+        if os.path.lexists(os.path.join(top, name)):
+            self.put_tree_back(name)        # what was never sent, or came meanwhile
+        os.unlink(self.journal)
+        return reasons
+
+    @staticmethod
+    def is_held(root, entry):
+        """Whether a file that is still there is not what the snapshot says, or is written."""
+        try:
+            fd = open_entry(root, entry)
+        except MoverError:
+            return os.path.lexists(os.path.join(root, entry.path))
+        try:
+            return open_for_writing(fd)
+        finally:
+            os.close(fd)
+
+    def put_tree_back(self, name):
+        source = os.path.join(self.root, RELEASE_DIR, name)
+        for new in (name, stamped(name)):
+            target = os.path.join(self.root, new)
+            if not os.path.lexists(target):
+                os.rename(source, target)
+                return
+
+    # -- after a crash
+
+    def recover(self):
+        """Finish or undo what a crash interrupted.  Raises StateError."""
+        top = os.path.join(self.root, RELEASE_DIR)
+        if not os.path.isdir(top) or os.path.islink(top):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.journal)
+            return
+        try:
+            self.finish_journal(top)
+            for path, _, files in os.walk(top):
+                for name in files:
+                    self.restore(os.path.relpath(os.path.join(path, name), top))
+            for name in os.listdir(top):
+                if any(files for _, _, files in os.walk(os.path.join(top, name))):
+                    self.put_tree_back(name)
+            self.clean()
+        except OSError as error:
+            raise StateError('cannot put back %s: %s' % (show(error.filename or top), error.strerror))
+
+    def finish_journal(self, top):
+        try:
+            with open(self.journal, encoding='ascii') as handle:
+                name, content = json.load(handle)
+        except (OSError, ValueError):
+            return
+        entries = [Entry(to_bytes(path), kind, size, mtime, ctime, dev, ino, 0)
+                   for path, kind, dev, ino, size, mtime, ctime in content]
+        if os.path.lexists(os.path.join(top, to_bytes(name))):
+            log.info('%s: finishing the release of %s' % (self.stream.name, show(name)))
+            self.finish_tree(to_bytes(name), entries)
+
+    def restore(self, relative):
+        """Put one file back where it was; it is sent again, found identical, and released."""
+        head, name = os.path.split(relative)
+        os.makedirs(os.path.join(self.root, head), exist_ok=True)
+        source = os.path.join(self.root, RELEASE_DIR, relative)
+        for new in (name, stamped(name)):
+            try:
+                os.link(source, os.path.join(self.root, head, new), follow_symlinks=False)
+                os.unlink(source)
+                return
+            except FileExistsError:
+                continue
+            except OSError:             # no hard links here
+                if not os.path.lexists(os.path.join(self.root, head, new)):
+                    os.rename(source, os.path.join(self.root, head, new))
+                    return
+
+
+class Pipeline:
+    """Runs `work` for one value in the background while the next one is prepared."""
+
+    def __init__(self, work):
+        self.work = work
+        self.thread = None
+        self.error = None
+
+    def _run(self, value):
+        try:
+            self.work(value)
+        except BaseException as error:
+            self.error = error
+
+    def put(self, value):
+        """Wait for the value before, then start with this one.  Raises what that one raised."""
+        self.drain()
+        self.thread = threading.Thread(target=self._run, args=(value,), name='finish')
+        self.thread.start()
+
+    def drain(self):
+        if self.thread:
+            self.thread.join()
+            self.thread = None
+        if self.error:
+            error, self.error = self.error, None
+            raise error
+
+
+class Result:
+    """What one pass did."""
+
+    def __init__(self):
+        self.items = self.bytes = 0         # delivered
+        self.kept = 0                       # delivered, but changed and so not released
+        self.failed = 0
+        self.settling = []                  # names that are still changing, or too fresh
+        self.busy = []                      # names that somebody has open, or that changed
+        self.waiting = 0                    # in their own back-off
+        self.unready = 0                    # without their ready file
+        self.quarantined = 0
+        self.seconds = 0.0
+
+    def line(self):
+        parts = ['delivered %s (%s) in %s' % (count_of(self.items, 'item'), format_size(self.bytes),
+                                              format_duration(self.seconds))]
+        for number, text in ((self.failed, 'failed'), (self.kept, 'changed meanwhile and kept'),
+                             (len(self.settling) + len(self.busy), 'still settling'),
+                             (self.waiting, 'waiting to be tried again'),
+                             (self.unready, 'waiting for the ready file'),
+                             (self.quarantined, 'quarantined')):
+            if number:
+                parts.append('%d %s' % (number, text))
+        return ', '.join(parts)
+
+
+class Delivery:
+    """One pass over one stream."""
+
+    def __init__(self, worker):
+        self.worker = worker
+        self.stream = worker.stream
+        self.stop = worker.stop
+        self.transport = worker.transport
+        self.scanner = worker.scanner
+        self.progress = worker.progress
+        self.failures = worker.failures
+        self.releaser = worker.releaser
+        self.result = Result()
+        self.ready = []                 # ready files whose item has been delivered
+        self.connected = False
+        self.pipeline = Pipeline(self.finish)
+        self.suspects = []              # (parcel, error): its own fault or the target's?
+        self.delivered = 0
+
+    def run(self, patient):
+        """The straight line.  patient: items that failed before wait for their own back-off.
+
+        Raises TargetError, Suspended, Interrupted; returns a Result.
+        """
+        started = time.monotonic()
+        self.prepare()
+        try:
+            due = self.scan_and_settle(patient)
+            for source in (lambda: self.look_again(due), lambda: self.take_ready()):
+                for batch in self.batches(source()):
+                    self.ask_stop_files()
+                    self.transport.send(batch)
+                    self.pipeline.put(batch)
+                self.pipeline.drain()
+            self.judge_suspects()
+            self.tidy()
+        finally:
+            try:
+                self.pipeline.drain()
+            finally:
+                if self.stream.move:
+                    self.releaser.clean()
+                self.failures.save()
+        self.result.seconds = time.monotonic() - started
+        return self.result
+
+    def prepare(self):
+        """Make directories that may be made, finish what a crash left."""
+        stream = self.stream
+        if stream.create_directories and not os.path.isdir(stream.root):
+            try:
+                os.makedirs(stream.root)
+            except OSError as error:
+                raise StateError('cannot make %s: %s' % (show(stream.directory), error.strerror))
+        if stream.move:
+            self.releaser.recover()
+        if os.path.exists(stream.spool):
+            import shutil
+            shutil.rmtree(stream.spool, ignore_errors=True)
+    def tidy(self):
+        """After a whole pass nothing that is staged is worth resuming."""
+        if self.worker.dirty():
+            if not self.connected:
+                self.transport.open()
+            if self.transport.tidy():
+                self.worker.set_dirty(False)
+
+    # -- scan, settle
+
+    def scan_and_settle(self, patient):
+        """[(name, its ready entry)] of what is due, in order."""
+        self.progress.enter('scanning', save=False)
+        now, wall = time.monotonic(), self.worker.wall()
+        settler = self.worker.settler
+        settler.begin(directory_clock(self.stream), now)
+        due, names, present = [], set(), set()
+        size = 0
+        for item in self.scanner.scan():
+            present.add(item.name)
+            if patient and self.failures.must_wait(item.name, wall):
+                self.result.waiting += 1
+            elif item.fault:
+                self.fail(item, item.fault)
+            elif not settler.settled(item, now):
+                self.result.settling.append(item.name)
+            else:
+                size += item.size
+                if self.stream.zips:
+                    names.add(item.name)
+                due.append((self.order_key(item), item.name, item.ready, item.is_directory))
+        self.failures.keep_only(present)
+        self.follow_orphans()
+        due.sort(key=lambda row: row[:2])
+        due = [row for row in due if not self.clash(row, names)]
+        self.progress.begin(len(due), size)
+        return due
+
+    def order_key(self, item):
+        return {'oldest': item.mtime_ns, 'newest': -item.mtime_ns, 'name': 0,
+                'smallest': item.size, 'largest': -item.size}[self.stream.order]
+
+    def clash(self, row, names):
+        """A directory `a` beside a file `a.zip`: both would be a.zip at the target."""
+        name, is_directory = row[1], row[3]
+        other = name + b'.zip' if is_directory else name[:-4] if name.endswith(b'.zip') else None
+        if other not in names:
+            return False
+        self.fail(Item(name, []), ItemError('%s and %s would have one name at the target' % (
+            show(name), show(other)), 'rename one of them'))
+        return True
+
+    def follow_orphans(self):
+        """Ready files follow their item; if the ledger says that it went, so may they."""
+        orphans = self.scanner.orphans
+        self.result.unready = self.scanner.unready
+        if orphans and self.stream.move:
+            done = {r['item'] for r in self.worker.ledger.read()
+                    if r.get('stream') == self.stream.name and r.get('outcome') == 'delivered'}
+            for entry, item_name in orphans:
+                if to_text(item_name) not in done:
+                    continue
+                if self.stream.ready_file_send:
+                    self.ready.append(entry)
+                else:
+                    self.releaser.release(Item(entry.path, [entry]), ())
+
+    def look_again(self, due):
+        """Yield the items of a list of names, as they are now."""
+        now = time.monotonic()
+        for _, name, ready, _ in due:
+            item = self.scanner.look(name)
+            if item is None:
+                continue
+            item.ready = ready
+            if item.fault:
+                self.fail(item, item.fault)
+            elif not self.worker.settler.settled(item, now):
+                self.result.busy.append(name)
+            elif self.usable(item):
+                yield item
+
+    def usable(self, item):
+        """Readable, nobody writes, the protocol can carry it."""
+        known = self.worker.mirrored.get(item.name)
+        if known is not None and known == item.fingerprint:
+            return True
+        try:
+            refusal = self.transport.refusal(Parcel(item, item.entries[:1] if self.stream.zips
+                                                    else item.entries))
+            if refusal:
+                raise refusal
+            check_unused(self.stream, item)
+            return True
+        except Changed as error:
+            log.debug('%s: %s' % (self.stream.name, error))
+            self.result.busy.append(item.name)
+        except ItemError as error:
+            self.fail(item, error)
+        return False
+
+    def take_ready(self):
+        for entry in self.ready:
+            yield Item(entry.path, [entry])
+
+    # -- batch
+
+    def batches(self, items):
+        """Group items that go from one place to one place; names that a target might take
+        for one name never travel together."""
+        pending = collections.OrderedDict()     # (root, subdir) -> Batch
+        folded, before = set(), set()
+        files = size = 0
+        for item in items:
+            parcel = self.parcel(item)
+            if parcel is None:
+                continue
+            name = parcel.entries[0].path.decode('utf-8', 'surrogateescape').casefold()
+            count = max(1, len(parcel.entries))
+            full = files and (files + count > self.stream.batch_files or
+                              size + item.size > self.stream.batch_size)
+            if full or name in folded:
+                yield from pending.values()
+                before, folded = folded, set()
+                pending.clear()
+                files = size = 0
+            if name in before:
+                self.pipeline.drain()       # the other one stands there when this one comes
+            folded.add(name)
+            files, size = files + count, size + item.size
+            root = self.stream.root if parcel.entries is item.entries else to_bytes(self.stream.spool)
+            key = root, self.dated(item)
+            if key not in pending:
+                pending[key] = Batch(root, key[1], [])
+            pending[key].parcels.append(parcel)
+        yield from pending.values()
+
+    def dated(self, item):
+        if not self.stream.target_dates:
+            return b''
+        return to_bytes(time.strftime(self.stream.target_dates,
+                                      time.localtime(item.mtime_ns // 10 ** 9)))
+
+    def parcel(self, item):
+        """The item itself, or the zip of a directory where the protocol wants one."""
+        if not (self.stream.zips and item.is_directory):
+            return Parcel(item, item.entries)
+        if self.worker.zipped.get(to_text(item.name)) == item.snapshot:
+            # the ledger says that this very tree was delivered before a crash
+            log.info('%s: %s was delivered before; its release is finished' % (
+                self.stream.name, show(item.name)))
+            self.pipeline.drain()       # one release at a time
+            for reason in self.releaser.release_tree(item, self.scanner):
+                log.info('%s: %s' % (self.stream.name, reason))
+            return None
+        limit = self.stream.dir_size_limit
+        if limit is not None and item.size > limit:
+            self.fail(item, ItemError('%s holds %s, more than dir_size_limit' % (
+                show(item.name), format_size(item.size)), 'raise the limit or move it by hand'))
+            return None
+        try:
+            make_private_directory(self.stream.spool)
+            name = item.name + b'.zip'
+            path = os.path.join(to_bytes(self.stream.spool), name)
+            zip_item(self.stream.root, item, path, self.stop)
+            return Parcel(item, [Entry.of(name, os.lstat(path))])
+        except NoRoom as error:
+            self.result.failed += 1         # no fault of the item; the others can still go
+            self.progress.failed(str(error))
+            log.once('%s: %s' % (self.stream.name, error))
+        except Changed as error:
+            log.info('%s: %s while it was zipped' % (self.stream.name, error))
+            self.result.busy.append(item.name)
+        except OSError as error:
+            self.fail(item, ItemError('%s cannot be zipped: %s' % (show(item.name), error.strerror)))
+        except ItemError as error:
+            self.fail(item, error)
+        return None
+
+    # -- stop files
+
+    def ask_stop_files(self):
+        """Connect if need be; raises Suspended, or TargetError if it cannot be known."""
+        stream = self.stream
+        self.stop.check()
+        if not in_window(stream.transfer_window, time.localtime(self.worker.wall())):
+            raise Suspended('outside of transfer_window')
+        try:
+            os.lstat(os.path.join(stream.root, to_bytes(stream.stop_file)))
+            raise Suspended('%s in %s' % (stream.stop_file, show(stream.directory)))
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise StateError('cannot ask for %s: %s' % (stream.stop_file, error.strerror))
+        if not self.connected:
+            self.progress.enter('connecting')
+            self.transport.open()
+            self.connected = True
+        if time.monotonic() - self.worker.asked < STOP_FILE_AGE:
+            self.begin_transfer()
+            return
+        names = {to_bytes(stream.stop_file), to_bytes(stream.target_marker or stream.stop_file)}
+        found = self.worker.ask_for_marker(names)
+        if to_bytes(stream.stop_file) in found:
+            raise Suspended('%s in %s' % (stream.stop_file, target_of(stream)))
+        if stream.target_marker and to_bytes(stream.target_marker) not in found:
+            raise TargetError('%s is missing in %s' % (stream.target_marker, target_of(stream)),
+                              'is the disk mounted there?')
+        self.worker.asked = time.monotonic()
+        self.begin_transfer()
+
+    def begin_transfer(self):
+        """From here on a crash may leave temporary files at the target."""
+        if self.transport.stages and not self.worker.dirty():
+            self.worker.set_dirty(True)
+        self.progress.enter('transferring')
+
+    # -- verify, publish, record, release
+
+    def finish(self, batch):
+        answers = self.transport.finish(batch)
+        outcomes = list(zip(batch.parcels, answers))
+        good = [pair for pair in outcomes if pair[1].error is None]
+        self.record(batch, good)
+        released = sum(self.release(batch, parcel, outcome) for parcel, outcome in good)
+        self.releaser.forget_directory()
+        sent = [pair for pair in good if pair[1].sent]
+        size = sum(parcel.item.size for parcel, _ in sent)
+        self.progress.delivered(len(sent), size)
+        if sent:
+            word = 'mirrored' if self.stream.mirror else 'moved' if released else 'delivered'
+            log.info('%s: %s %s, %s' % (self.stream.name, word, self.names_of(sent), format_size(size)))
+        self.delivered += len(good)
+        self.judge([pair for pair in outcomes if pair[1].error is not None])
+
+    def names_of(self, pairs):
+        names = [show(parcel.item.name) for parcel, _ in pairs[:3]]
+        return ', '.join(names) + (' and %d more' % (len(pairs) - 3) if len(pairs) > 3 else '')
+
+    def record(self, batch, good):
+        """One ledger line an item, on disk before anything is released."""
+        records = [self.line(parcel, outcome, 'delivered') for parcel, outcome in good if outcome.sent]
+        if records:
+            self.worker.ledger.append(records)
+        for parcel, _ in good:
+            log.debug('%s: delivered %s' % (self.stream.name, show(parcel.item.name)))
+
+    def line(self, parcel, outcome, word):
+        item, stream = parcel.item, self.stream
+        attempt = self.failures.items.get(to_text(item.name), {}).get('count', 0) + 1
+        name = outcome.target
+        if name is None:
+            name = os.path.join(self.dated(item), item.name)
+        return collections.OrderedDict((
+            ('time', utc_stamp()), ('stream', stream.name), ('item', to_text(item.name)),
+            ('size', item.size), ('files', len(item.files)), ('protocol', stream.transfer_protocol),
+            ('target', target_of(stream, False).rstrip('/') + '/' + to_text(name)),
+            ('mode', stream.transfer_mode), ('verify', stream.verify),
+            ('checksum', outcome.checksum),
+            ('snapshot', None if parcel.entries is item.entries else item.snapshot),
+            ('seconds', round(time.monotonic() - self.progress.started, 3)),
+            ('attempt', attempt), ('outcome', word)))
+
+    def release(self, batch, parcel, outcome):
+        """Delete the source; 1 if all of it went (or, mirroring, was sent)."""
+        item = parcel.item
+        reasons = []
+        try:
+            if self.stream.mirror:
+                self.worker.mirrored[item.name] = item.fingerprint
+            elif parcel.entries is item.entries:
+                reasons = self.releaser.release(item, outcome.linked)
+            else:
+                reasons = self.release_zipped(batch, parcel)
+        except ItemError as error:
+            self.fail(item, error)
+            return 0
+        self.failures.forget(item.name)
+        if reasons:
+            self.result.kept += 1
+            log.info('%s: %s' % (self.stream.name, '; '.join(reasons[:3])))
+            self.worker.ledger.append([self.line(parcel, outcome, 'kept')])
+            return 0
+        if self.stream.move or outcome.sent:
+            self.result.items += 1
+            self.result.bytes += item.size
+        self.follow_with_ready(item, outcome)
+        return int(self.stream.move or outcome.sent)
+
+    def release_zipped(self, batch, parcel):
+        try:
+            return self.releaser.release_tree(parcel.item, self.scanner)
+        except OSError as error:
+            raise StateError('cannot write the release journal: %s' % error.strerror)
+        finally:
+            with contextlib.suppress(OSError):
+                os.unlink(os.path.join(batch.root, parcel.entries[0].path))
+
+    def follow_with_ready(self, item, outcome):
+        if item.ready and self.stream.ready_file_send and (self.stream.move or outcome.sent):
+            self.ready.append(item.ready)
+        elif item.ready and self.stream.move:
+            self.releaser.release(Item(item.ready.path, [item.ready]), ())
+
+    # -- when something failed
+
+    def judge(self, bad):
+        """Sort failures by what happens next; raises the target's.  Whether it was the items'
+        own fault is asked when the connection is free."""
+        trouble = None
+        for parcel, outcome in bad:
+            error = outcome.error
+            if isinstance(error, Changed) or self.has_changed(parcel.item):
+                log.debug('%s: %s' % (self.stream.name, error))
+                self.result.busy.append(parcel.item.name)
+            elif isinstance(error, ItemError):
+                self.suspects.append((parcel, error))
+            else:
+                trouble = trouble or error
+        if trouble:
+            raise trouble
+
+    def judge_suspects(self):
+        """Only a fault of the item itself counts against the item."""
+        if self.suspects:
+            trouble = self.target_trouble()
+            if trouble:
+                raise trouble
+            for parcel, error in self.suspects:
+                self.fail(parcel.item, error)
+
+    def has_changed(self, item):
+        now = self.scanner.look(item.name)
+        return now is None or tree_of(now.entries) != tree_of(item.entries)
+
+    def target_trouble(self):
+        """The TargetError behind failures that look like the items' own, or None."""
+        faults = self.suspects
+        biggest = max(parcel.item.size for parcel, _ in faults)
+        free = self.transport.free_space()
+        if free is not None and free < biggest:
+            return TargetError('%s has %s left, too little' % (target_of(self.stream), format_size(free)),
+                               'make room there')
+        if not self.delivered:
+            try:
+                self.worker.probe()
+            except ItemError as error:
+                return TargetError(str(faults[0][1]), str(error))
+            except TargetError as error:
+                return error
+        return None
+
+    def fail(self, item, error):
+        """Count a fault of the item itself; quarantine it when it is hopeless."""
+        now = self.worker.wall()
+        entry = self.failures.count(item.name, error, now)
+        message = '%s: %s' % (self.stream.name, error)
+        self.result.failed += 1
+        self.progress.failed(str(error))
+        log.error(message if entry['count'] == 1 else '%s; failed %d times' % (message, entry['count']))
+        if self.stream.move and self.failures.hopeless(item.name, now):
+            self.quarantine(item.name, entry)
+
+    def quarantine(self, name, entry):
+        """Move an item that can never be sent out of the way, with the reason beside it."""
+        target = os.path.join(to_bytes(self.stream.quarantine_dir), name)
+        try:
+            os.makedirs(os.path.dirname(target), 0o700, exist_ok=True)
+            if os.path.lexists(target):
+                target = stamped(target)
+            os.rename(os.path.join(self.stream.root, name), target)
+            reason = '%s\nfailed %d times since %s\nlast: %s\n' % (
+                show(name), entry['count'], utc_stamp(entry['first']), entry['error'])
+            atomic_write(os.fsdecode(target) + '.reason', reason.encode('utf-8', 'backslashreplace'))
+        except OSError as error:
+            log.error('%s: cannot quarantine %s: %s' % (self.stream.name, show(name), error.strerror))
+            return
+        self.failures.forget(name)
+        self.result.quarantined += 1
+        log.error('%s: quarantined %s in %s' % (self.stream.name, show(name),
+                                                show(self.stream.quarantine_dir)))
+
+
+# ----------------------------------------------------------------------------------------
+# 14  stream workers: once and daemon
+# ----------------------------------------------------------------------------------------
+
+class Worker:
+    """One stream: its lock, its transport, its passes.  Runs in a thread of its own."""
+
+    def __init__(self, stream, config, stop, ledger, shared_status, shared_failures):
+        self.stream = stream
+        self.stop = stop
+        self.ledger = ledger
+        self.state_dir = config.settings.state_dir
+        self.lock = StreamLock(stream, self.state_dir)
+        self.progress = Progress(stream, shared_status)
+        self.failures = Failures(shared_failures, stream)
+        self.scanner = Scanner(stream, stop)
+        self.settler = Settler(stream.settle_time)
+        self.releaser = Releaser(stream, self.state_dir)
+        self.transport = None
+        self.wall = time.time
+        self.asked = -STOP_FILE_AGE     # monotonic time of the last answer about stop files
+        self.told_apart = False         # whether source and target are known to differ
+        self.mirrored = {}              # name -> fingerprint of what the target has
+        self.zipped = {}                # name -> snapshot of trees delivered, not yet released
+        self.exit_code = EXIT_OK
+
+    # -- what a Delivery asks of it
+
+    def dirty_path(self):
+        return os.path.join(self.state_dir, self.stream.name + '.dirty')
+
+    def dirty(self):
+        """Whether something of ours may lie in the target's staging area."""
+        return os.path.exists(self.dirty_path())
+
+    def set_dirty(self, value):
+        try:
+            if value:
+                atomic_write(self.dirty_path(), b'the target may hold temporary files\n', True)
+            else:
+                os.unlink(self.dirty_path())
+        except OSError as error:
+            raise StateError('cannot write %s: %s' % (show(self.dirty_path()), error.strerror))
+
+    def ask_for_marker(self, names):
+        """transport.present(names); the first time also whether target and source are one."""
+        if self.told_apart:
+            return self.transport.present(names)
+        marker = HERE_NAME + b'%d-%d' % (os.getpid(), random.randrange(10 ** 9))
+        path = os.path.join(self.stream.root, marker)
+        try:
+            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+        except OSError:
+            return self.transport.present(names)    # a read-only source is mirrored, not eaten
+        try:
+            found = self.transport.present(names | {marker})
+        finally:
+            os.unlink(path)
+        if marker in found:
+            raise TargetError('target_dir is the incoming directory itself', 'mend target_dir')
+        self.told_apart = True
+        return found
+
+    def probe(self):
+        """Write, verify, publish and remove a tiny file at the target, by the usual verbs."""
+        spool = to_bytes(self.stream.spool)
+        make_private_directory(self.stream.spool)
+        name = PROBE_NAME       # always the same, so that a killed probe leaves nothing for long
+        with open(os.path.join(spool, name), 'wb') as handle:
+            handle.write(b'MiStaMover tries whether it can write here.\n')
+        entry = Entry.of(name, os.lstat(os.path.join(spool, name)))
+        batch = Batch(spool, b'', [Parcel(Item(name, [entry]), [entry])])
+        try:
+            self.transport.send(batch)
+            outcome = self.transport.finish(batch)[0]
+            if outcome.error:
+                raise outcome.error
+            self.transport.remove(name)
+        finally:
+            os.unlink(os.path.join(spool, name))
+
+    # -- passes
+
+    def start(self):
+        """Take the lock and read what earlier runs left.  Raises LockedError, StateError."""
+        if not os.path.isdir(self.stream.root) and not self.stream.create_directories:
+            raise StateError('the directory %s is missing' % show(self.stream.directory),
+                             'create it or mount it, or set create_directories = yes')
+        os.makedirs(self.stream.root, exist_ok=True)
+        self.lock.acquire()
+        self.sweep()
+        self.transport = TRANSPORTS[self.stream.transfer_protocol](
+            self.stream, self.stop, self.progress, self.lock.fds)
+        for record in self.ledger.read(2):
+            if record.get('stream') == self.stream.name and record.get('snapshot'):
+                self.zipped[record['item']] = record['snapshot'] \
+                    if record.get('outcome') == 'delivered' else None
+
+    def sweep(self):
+        """Remove the empty files that a killed run left in the incoming directory."""
+        with os.scandir(self.stream.root) as entries:
+            stale = [e.path for e in entries if e.name.startswith((CLOCK_NAME, HERE_NAME))]
+        for path in stale:
+            with contextlib.suppress(OSError):
+                if not os.lstat(path).st_size:
+                    os.unlink(path)
+
+    def end(self):
+        if self.transport:
+            self.transport.close()
+        if self.lock.fds:
+            self.progress.save()        # while the status is still ours to write
+        self.lock.release()
+
+    def one_pass(self, patient):
+        """Raises TargetError (with the connection given up), Suspended, Interrupted."""
+        try:
+            delivery = Delivery(self)
+            result = delivery.run(patient)
+            if self.stream.mirror_delete and self.stream.mirror:
+                self.mirror_delete(result)
+        except OSError as error:        # of our own files: what belongs to the target is translated
+            raise StateError('%s: %s' % (show(error.filename or 'this machine'), error.strerror))
+        except TargetError:
+            self.transport.close()
+            self.asked = -STOP_FILE_AGE
+            raise
+        if result.items or result.failed or result.kept or not patient:
+            log.info('%s: %s' % (self.stream.name, result.line()))
+        return result
+
+    def mirror_delete(self, result):
+        """Delete at the target what is gone here, if this was a whole and healthy look."""
+        if result.failed or result.busy:
+            return
+        present = self.scanner.everything()
+        if not present:
+            log.once('%s: %s is empty: mirror_delete deletes nothing (is a disk not mounted?)' % (
+                self.stream.name, show(self.stream.directory)))
+            return
+        self.transport.open()
+        gone = self.transport.delete_missing(present)
+        if gone:
+            self.ledger.append([collections.OrderedDict((
+                ('time', utc_stamp()), ('stream', self.stream.name), ('item', to_text(name)),
+                ('target', target_of(self.stream).rstrip('/') + '/' + to_text(name)),
+                ('mode', 'mirror'), ('outcome', 'deleted'))) for name in gone])
+            log.info('%s: mirror_delete deleted %s at the target: %s%s' % (
+                self.stream.name, count_of(len(gone), 'name'), ', '.join(show(g) for g in gone[:3]),
+                ' and more, see --history' if len(gone) > 3 else ''))
+
+    def pause_after(self, failures):
+        """Seconds: doubled with each failure, with jitter, so that streams do not march in step."""
+        pause = min(self.stream.retry_pause * 2 ** min(failures - 1, 30), self.stream.retry_pause_max)
+        return pause * random.uniform(0.75, 1.0)
+
+    def trouble(self, error, failures, again):
+        """One line when it goes wrong, not one at every try."""
+        message = '%s: %s' % (self.stream.name, error)
+        self.progress.failed(str(error))
+        self.progress.enter('down', str(error), save=bool(self.lock.fds))
+        if failures == 1:
+            log.error(message)
+        elif not again:
+            log.error('%s: given up after %d tries' % (self.stream.name, failures))
+        else:
+            log.debug('%s (try %d)' % (message, failures))
+
+    def once(self):
+        """Deliver what is there; what is too fresh gets one settle_time.  Sets exit_code."""
+        failures, looked_again = 0, False
+        while True:
+            try:
+                result = self.one_pass(False)
+            except Suspended as why:
+                log.info('%s: suspended: %s' % (self.stream.name, why))
+                self.progress.enter('stopped', str(why))
+                return
+            except TargetError as error:
+                failures += 1
+                again = failures < self.stream.retry_count
+                self.trouble(error, failures, again)
+                if not again:
+                    self.exit_code = EXIT_FAILED
+                    return
+                self.stop.wait(self.pause_after(failures))
+                continue
+            if result.failed:
+                self.exit_code = EXIT_FAILED
+            fresh = result.settling + result.busy
+            if not fresh or looked_again:
+                break
+            looked_again = True
+            self.progress.enter('settling', count_of(len(fresh), 'item'))
+            self.stop.wait(self.stream.settle_time + 0.05)
+        if fresh:
+            log.info('%s: %s still changing or in use, left for the next run: %s' % (
+                self.stream.name, count_of(len(fresh), 'item'),
+                ', '.join(show(name) for name in fresh[:3])))
+        self.progress.enter('done')
+
+    def daemon(self):
+        """The eternal loop around one_pass()."""
+        failures, suspended = 0, None
+        while True:
+            try:
+                result = self.one_pass(True)
+                if suspended:
+                    log.info('%s: goes on' % self.stream.name)
+                suspended = None
+                if failures:
+                    log.info('%s: %s is back' % (self.stream.name, target_of(self.stream)))
+                failures = 0
+                worked = result.items or result.quarantined
+                self.progress.enter('settling' if result.settling else 'idle')
+                self.stop.wait(0 if worked else min(self.stream.pause_time, self.next_look(result)))
+            except Suspended as why:
+                if suspended != str(why):
+                    log.info('%s: suspended: %s' % (self.stream.name, why))
+                suspended = str(why)
+                self.progress.enter('stopped', suspended)
+                self.stop.wait(self.stream.pause_time)
+            except TargetError as error:
+                failures += 1
+                self.trouble(error, failures, True)
+                self.stop.wait(self.pause_after(failures))
+
+    def next_look(self, result):
+        """Do not sleep far past the moment at which something settles."""
+        return max(0.2, self.stream.settle_time) if result.settling else self.stream.pause_time
+
+    def run(self, daemon):
+        """The thread's life: nothing escapes but into the log and exit_code."""
+        failures = 0
+        while True:
+            try:
+                self.start()
+                self.daemon() if daemon else self.once()
+                return
+            except Interrupted:
+                self.progress.enter('ended', save=False)
+                return
+            except LockedError as error:
+                self.exit_code = EXIT_LOCKED
+                log.info(str(error)) if not failures else None
+                failures += 1
+                if not daemon:
+                    return
+            except MoverError as error:
+                self.exit_code = EXIT_FAILED
+                failures += 1
+                self.trouble('%s' % error, failures, daemon)
+                if not daemon:
+                    return
+            except Exception as error:
+                self.exit_code = EXIT_FAILED
+                failures += 1
+                log.error('%s: a bug in this program: %r' % (self.stream.name, error), trace=True)
+                if not daemon:
+                    return
+            finally:
+                self.end()
+            try:
+                self.stop.wait(self.pause_after(max(1, failures)))
+            except Interrupted:
+                return
+
+
+def draw_progress(workers):
+    """One line at the bottom of a terminal, overwritten in place."""
+    import shutil
+    busy = [w.progress for w in workers if w.progress.state == 'transferring']
+    width = shutil.get_terminal_size().columns - 1
+    text = '   '.join(p.line() for p in busy)[:width]
+
+    def clear():
+        sys.stderr.write('\r' + ' ' * width + '\r')
+        sys.stderr.flush()
+        log.clear_line = lambda: None
+
+    if text:
+        sys.stderr.write('\r' + text.ljust(width))
+        sys.stderr.flush()
+        log.clear_line = clear
+
+
+def sweep_state(state_dir):
+    """Remove half-written state files of processes that are gone."""
+    for name in os.listdir(state_dir):
+        match = re.search(r'\.(\d+)\.new$', name)
+        if match and not alive(match.group(1)):
+            with contextlib.suppress(OSError):
+                os.unlink(os.path.join(state_dir, name))
+
+
+def supervise(config, daemon, stop, wait, report):
+    """Run every stream in a thread of its own; the exit code.
+
+    wait: see signals_recorded(); report(None) is called once a stream has its lock.
+    """
+    state_dir = config.settings.state_dir
+    make_private_directory(state_dir)
+    sweep_state(state_dir)
+    ledger = Ledger(state_dir)
+    status, failures = SharedJson(state_dir, 'status.json'), SharedJson(state_dir, 'failures.json')
+    workers = []
+    for stream in config.streams:
+        if stream.status == 'stopped':
+            log.info('%s: status = stopped' % stream.name)
+            continue
+        workers.append(Worker(stream, config, stop, ledger, status, failures))
+    threads = [threading.Thread(target=worker.run, args=(daemon,), name=worker.stream.name)
+               for worker in workers]
+    for thread in threads:
+        thread.start()
+    terminal = sys.stderr.isatty() and not config.settings.log_file
+    while any(thread.is_alive() for thread in threads):
+        wait(0.2 if terminal or not daemon else 1)
+        if stop.signal and not stop.event.is_set():
+            log.info('stopping: signal %d' % stop.signal)
+            stop.request()
+        if terminal:
+            draw_progress(workers)
+        if any(worker.lock.fds for worker in workers):
+            report(None)
+        if daemon and workers and all(w.exit_code == EXIT_LOCKED for w in workers):
+            stop.request()
+    log.clear_line()
+    if stop.signal:
+        return 128 + stop.signal
+    codes = {worker.exit_code for worker in workers}
+    return next((code for code in (EXIT_FAILED, EXIT_LOCKED) if code in codes), EXIT_OK)
+
+
+# ----------------------------------------------------------------------------------------
+# 15  commands
+# ----------------------------------------------------------------------------------------
+
+def suspensions(stream):
+    """What can be seen from here to hold a stream up."""
+    if stream.status == 'stopped':
+        yield 'status = stopped'
+    if os.path.lexists(os.path.join(stream.root, to_bytes(stream.stop_file))):
+        yield '%s in %s' % (stream.stop_file, show(stream.directory))
+    if not in_window(stream.transfer_window, time.localtime()):
+        yield 'outside of transfer_window'
+
+
+def command_dry_run(config, _args, stop):
+    """Say what would be done; nothing is written, locked, or connected to."""
+    for stream in config.streams:
+        scanner, settler = Scanner(stream, stop), Settler(stream.settle_time)
+        settler.begin(time.time_ns() if hasattr(time, 'time_ns') else int(time.time() * 1e9), 0)
+        count = size = 0
+        for why in suspensions(stream):
+            say('%s: nothing would be done now: %s' % (stream.name, why))
+        try:
+            for item in scanner.scan():
+                zipped = item.is_directory and (stream.directories == 'zip' or stream.zips)
+                name = show(item.name) + ('.zip' if zipped else '/' if item.is_directory else '')
+                if item.fault:
+                    say('%s: cannot send %s: %s' % (stream.name, show(item.name), item.fault))
+                    continue
+                word = 'would %s' % stream.transfer_mode if settler.settled(item, 0) else \
+                    'still settling:'
+                say('%s: %s %s (%s, %s) to %s' % (
+                    stream.name, word, name, count_of(len(item.files), 'file'),
+                    format_size(item.size), target_of(stream)))
+                count, size = count + 1, size + item.size
+        except TargetError as error:
+            say('%s: %s' % (stream.name, error))
+            return EXIT_FAILED
+        say('%s: %s, %s%s%s' % (
+            stream.name, count_of(count, 'item'), format_size(size),
+            '; %d waiting for the ready file' % scanner.unready if scanner.unready else '',
+            '; mirror_delete would delete at the target what is not here'
+            if stream.mirror and stream.mirror_delete else ''))
+    return EXIT_OK
+
+
+def check_steps(worker):
+    """Yield (what, answer) for one stream; a MoverError ends it."""
+    stream, transport = worker.stream, worker.transport
+    if not os.path.isdir(stream.root) and not stream.create_directories:
+        raise StateError('directory: %s is missing' % show(stream.directory), 'create it or mount it')
+    if stream.move and os.path.isdir(stream.root) and not os.access(stream.root, os.W_OK | os.X_OK):
+        raise StateError('directory: %s is not writable, so nothing could be deleted after its '
+                         'delivery' % show(stream.directory), 'change its permissions')
+    yield 'directory', show(stream.directory)
+    transport.open()
+    names = {to_bytes(stream.stop_file), to_bytes(stream.target_marker or stream.stop_file)}
+    found = worker.ask_for_marker(names) if os.path.isdir(stream.root) else transport.present(names)
+    if stream.target_marker and to_bytes(stream.target_marker) not in found:
+        raise TargetError('target_marker: %s is missing' % stream.target_marker, 'is the disk mounted?')
+    yield 'target_dir', '%s is there%s' % (target_of(stream), ', and a stop file suspends the stream'
+                                          if to_bytes(stream.stop_file) in found else '')
+    worker.probe()
+    yield 'write, %s, rename, remove' % ('hash' if stream.verify == 'checksum' else 'size'), 'done'
+    free = transport.free_space()
+    yield 'free space', 'unknown (this protocol cannot tell)' if free is None else format_size(free)
+    transport.tidy()
+
+
+def command_check(config, _args, stop):
+    """Try every target; a table of OK and FAILED with the mend."""
+    import tempfile
+    failed = False
+    for stream in config.streams:
+        with tempfile.TemporaryDirectory(prefix='mistamover-') as scratch:
+            config.settings.state_dir = scratch
+            stream.spool = os.path.join(scratch, 'spool')
+            worker = Worker(stream, config, stop, Ledger(scratch), SharedJson(scratch, 'status.json'),
+                            SharedJson(scratch, 'failures.json'))
+            worker.transport = TRANSPORTS[stream.transfer_protocol](stream, stop, worker.progress)
+            try:
+                for what, answer in check_steps(worker):
+                    say('%-12s OK      %s: %s' % (stream.name, what, answer))
+            except Interrupted:
+                raise
+            except MoverError as error:
+                failed = True
+                say('%-12s FAILED  %s' % (stream.name, error.message))
+                if error.hint:
+                    say('%-12s         -> %s' % ('', error.hint))
+            finally:
+                worker.transport.close()
+    return EXIT_FAILED if failed else EXIT_OK
+
+
+def command_status(config, args, _stop):
+    """What each stream is doing, from the state directory."""
+    content = SharedJson(config.settings.state_dir, 'status.json').read()
+    chosen = collections.OrderedDict((s.name, content.get(s.name, {})) for s in config.streams)
+    if args.json:
+        say(json.dumps(chosen, indent=1, sort_keys=True))
+        return EXIT_OK
+    rows = [('STREAM', 'STATE', 'WAITING', 'LAST DELIVERY', 'NOTE, LAST ERROR')]
+    for name, entry in chosen.items():
+        state = entry.get('state', 'never run')
+        if state not in ('never run', 'done', 'ended', 'stopped', 'down') and not alive(entry.get('pid')):
+            state = 'died'
+        notes = [entry['note']] if entry.get('note') and state != 'down' else []
+        if entry.get('last_error'):
+            notes.append('%s %s' % (entry.get('last_error_time'), entry['last_error']))
+        rows.append((name, state, '%d (%s)' % (entry.get('waiting_items', 0),
+                                               format_size(entry.get('waiting_bytes', 0))),
+                     entry.get('last_delivery', '-'), show('; '.join(notes) or '-')))
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    for row in rows:
+        say('  '.join(cell.ljust(width) for cell, width in zip(row, widths + [0])).rstrip())
+    return EXIT_OK
+
+
+def command_history(config, args, _stop):
+    """Search the ledger for items by a shell glob: what went where, when."""
+    names = {stream.name for stream in config.streams}
+    match = re.compile(fnmatch.translate(args.history)).match
+    for record in Ledger(config.settings.state_dir).read():
+        if record.get('stream') in names and (match(record['item']) or
+                                              match(os.path.basename(record['item']))):
+            if args.json:
+                say(json.dumps(record))
+            else:
+                say('%s  %s  %s  %s -> %s  %s' % (
+                    record.get('time'), record.get('stream'), record.get('outcome'),
+                    show(record['item']), show(record.get('target') or ''),
+                    format_size(record.get('size', 0))))
+    return EXIT_OK
+
+
+def detach(config):
+    """Go to the background; returns report(exit code or None) in the child only.
+
+    The parent waits for the report: None once a stream runs, else why none does.
+    """
+    if WINDOWS:
+        raise ConfigError('--background does not work on Windows', 'use the task scheduler')
+    if not config.settings.log_file:
+        raise ConfigError('--background needs a log_file in [mistamover]', 'else nobody hears of it')
+    make_private_directory(config.settings.state_dir)
+    path = os.path.join(config.settings.state_dir, 'mistamover.pid')
+    reader, writer = os.pipe()
+    if os.fork():
+        os.close(writer)
+        os._exit(ord(os.read(reader, 1) or bytes([EXIT_FAILED])))
+    os.close(reader)
+    os.setsid()
+    if os.fork():
+        os._exit(EXIT_OK)
+    null = os.open(os.devnull, os.O_RDWR)
+    for fd in (0, 1, 2):
+        os.dup2(null, fd)
+    reported = []
+
+    def report(code):
+        if not reported:
+            if code is None:
+                atomic_write(path, b'%d\n' % os.getpid())
+            os.write(writer, bytes([code or EXIT_OK]))
+            os.close(writer)
+            reported.append(code)
+        elif code is not None and reported == [None]:
+            os.unlink(path)
+
+    return report
+
+
+def command_run(config, args, stop):
+    report = detach(config) if args.background else lambda code: None
+    settings = config.settings
+    if settings.log_file:
+        make_private_directory(os.path.dirname(settings.log_file))
+    log.start('debug' if args.verbose else 'warning' if args.quiet else settings.log_level,
+              settings.log_file, settings.log_format, settings.log_size)
+    with signals_recorded(stop) as wait:
+        code = supervise(config, args.daemon, stop, wait, report)
+    report(code)
+    return code
+
+
+# ----------------------------------------------------------------------------------------
+# 16  command line
+# ----------------------------------------------------------------------------------------
+
+def make_parser():
+    import argparse
+    parser = argparse.ArgumentParser(
+        prog='mistamover.py', description='Mirror, stage or move data from the machine that '
+        'produces it to the machine that keeps it.  The default transfer mode is move: a source '
+        'is deleted after its verified delivery.',
+        epilog='exit codes: 0 everything due was delivered; 1 something could not be; 2 usage or '
+        'configuration error, nothing was touched; 3 another instance holds a stream that was due; '
+        '130, 143 interrupted')
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument('--once', '--one-off', action='store_true', help='one pass over every stream (default)')
+    how.add_argument('--daemon', action='store_true', help='the eternal loop, in the foreground')
+    parser.add_argument('--background', action='store_true', help='with --daemon: detach, write a pid file')
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument('--move', dest='mode', action='store_const', const='move',
+                      help='override transfer_mode: delete sources after delivery')
+    mode.add_argument('--mirror', dest='mode', action='store_const', const='mirror',
+                      help='override transfer_mode: delete nothing')
+    parser.add_argument('-c', '--config', metavar='FILE', help='default: mistamover.ini beside this '
+                        'program, else /etc/mistamover.ini')
+    parser.add_argument('-s', '--stream', metavar='NAME', action='append', default=[],
+                        help='only this stream (repeatable)')
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument('--dry-run', action='store_true', help='say what would be done, change nothing')
+    what.add_argument('--check', action='store_true', help='check the configuration, then every target')
+    what.add_argument('--status', action='store_true', help='what each stream is doing')
+    what.add_argument('--history', metavar='GLOB', nargs='?', const='*', help='search the ledger')
+    parser.add_argument('--json', action='store_true', help='with --status, --history: for machines')
+    loud = parser.add_mutually_exclusive_group()
+    loud.add_argument('-v', '--verbose', action='store_true', help='more on the terminal')
+    loud.add_argument('-q', '--quiet', action='store_true', help='only warnings and errors')
+    parser.add_argument('--version', action='version', version='MiStaMover ' + __version__)
+    return parser
+
+
+def default_config():
+    """Never in the working directory: a planted file could name its own commands."""
+    beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'mistamover.ini')
+    return beside if os.path.exists(beside) else '/etc/mistamover.ini'
+
+
+def main(argv=None):
+    """The exit code of a command line."""
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    if args.background and not args.daemon:
+        parser.error('--background goes with --daemon')
+    if args.json and not (args.status or args.history):
+        parser.error('--json goes with --status or --history')
+    command = command_dry_run if args.dry_run else command_check if args.check else \
+        command_status if args.status else command_history if args.history else command_run
+    try:
+        config = load_config(args.config or default_config(), TRANSPORTS, args.stream, args.mode)
+        return command(config, args, StopRequest())
+    except MoverError as error:
+        log.clear_line()
+        say('mistamover: %s' % show(str(error)), sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:         # the reader of our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_OK
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,2712 @@
+#!/usr/bin/env python3
+"""The tests of MiStaMover: real programs, real servers on loopback, whole trees compared.
+
+    python3 test_mistamover.py              everything this machine can run
+    python3 test_mistamover.py NAME ...     single tests, as unittest names them
+    python3 test_mistamover.py --bench [S M L I] [--json FILE]
+
+Servers that are not installed are named in the last lines; with MISTAMOVER_TEST_ALL=1 a
+missing one fails the run.  Order and names follow the sections of mistamover.py:
+
+    1  tools            trees, worlds, waiting
+    2  servers          sshd, rsync daemon, vsftpd
+    3  sites            every protocol as a user would configure it
+    4  helpers, configuration, locks, ledger, scanning, zipping
+    5  the modes: every cell of the table
+    6  delivery, daemon, stop files, settling
+    7  faults: kills, a bad network, a bad target, a source that moves
+    8  commands
+    9  README and example
+   10  --bench: side by side with what a user would type instead
+"""
+import collections
+import contextlib
+import errno
+import functools
+import hashlib
+import itertools
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import unittest
+import zipfile
+
+import mistamover as mm
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+PROGRAM = os.path.join(HERE, 'mistamover.py')
+TEST_ALL = os.environ.get('MISTAMOVER_TEST_ALL') == '1'
+PATIENCE = 30           # seconds a condition may take before a test gives up
+OLD = 1500000000        # an mtime long past (July 2017)
+
+
+# ----------------------------------------------------------------------------------------
+# 1  tools
+# ----------------------------------------------------------------------------------------
+
+BASE = os.path.realpath(tempfile.mkdtemp(prefix='mistamover-test-'))
+os.chmod(BASE, 0o755)
+
+
+def wait_for(condition, what, limit=PATIENCE):
+    """Poll until condition() is true; the only way these tests wait."""
+    end = time.monotonic() + limit
+    while time.monotonic() < end:
+        value = condition()
+        if value:
+            return value
+        time.sleep(0.02)
+    raise AssertionError('waited %d s in vain for %s' % (limit, what))
+
+
+def write(path, content=b'', mtime=OLD):
+    path = mm.to_bytes(path)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path, 'wb') as handle:
+        handle.write(content)
+    os.utime(path, (mtime, mtime))
+
+
+def what_is(full):
+    info = os.lstat(full)
+    if stat.S_ISLNK(info.st_mode):
+        return 'link to %s' % mm.show(os.readlink(full))
+    if stat.S_ISDIR(info.st_mode):
+        return 'directory'
+    if stat.S_ISREG(info.st_mode):
+        with open(full, 'rb') as handle:
+            return handle.read(), int(info.st_mtime)
+    return 'special'
+
+
+def tree(top):
+    """{relative path: what is there}, the whole of it: files as (bytes, mtime in seconds)."""
+    top, found = mm.to_bytes(top), {}
+    for path, directories, files in os.walk(top):
+        for name in directories + files:
+            full = os.path.join(path, name)
+            with contextlib.suppress(FileNotFoundError):        # a running daemon may be faster
+                found[os.path.relpath(full, top)] = what_is(full)
+    return found
+
+
+def unzipped(path):
+    """What a zip holds, in the shape of tree(), by the bytes of the names."""
+    found = {}
+    with zipfile.ZipFile(path) as archive:
+        for info in archive.infolist():
+            name = info.filename.encode('utf-8' if info.flag_bits & 0x800 else 'cp437')
+            if name.endswith(b'/'):
+                found[name.rstrip(b'/')] = 'directory'
+            else:
+                stamp = int.from_bytes(info.extra[-4:], 'little', signed=True)
+                found[name] = archive.read(info), stamp
+    return found
+
+
+def contents(found):
+    """A tree without its times."""
+    return {name: value[0] if isinstance(value, tuple) else value for name, value in found.items()}
+
+
+class Finished:
+    def __init__(self, code, output):
+        self.code, self.output = code, output
+
+    def __str__(self):
+        return 'exit code %s, output:\n%s' % (self.code, self.output)
+
+
+class World:
+    """One test's own place: incoming directory, target, state, configuration."""
+
+    number = 0
+
+    def __init__(self, site):
+        World.number += 1
+        self.site = site
+        self.top = os.path.join(BASE, 'world-%d' % World.number)
+        self.source = os.path.join(self.top, 'in')
+        self.target = os.path.join(self.top, 'out')
+        self.state = os.path.join(self.top, 'state')
+        self.ini = os.path.join(self.top, 'mistamover.ini')
+        for path in (self.source, self.target):
+            os.makedirs(path)
+            os.chmod(path, 0o777)       # vsftpd works as the user ftp
+        self.options = {}
+        self.configure()
+
+    def configure(self, program='', **options):
+        """Write the configuration: the site's lines, quick timing, and what the test wants."""
+        self.options = dict(
+            self.site.lines(self), directory=self.source, settle_time='0s', pause_time='0.1s',
+            retry_pause='0.1s', retry_pause_max='0.3s', ignore='*.tmp', stall_timeout='20s')
+        self.options.update(options)
+        text = '[mistamover]\nstate_dir = %s\n%s\n[stream:s]\n' % (self.state, program)
+        text += ''.join('%s = %s\n' % pair for pair in self.options.items() if pair[1] is not None)
+        with open(self.ini, 'w') as handle:
+            handle.write(text)
+        os.chmod(self.ini, 0o600)
+        return self
+
+    def command(self, *args):
+        return [sys.executable, PROGRAM, '--config', self.ini] + list(args)
+
+    def environment(self):
+        return dict(os.environ, SSL_CERT_FILE=SERVERS['ftps'].certificate) \
+            if 'ftps' in SERVERS else dict(os.environ)
+
+    def run(self, *args, limit=120):
+        done = subprocess.run(self.command(*args), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                              stderr=subprocess.STDOUT, timeout=limit, env=self.environment())
+        return Finished(done.returncode, done.stdout.decode('utf-8', 'replace'))
+
+    def start(self, *args):
+        """The program in the background, its output in a file."""
+        self.log = os.path.join(self.top, 'log')
+        with open(self.log, 'ab') as handle:
+            return subprocess.Popen(self.command(*args), stdin=subprocess.DEVNULL, stdout=handle,
+                                    stderr=subprocess.STDOUT, env=self.environment(),
+                                    start_new_session=True)
+
+    def said(self):
+        with open(self.log, errors='replace') as handle:
+            return handle.read()
+
+    def ledger(self):
+        return list(mm.Ledger(self.state).read())
+
+    def leftovers(self):
+        """Names of ours that a clean end does not leave, at either end."""
+        names = [n for n in list(tree(self.source)) + list(tree(self.target)) if b'.mistamover' in n]
+        return names + [n for n in os.listdir(self.state) if n.endswith(('.dirty', '.releasing', '.new'))]
+
+
+class Case(unittest.TestCase):
+    maxDiff = 4000
+
+    def world(self, site='local', **options):
+        world = World(SITES[site])
+        if options:
+            world.configure(**options)
+        self.addCleanup(shutil.rmtree, world.top, True)
+        return world
+
+    def ended(self, process, limit=PATIENCE):
+        """Wait for a process and return its exit code; kill it if it hangs."""
+        try:
+            return process.wait(limit)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            raise AssertionError('the program did not end within %d s' % limit)
+
+    def daemon(self, world, *args):
+        process = world.start('--daemon', *args)
+
+        def end():
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+        self.addCleanup(end)
+        return process
+
+    def assert_run(self, world, code, *args, **kwargs):
+        done = world.run(*args, **kwargs)
+        self.assertEqual(done.code, code, str(done))
+        return done
+
+
+# ----------------------------------------------------------------------------------------
+# 2  servers
+# ----------------------------------------------------------------------------------------
+
+SERVERS = {}        # name -> running Server
+MISSING = {}        # name -> how to install it
+STARTED = threading.Lock()
+
+
+def free_port():
+    with contextlib.closing(socket.socket()) as probe:
+        probe.bind(('127.0.0.1', 0))
+        return probe.getsockname()[1]
+
+
+def find_program(name):
+    return shutil.which(name, path=os.environ.get('PATH', '') + ':/usr/sbin:/sbin')
+
+
+class Server:
+    """A real server on loopback with its own keys, port and directory; ended by pid."""
+
+    needs = ()          # (program, Debian package)
+
+    def __init__(self):
+        self.port = free_port()
+        self.top = tempfile.mkdtemp(prefix='server-', dir=BASE)
+        self.log = os.path.join(self.top, 'log')
+        self.prepare()
+        self.start()
+
+    def start(self):
+        with open(self.log, 'ab') as log:
+            self.process = subprocess.Popen(self.command(), stdin=subprocess.DEVNULL, stdout=log,
+                                            stderr=log, start_new_session=True)
+        wait_for(self.answers, 'the server ' + type(self).__name__)
+
+    def answers(self):
+        if self.process.poll() is not None:
+            with open(self.log) as log:
+                raise AssertionError('%s ended: %s' % (type(self).__name__, log.read()))
+        with contextlib.closing(socket.socket()) as probe:
+            return probe.connect_ex(('127.0.0.1', self.port)) == 0
+
+    def end(self):
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, number)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(5)
+                break
+
+    def file(self, name, text, mode=0o600):
+        path = os.path.join(self.top, name)
+        with open(path, 'w') as handle:
+            handle.write(text)
+        os.chmod(path, mode)
+        return path
+
+
+class Sshd(Server):
+    needs = (('sshd', 'openssh-server'), ('ssh', 'openssh-client'), ('rrsync', 'rsync'))
+    force = ''
+
+    def keygen(self, name):
+        path = os.path.join(self.top, name)
+        subprocess.check_call(['ssh-keygen', '-q', '-t', 'ed25519', '-N', '', '-f', path])
+        return path
+
+    def public(self, path):
+        with open(path + '.pub') as handle:
+            return handle.read()
+
+    def prepare(self):
+        self.host_key = self.keygen('host')
+        self.key, self.restricted_key = self.keygen('key'), self.keygen('restricted')
+        authorized = self.file('authorized', self.public(self.key) + 'command="%s %s",restrict %s' % (
+            find_program('rrsync'), BASE, self.public(self.restricted_key)))
+        # under an alias, so that a proxy on another port may stand before it
+        self.known_hosts = self.file('known_hosts', 'mover-test ' + self.public(self.host_key))
+        self.config = self.file('sshd_config', '\n'.join((
+            'Port %d' % self.port, 'ListenAddress 127.0.0.1', 'HostKey ' + self.host_key,
+            'AuthorizedKeysFile ' + authorized, 'StrictModes no', 'UsePAM no', 'PidFile none',
+            'PasswordAuthentication no', 'PermitRootLogin yes', 'MaxStartups 100',
+            'Subsystem sftp internal-sftp', self.force, '')))
+        if os.getuid() == 0:
+            os.makedirs('/run/sshd', exist_ok=True)
+
+    def command(self):
+        return [find_program('sshd'), '-D', '-e', '-f', self.config]
+
+
+class SftpOnly(Sshd):
+    """Accounts without a shell."""
+
+    force = 'ForceCommand internal-sftp'
+
+
+class RsyncDaemon(Server):
+    needs = (('rsync', 'rsync'),)
+    password = 'open sesame $5 %d'
+
+    def prepare(self):
+        secrets = self.file('secrets', 'mover:%s\n' % self.password)
+        module = '[%s]\npath = %s\nread only = no\nwrite only = %s\nauth users = mover\n' \
+            'secrets file = %s\n'
+        head = 'use chroot = no\nmunge symlinks = no\nmax connections = 0\nuid = %d\ngid = %d\n' % (
+            os.getuid(), os.getgid())
+        self.config = self.file('rsyncd.conf', head + module % ('all', BASE, 'no', secrets) +
+                                module % ('drop', BASE, 'yes', secrets))
+
+    def command(self):
+        return [find_program('rsync'), '--daemon', '--no-detach', '--address=127.0.0.1',
+                '--port=%d' % self.port, '--config=' + self.config, '--log-file=' + self.log]
+
+
+class Vsftpd(Server):
+    needs = (('vsftpd', 'vsftpd'),)
+    password = 'mover@example.org'
+    tls = ''
+
+    def prepare(self):
+        emails = self.file('emails', self.password + '\n')
+        lines = ['listen=YES', 'listen_address=127.0.0.1', 'listen_port=%d' % self.port,
+                 'background=NO', 'anonymous_enable=YES', 'anon_root=' + BASE, 'local_enable=NO',
+                 'write_enable=YES', 'anon_upload_enable=YES', 'anon_mkdir_write_enable=YES',
+                 'anon_other_write_enable=YES', 'anon_umask=022', 'anon_world_readable_only=NO',
+                 'secure_email_list_enable=YES', 'email_password_file=' + emails,
+                 'allow_writeable_chroot=YES', 'seccomp_sandbox=NO', 'xferlog_enable=NO',
+                 'chown_uploads=NO', 'mdtm_write=YES', 'ascii_upload_enable=YES', 'ascii_download_enable=YES',
+                 'chmod_enable=YES',
+                 'secure_chroot_dir=' + os.path.join(self.top, 'empty')] + self.more()
+        os.makedirs(os.path.join(self.top, 'empty'))
+        self.config = self.file('vsftpd.conf', '\n'.join(lines) + '\n')
+
+    def more(self):
+        return []
+
+    def command(self):
+        return [find_program('vsftpd'), self.config]
+
+
+class VsftpdTls(Vsftpd):
+    needs = (('vsftpd', 'vsftpd'), ('openssl', 'openssl'))
+    days = '2'
+
+    def more(self):
+        self.certificate = os.path.join(self.top, 'cert.pem')
+        key, request = os.path.join(self.top, 'key.pem'), os.path.join(self.top, 'request.pem')
+        names = self.file('names', 'subjectAltName=DNS:localhost,IP:127.0.0.1\n')
+        for argv in (['req', '-new', '-newkey', 'rsa:2048', '-nodes', '-subj', '/CN=localhost',
+                      '-keyout', key, '-out', request],
+                     ['x509', '-req', '-in', request, '-signkey', key, '-days', self.days,
+                      '-extfile', names, '-out', self.certificate]):
+            subprocess.check_call(['openssl'] + argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        return ['ssl_enable=YES', 'allow_anon_ssl=YES', 'force_anon_logins_ssl=YES',
+                'force_anon_data_ssl=YES', 'rsa_cert_file=' + self.certificate,
+                'rsa_private_key_file=' + key]
+
+
+class VsftpdExpired(VsftpdTls):
+    days = '-1'
+
+
+CLASSES = {'sshd': Sshd, 'sftp': SftpOnly, 'rsyncd': RsyncDaemon, 'ftp': Vsftpd, 'ftps': VsftpdTls,
+           'expired': VsftpdExpired}
+
+
+def server(name):
+    """The running server of that name, started at first use; skips the test without it."""
+    missing = [package for program, package in CLASSES[name].needs if not find_program(program)]
+    if missing:
+        MISSING[name] = 'apt-get install ' + ' '.join(sorted(set(missing)))
+        raise unittest.SkipTest('%s is not installed' % name)
+    with STARTED:
+        if name not in SERVERS:
+            SERVERS[name] = CLASSES[name]()
+        return SERVERS[name]
+
+
+def tearDownModule():
+    for running in SERVERS.values():
+        running.end()
+    shutil.rmtree(BASE, ignore_errors=True)
+
+
+# ----------------------------------------------------------------------------------------
+# 3  sites: every protocol as a user would configure it
+# ----------------------------------------------------------------------------------------
+
+class Site:
+    """How to reach a world's target by one protocol, and what that protocol can do."""
+
+    mirrors = True
+    zips = False
+    carries_newline = True
+
+    def __init__(self, name, needs=None):
+        self.name, self.needs = name, needs
+
+    def lines(self, world):
+        if self.needs:
+            server(self.needs)
+        return self.options(world)
+
+
+class Local(Site):
+    def options(self, world):
+        return {'transfer_protocol': 'local', 'target_dir': world.target}
+
+
+class OverSsh(Site):
+    def __init__(self, name, needs, protocol, key='key'):
+        Site.__init__(self, name, needs)
+        self.protocol, self.key = protocol, key
+        self.mirrors = protocol == 'rsync_ssh'
+        self.zips = not self.mirrors
+        self.carries_newline = protocol != 'sftp'
+
+    def options(self, world):
+        sshd = server(self.needs)
+        target = world.target if self.key == 'key' else os.path.relpath(world.target, BASE)
+        return {'transfer_protocol': self.protocol, 'target_host': '127.0.0.1',
+                'target_port': sshd.port, 'target_dir': target, 'ssh_key': getattr(sshd, self.key),
+                'ssh_options': '-F none -o HostKeyAlias=mover-test -o UserKnownHostsFile=' +
+                sshd.known_hosts}
+
+
+class Native(Site):
+    def __init__(self, name, module):
+        Site.__init__(self, name, 'rsyncd')
+        self.module = module
+
+    def options(self, world):
+        rsyncd = server('rsyncd')
+        return {'transfer_protocol': 'rsync_native', 'target_host': '127.0.0.1',
+                'target_port': rsyncd.port, 'username': 'mover', 'password': rsyncd.password,
+                'target_dir': self.module + '/' + os.path.relpath(world.target, BASE)}
+
+
+class Ftp(Site):
+    mirrors = False
+    zips = True
+    carries_newline = False
+
+    def options(self, world):
+        ftpd = server(self.needs)
+        return {'transfer_protocol': 'ftp', 'target_host': '127.0.0.1', 'target_port': ftpd.port,
+                'username': 'anonymous', 'password': ftpd.password,
+                'tls': 'yes' if self.needs == 'ftps' else None,
+                'target_dir': os.path.relpath(world.target, BASE)}
+
+
+SITES = {site.name: site for site in (
+    Local('local'),
+    OverSsh('rsync_ssh', 'sshd', 'rsync_ssh'),
+    OverSsh('rrsync', 'sshd', 'rsync_ssh', 'restricted_key'),
+    Native('rsync_native', 'all'),
+    Native('write_only', 'drop'),
+    OverSsh('scp', 'sshd', 'scp'),
+    OverSsh('sftp', 'sftp', 'sftp'),
+    Ftp('ftp', 'ftp'),
+    Ftp('ftps', 'ftps'),
+)}
+
+
+def spread(cls):
+    """Class decorator: test_x(self, site) with .sites becomes test_x_SITE for each of them."""
+    for name, method in list(vars(cls).items()):
+        for site in getattr(method, 'sites', ()):
+            def run(self, method=method, site=site):
+                method(self, site)
+            setattr(cls, '%s_%s' % (name, site), run)
+        if hasattr(method, 'sites'):
+            delattr(cls, name)
+    return cls
+
+
+def on_sites(*names):
+    def mark(method):
+        method.sites = names or list(SITES)
+        return method
+    return mark
+
+
+NAMES = [b'plain.dat', b'with space', b"quote'and\"double", b'$(x)', b'semi;colon', b'-dash',
+         b'.dot', b'new\nline', 'caf\u00e9 \u65e5\u672c'.encode(), b'raw\xff\xfebytes', b'#hash',
+         b'star*[a]?', b'back\\slash', b'%s%d\x1b[31m']
+
+
+def fill(top, names=NAMES):
+    """The hostile incoming directory of the issue; returns its tree."""
+    top = mm.to_bytes(top)
+    for index, name in enumerate(names):
+        write(os.path.join(top, name), b'content of ' + name, OLD + index)
+    write(os.path.join(top, b'empty file'), b'', OLD + 50)
+    for index, name in enumerate(names):
+        write(os.path.join(top, b'tree', b'sub dir', name), b'in the tree ' + name, OLD + 100 + index)
+    write(os.path.join(top, b'tree', b'zero'), b'', OLD + 200)
+    os.makedirs(os.path.join(top, b'tree', b'hollow', b'deeper'))
+    return tree(top)
+
+
+def expected_target(site, source):
+    """What stands at the target after everything that the protocol carries was delivered."""
+    found = {}
+    for name, value in source.items():
+        if b'\n' in name and not site.carries_newline and not name.startswith(b'tree'):
+            continue
+        if site.zips and name.startswith(b'tree'):
+            continue
+        found[name] = value
+    return found
+
+
+# ----------------------------------------------------------------------------------------
+# 4  helpers, configuration, locks, ledger, scanning, zipping
+# ----------------------------------------------------------------------------------------
+
+class Helpers(unittest.TestCase):
+    def test_durations_and_sizes(self):
+        for text, seconds in (('90', 90), ('1.5h', 5400), ('2m', 120), ('1d12h', 129600), ('0s', 0)):
+            self.assertEqual(mm.parse_duration(text), seconds)
+        for text in ('', 'x', '5 minutes', '-1', '1h-'):
+            with self.assertRaises(ValueError, msg=text):
+                mm.parse_duration(text)
+        for text, size in (('1000', 1000), ('10K', 10240), ('1.5G', 1610612736), ('2MB', 2 << 20)):
+            self.assertEqual(mm.parse_size(text), size)
+        for text in ('', 'ten', '5 X', '-3'):
+            with self.assertRaises(ValueError, msg=text):
+                mm.parse_size(text)
+
+    def test_names_are_shown_on_one_printable_line(self):
+        self.assertEqual(mm.show(b'a b'), 'a b')
+        self.assertEqual(mm.show(b'a\nb\x1b[31m\xff'), 'a\\nb\\x1b[31m\\xff')
+        self.assertEqual(mm.show('caf\u00e9'), 'caf\u00e9')
+        self.assertEqual(mm.to_bytes(mm.to_text(b'\xff\xfe')), b'\xff\xfe')
+
+    def test_stamped_keeps_the_ending_of_a_zip(self):
+        self.assertEqual(mm.stamped(b'a.zip', 0), b'a.~19700101T000000.000Z~.zip')
+        self.assertEqual(mm.stamped(b'a', 0), b'a.~19700101T000000.000Z~')
+
+    def test_globs_see_bytes(self):
+        match = mm.compile_globs(['.*', '*.tmp', '?x'])
+        self.assertTrue(match(b'.hidden') and match(b'a\nb.tmp') and match(b'\xffx'))
+        self.assertFalse(match(b'a.tmp.dat') or match(b'xx.'))
+        self.assertIsNone(mm.compile_globs([]))
+
+    def test_transfer_window(self):
+        at = lambda hour, minute=0: time.struct_time((2026, 1, 1, hour, minute, 0, 0, 1, 0))
+        self.assertTrue(mm.in_window((1200, 360), at(23)) and mm.in_window((1200, 360), at(5, 59)))
+        self.assertFalse(mm.in_window((1200, 360), at(6)) or mm.in_window((1200, 360), at(19, 59)))
+        self.assertTrue(mm.in_window(None, at(3)) and mm.in_window((480, 1080), at(8)))
+
+
+class Configuration(Case):
+    """Each wrong configuration: one line with file, section, option and mend, exit code 2."""
+
+    def refused(self, text, *parts, **kwargs):
+        top = tempfile.mkdtemp(dir=BASE)
+        path = os.path.join(top, 'm.ini')
+        with open(path, 'w') as handle:
+            handle.write(text.replace('TOP', top))
+        os.chmod(path, kwargs.get('mode', 0o600))
+        before = tree(top)
+        done = subprocess.run([sys.executable, PROGRAM, '-c', path] + kwargs.get('args', []),
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        output = done.stdout.decode()
+        self.assertEqual(done.returncode, 2, output)
+        self.assertEqual(len(output.splitlines()), 1, output)
+        for part in ('m.ini',) + parts:
+            self.assertIn(part, output)
+        self.assertNotIn('Traceback', output)
+        self.assertNotIn('hunter2', output)
+        self.assertEqual(tree(top), before)
+        return output
+
+    STREAM = '[stream:a]\ntransfer_protocol = %s\ndirectory = TOP/in\ntarget_dir = %s\n%s\n'
+
+    def stream(self, protocol='local', target='TOP/out', more=''):
+        return self.STREAM % (protocol, target, more)
+
+    def test_unknown_names(self):
+        self.refused('[streem:a]\n', 'line 1', 'unknown section', 'stream:NAME')
+        self.refused(self.stream(more='settle_tme = 3s'), 'line 5', '[stream:a] settle_tme',
+                     'unknown option', 'settle_time')
+        self.refused('[mistamover]\nstate = x\n' + self.stream(), 'line 2', 'state_dir')
+        self.refused('[stream:a/b]\n', 'letters')
+        self.refused('', 'no stream')
+
+    def test_bad_values(self):
+        for line, part in (('settle_time = soon', 'duration'), ('batch_size = big', 'size'),
+                           ('verify = maybe', 'checksum'), ('create_directories = perhaps', 'yes'),
+                           ('retry_count = 0', 'at least 1'), ('target_chmod = 9', 'mode'),
+                           ('transfer_window = night', '20:00-06:00'), ('ready_file = done', '{name}'),
+                           ('stop_file = a/b', 'plain file name')):
+            self.refused(self.stream(more=line), 'line 5', '[stream:a] ' + line.split()[0], part)
+        self.refused(self.stream('http'), 'line 2', 'transfer_protocol', 'unknown protocol')
+
+    def test_syntax(self):
+        self.refused('settle_time = 3s\n', 'line 1', 'before the first')
+        self.refused('[stream:a]\nhunter2\n', 'line 2')
+        self.refused('[stream:a]\ndirectory = x\ndirectory = y\n', 'line 3', 'twice')
+        self.refused(self.stream(more='ignore = ${nothing}'), 'ignore', 'reference')
+
+    def test_missing_options(self):
+        self.refused('[stream:a]\ntransfer_protocol = local\ndirectory = TOP/in\n', 'target_dir is missing')
+        self.refused('[stream:a]\ntarget_dir = TOP/out\n', 'directory is missing')
+        self.refused(self.stream('scp'), 'target_host')
+
+    def test_mirror_only_where_it_works(self):
+        for protocol in ('scp', 'sftp', 'ftp'):
+            text = self.stream(protocol, more='target_host = h\ntransfer_mode = mirror')
+            self.refused(text, '[stream:a] transfer_mode', protocol, 'local or rsync_native or rsync_ssh')
+            self.refused(self.stream(protocol, more='target_host = h'), 'mirror', args=['--mirror'])
+
+    def test_hostile_values(self):
+        for host in ('-oProxyCommand=x', 'a b', 'a;b', '$(x)', 'a/b'):
+            self.refused(self.stream('scp', more='target_host = ' + host), 'target_host')
+        self.refused(self.stream('scp', more='target_host = h\nusername = -x'), 'username')
+        self.refused(self.stream('scp', '-x', 'target_host = h'), 'target_dir')
+        self.refused(self.stream('scp', '../x', 'target_host = h'), 'target_dir')
+
+    def test_dangerous_rsync_options(self):
+        for word in ('--delete', '--del', '--delete-after', '--remove-source-files', '--append-verify',
+                     '--inplace', '-n', '-avn', '--dry-run', '--existing', '--rsh=x', '-e', 'plain',
+                     '--files-from=x', '-M--inplace', '--temp-dir=x', '--ignore-existing', '--exclude=x'):
+            self.refused(self.stream('rsync_ssh', more='target_host = h\nrsync_options = -z ' + word),
+                         'rsync_options', 'refused')
+        self.assertIsNone(mm.refused_rsync_option(['-az', '--fsync', '--chmod=F600', '-W']))
+
+    def test_places(self):
+        self.refused(self.stream(target='TOP/in'), 'target_dir', 'lie in each other')
+        self.refused(self.stream(target='TOP/in/below'), 'target_dir')
+        self.refused(self.stream(target='TOP'), 'target_dir')
+        self.refused(self.stream() + self.stream().replace(':a]', ':b]'), 'directory', 'stream a')
+        self.refused(self.stream() + self.stream().replace(':a]', ':b]').replace('TOP/in', 'TOP/in/sub'),
+                     '[stream:b] directory', 'lie in each other')
+        self.refused('[mistamover]\nstate_dir = TOP/in/state\n' + self.stream(), 'state_dir')
+
+    def test_password_for_all_to_read(self):
+        text = self.stream('ftp', 'x', 'target_host = h\npassword = hunter2')
+        self.refused(text, 'password', 'chmod 600', mode=0o644)
+        self.refused(self.stream('scp', 'x', 'target_host = h\npassword = hunter2'), 'password', 'key')
+
+    def test_references_defaults_and_relative_paths(self):
+        top = tempfile.mkdtemp(dir=BASE)
+        os.makedirs(os.path.join(top, 'streams.d'))
+        with open(os.path.join(top, 'm.ini'), 'w') as handle:
+            handle.write('[mistamover]\nstream_files = streams.d/*.ini\npause_time = 7s\n'
+                         '[defaults]\nsettle_time = 5s\ntarget_marker = keeper\n'
+                         '[stream:a]\ntransfer_protocol = local\ndirectory = in\n'
+                         'target_dir = /x/${settle_time}$$\n')
+        with open(os.path.join(top, 'streams.d', 'b.ini'), 'w') as handle:
+            handle.write('[stream:b]\ntransfer_protocol = local\ndirectory = in2\n'
+                         'target_dir = ${stream:a:target_dir}/${defaults:target_marker}/%Y/%m\n'
+                         'settle_time = 6s\ntransfer_mode = mirror\n')
+        config = mm.load_config(os.path.join(top, 'm.ini'), mm.TRANSPORTS)
+        a, b = config.streams
+        self.assertEqual((a.settle_time, b.settle_time, a.pause_time), (5, 6, 7))
+        self.assertEqual(a.target_dir, '/x/5s$')
+        self.assertEqual((b.target_base, b.target_dates), ('/x/5s$/keeper', '%Y/%m'))
+        self.assertEqual(a.directory, os.path.join(top, 'in'))
+        self.assertEqual(b.directory, os.path.join(top, 'streams.d', 'in2'))
+        self.assertEqual((a.ignore, a.on_conflict), (['.*', '*.tmp', '*.part'], 'backup'))
+        self.assertEqual((b.ignore, b.on_conflict, b.symlinks), ([], 'overwrite', 'keep'))
+
+    def test_the_default_configuration_is_not_in_the_working_directory(self):
+        self.assertIn(mm.default_config(), (os.path.join(HERE, 'mistamover.ini'), '/etc/mistamover.ini'))
+
+
+class Ledgers(Case):
+    def test_a_torn_line_is_skipped_and_stays_alone(self):
+        top = tempfile.mkdtemp(dir=BASE)
+        ledger = mm.Ledger(top)
+        ledger.append([{'item': 'one'}])
+        path = os.path.join(top, os.listdir(top)[0])
+        with open(path, 'a') as handle:
+            handle.write('{"item": "to')
+        ledger.append([{'item': 'two'}, {'item': 'three'}])
+        self.assertEqual([r['item'] for r in ledger.read()], ['one', 'two', 'three'])
+        self.assertEqual(stat.S_IMODE(os.stat(path).st_mode), 0o600)
+
+    def test_unwritable(self):
+        with self.assertRaises(mm.StateError):
+            mm.Ledger(os.path.join(BASE, 'nowhere')).append([{'item': 'x'}])
+
+
+class Settling(unittest.TestCase):
+    """The policy is pure: clocks are arguments."""
+
+    def item(self, mtime, ctime=0, ino=1):
+        return mm.Item(b'x', [mm.Entry(b'x', 'f', 5, int(mtime * 1e9), int(ctime * 1e9), 1, ino, 0o644)])
+
+    def looks(self, settler, *looks):
+        """Each look: (directory clock or None, monotonic, item) -> settled?"""
+        answers = []
+        for clock, monotonic, item in looks:
+            settler.begin(None if clock is None else int(clock * 1e9), monotonic)
+            answers.append(settler.settled(item, monotonic))
+        return answers
+
+    def test_old_files_are_settled_at_once(self):
+        self.assertEqual(self.looks(mm.Settler(60), (1000, 5, self.item(900, 900))), [True])
+        self.assertEqual(self.looks(mm.Settler(60), (1000, 5, self.item(900, 950))), [False])
+
+    def test_mtime_in_the_future_or_1970_does_not_hold_for_ever(self):
+        future = self.item(10 ** 9, 1000)
+        self.assertEqual(self.looks(mm.Settler(60), (1000, 0, future), (1030, 30, future),
+                                    (1061, 61, future)), [False, False, True])
+        self.assertEqual(self.looks(mm.Settler(60), (1000, 0, self.item(0, 900))), [True])
+
+    def test_a_change_starts_anew(self):
+        one, two = self.item(1000, 1000), self.item(1050, 1050)
+        self.assertEqual(self.looks(mm.Settler(60), (1000, 0, one), (1055, 55, two), (1100, 100, two),
+                                    (1116, 116, two)), [False, False, False, True])
+
+    def test_without_a_clock_two_looks(self):
+        old = self.item(1, 1)
+        self.assertEqual(self.looks(mm.Settler(60), (None, 0, old), (None, 59, old), (None, 60, old)),
+                         [False, False, True])
+
+    def test_a_clock_that_jumps_forward_releases_nothing_early(self):
+        fresh, steady = self.item(1000, 1000), self.item(1, 1)
+        settler = mm.Settler(60)
+        self.assertEqual(self.looks(settler, (1001, 0, fresh), (4601, 1, fresh), (4659, 59, fresh),
+                                    (4662, 62, fresh)), [False, False, False, True])
+        self.assertEqual(self.looks(mm.Settler(60), (1001, 0, steady)), [True])
+
+    def test_a_clock_that_jumps_back_holds_nothing_for_ever(self):
+        item = self.item(5000, 5000)
+        self.assertEqual(self.looks(mm.Settler(60), (5001, 0, item), (1401, 1, item), (1462, 62, item)),
+                         [False, False, True])
+
+
+class Zipping(Case):
+    def test_names_times_and_order_survive(self):
+        top = mm.to_bytes(tempfile.mkdtemp(dir=BASE))
+        fill(top)
+        os.utime(os.path.join(top, b'tree', b'zero'), (-1000000000, -1000000000))
+        os.symlink('/etc/passwd', os.path.join(top, b'tree', b'link'))
+        stream = mm.Settings('s', dict(root=top, ignore=[], only=['*'], symlinks='leave', mirror=False,
+                                       move=True, remove_directories=True, stop_file='.stop',
+                                       quarantine_dir='/q', ready_file=None, items='top'))
+        scanner = mm.Scanner(stream, mm.StopRequest())
+        item = scanner.look(b'tree')
+        paths = [os.path.join(top, name) for name in (b'1.zip', b'2.zip')]
+        for path in paths:
+            mm.zip_item(top, item, path, mm.StopRequest())
+        with open(paths[0], 'rb') as one, open(paths[1], 'rb') as two:
+            self.assertEqual(one.read(), two.read())
+        source = {n: v for n, v in tree(top).items() if n.startswith(b'tree') and n != b'tree/link'}
+        self.assertEqual(unzipped(paths[0].decode()), source)
+        if find_program('unzip'):
+            subprocess.check_call(['unzip', '-tqq', paths[0]])
+
+    def test_a_file_that_changed_is_noticed(self):
+        top = mm.to_bytes(tempfile.mkdtemp(dir=BASE))
+        write(os.path.join(top, b'd', b'f'), b'one')
+        entry = mm.Entry.of(b'd/f', os.lstat(os.path.join(top, b'd', b'f')))
+        write(os.path.join(top, b'd', b'f'), b'two')
+        with self.assertRaises(mm.Changed):
+            mm.zip_item(top, mm.Item(b'd', [entry]), os.path.join(top, b'x.zip'), mm.StopRequest())
+
+
+# ----------------------------------------------------------------------------------------
+# 5  the modes: every cell of the table
+# ----------------------------------------------------------------------------------------
+
+@spread
+class Modes(Case):
+    def assert_delivered(self, world, before):
+        """The whole target is right: every file, every directory, every time, every zip."""
+        site = world.site
+        target = tree(world.target)
+        if site.zips:
+            self.assertEqual(unzipped(os.path.join(world.target, 'tree.zip')),
+                             {n: v for n, v in before.items() if n.startswith(b'tree')})
+            target.pop(b'tree.zip')
+        self.assertEqual(target, expected_target(site, before))
+
+    @on_sites()
+    def test_once_move(self, site):
+        world = self.world(site)
+        before = fill(world.source)
+        refused = [] if world.site.carries_newline else [b'new\nline']
+        done = self.assert_run(world, 1 if refused else 0, '--once')
+        self.assert_delivered(world, before)
+        self.assertEqual(contents(tree(world.source)), {n: b'content of ' + n for n in refused})
+        self.assertEqual(world.leftovers() if not refused else [], [])
+        records = world.ledger()
+        delivered = {n for n in before if b'/' not in n} - set(refused)
+        self.assertEqual({mm.to_bytes(r['item']) for r in records}, delivered)
+        self.assertEqual(len(records), len(delivered))
+        self.assertIn('delivered %d items' % len(delivered), done.output)
+        # run again: nothing to do, nothing changes
+        self.assert_run(world, 1 if refused else 0, '--once', '--move')
+        self.assert_delivered(world, before)
+        self.assertEqual(len(world.ledger()), len(records))
+
+    @on_sites('local', 'rsync_ssh', 'rrsync', 'rsync_native', 'write_only')
+    def test_once_mirror(self, site):
+        world = self.world(site, transfer_mode='mirror')
+        before = fill(world.source)
+        os.symlink('nowhere', os.path.join(world.source, 'dangling'))
+        self.assert_run(world, 0, '--one-off')
+        after = dict(before)
+        after[b'dangling'] = 'link to nowhere'
+        self.assertEqual(tree(world.target), after)
+        self.assertEqual(tree(world.source), after)
+        self.assertEqual(world.leftovers(), [])
+        self.assertEqual({mm.to_bytes(r['item']) for r in world.ledger()},
+                         {n for n in after if b'/' not in n})
+        # a change is brought over, the rest is left in peace
+        write(os.path.join(world.source, 'plain.dat'), b'newer content', OLD + 999)
+        done = self.assert_run(world, 0)
+        after[b'plain.dat'] = b'newer content', OLD + 999
+        self.assertEqual(tree(world.target), after)
+        self.assertIn('delivered 1 item ', done.output)
+
+    @on_sites('scp', 'sftp', 'ftp', 'ftps')
+    def test_mirror_refused(self, site):
+        world = self.world(site)
+        before = fill(world.source)
+        for how in ('--once', '--daemon'):
+            done = self.assert_run(world, 2, how, '--mirror')
+            self.assertIn('mirror does not work with', done.output)
+        self.assertEqual((tree(world.source), tree(world.target)), (before, {}))
+
+    @on_sites()
+    def test_daemon_move(self, site):
+        world = self.world(site)
+        before = fill(world.source, NAMES[:7])
+        process = self.daemon(world)
+        wait_for(lambda: not tree(world.source) and not world.leftovers(), 'the first items')
+        self.assert_delivered(world, before)
+        write(os.path.join(world.source, 'later'), b'dropped in later', OLD + 7)
+        wait_for(lambda: not tree(world.source) and not world.leftovers(), 'the late item')
+        before[b'later'] = b'dropped in later', OLD + 7
+        process.send_signal(signal.SIGTERM)
+        self.assertEqual(self.ended(process, 5), 143)
+        self.assert_delivered(world, before)
+        self.assertEqual(world.leftovers(), [])
+
+    @on_sites('local', 'rsync_ssh', 'rrsync', 'rsync_native', 'write_only')
+    def test_daemon_mirror(self, site):
+        world = self.world(site, transfer_mode='mirror')
+        before = fill(world.source)
+        process = self.daemon(world)
+        wait_for(lambda: tree(world.target) == before, 'the mirror')
+        write(os.path.join(world.source, 'later'), b'dropped in later', OLD + 7)
+        write(os.path.join(world.source, 'tree', 'zero'), b'not zero', OLD + 8)
+        before[b'later'] = b'dropped in later', OLD + 7
+        before[b'tree/zero'] = b'not zero', OLD + 8
+        wait_for(lambda: tree(world.target) == before, 'the late files')
+        process.send_signal(signal.SIGINT)
+        self.assertEqual(self.ended(process, 5), 130)
+        # a mirror is hardly ever idle: the signal may strike a pass, which the next one tidies
+        self.assert_run(world, 0, '--once')
+        self.assertEqual(tree(world.source), before)
+        self.assertEqual(tree(world.target), before)
+        self.assertEqual(world.leftovers(), [])
+
+
+
+# ----------------------------------------------------------------------------------------
+# 6  delivery, daemon, stop files, settling
+# ----------------------------------------------------------------------------------------
+
+FLIP = """
+import os
+def flip():
+    for top, _, names in os.walk(TARGET):
+        for name in names:
+            with open(os.path.join(top, name), 'r+b') as handle:
+                handle.write(b'#')
+"""
+
+
+class Doctored(Case):
+    """Runs of the real program in which something happens between two of its steps."""
+
+    def doctored(self, world, code, *args):
+        text = 'import sys\nsys.path.insert(0, %r)\nimport mistamover as mm\nTARGET = %r\nSOURCE = %r\n' \
+            '%s\nsys.exit(mm.main(sys.argv[1:]))\n' % (HERE, world.target, world.source, code)
+        done = subprocess.run([sys.executable, '-c', text, '--config', world.ini] + list(args),
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=120,
+                              env=world.environment())
+        return Finished(done.returncode, done.stdout.decode('utf-8', 'replace'))
+
+
+@spread
+class Verifying(Doctored):
+    @on_sites()
+    def test_a_flipped_byte_is_never_released(self, site):
+        world = self.world(site, retry_count='2', target_chmod='644' if site == 'local' else None)
+        write(os.path.join(world.source, 'precious'), b'exists once')
+        before = tree(world.source)
+        done = self.doctored(world, FLIP + """
+verb = 'push' if hasattr(mm.TRANSPORTS[%r], 'push') else 'send'
+cls = mm.TRANSPORTS[%r]
+real = getattr(cls, verb)
+def damaging(self, *args, **kwargs):
+    answer = real(self, *args, **kwargs)
+    flip()
+    return answer
+setattr(cls, verb, damaging)
+""" % ((world.options['transfer_protocol'],) * 2))
+        self.assertEqual(done.code, 1, str(done))
+        self.assertIn('arrived damaged', done.output)
+        self.assertEqual(tree(world.source), before)
+        self.assertEqual(world.ledger(), [])
+        # once the target is sound again, it is delivered, and the damaged copy kept or gone
+        self.assert_run(world, 0)
+        self.assertEqual(tree(world.source), {})
+        self.assertEqual(tree(world.target)[b'precious'], before[b'precious'])
+
+    @on_sites('local', 'rsync_ssh', 'rsync_native', 'scp', 'sftp', 'ftp')
+    def test_verify_size(self, site):
+        world = self.world(site, verify='size')
+        before = fill(world.source, NAMES[:7])
+        self.assert_run(world, 0)
+        self.assertEqual(contents(tree(world.source)), {})
+        target = tree(world.target)
+        if world.site.zips:
+            target.pop(b'tree.zip')
+        self.assertEqual(target, expected_target(world.site, before))
+
+    @on_sites('local', 'rsync_ssh', 'rsync_native', 'scp', 'sftp', 'ftp')
+    def test_other_content_of_the_same_size_is_not_taken_for_ours(self, site):
+        world = self.world(site, verify='size')
+        write(os.path.join(world.source, 'run001'), b'new!', OLD)
+        write(os.path.join(world.target, 'run001'), b'old!', OLD)
+        os.chmod(os.path.join(world.target, 'run001'), 0o666)
+        os.chown(os.path.join(world.target, 'run001'), *ftp_ids())
+        self.assert_run(world, 0)
+        self.assertEqual(tree(world.source), {})
+        target = contents(tree(world.target))
+        self.assertEqual(target.pop(b'run001'), b'new!')
+        (name, content), = target.items()
+        self.assertRegex(name, rb'^run001\.~\d{8}T\d{6}\.\d{3}Z~$')
+        self.assertEqual(content, b'old!')
+
+
+def ftp_ids():
+    """The user vsftpd works as may rename only its own files in some directories."""
+    import pwd
+    try:
+        entry = pwd.getpwnam('ftp')
+        return entry.pw_uid, entry.pw_gid
+    except KeyError:
+        return -1, -1
+
+
+@spread
+class Conflicts(Case):
+    @on_sites()
+    def test_on_conflict(self, site):
+        for policy in ('backup', 'overwrite', 'refuse'):
+            world = self.world(site, on_conflict=policy)
+            for name, content in (('same', b'identical'), ('run001', b'yesterday')):
+                write(os.path.join(world.target, name), content)
+                os.chown(os.path.join(world.target, name), *ftp_ids())
+            write(os.path.join(world.source, 'same'), b'identical')
+            write(os.path.join(world.source, 'run001'), b'today, longer', OLD + 5)
+            write(os.path.join(world.source, 'other'), b'something else')
+            done = self.assert_run(world, 1 if policy == 'refuse' else 0)
+            target = contents(tree(world.target))
+            self.assertEqual((target.pop(b'same'), target.pop(b'other')), (b'identical', b'something else'))
+            if policy == 'refuse':
+                self.assertEqual(target, {b'run001': b'yesterday'})
+                self.assertEqual(contents(tree(world.source)), {b'run001': b'today, longer'})
+                self.assertIn('on_conflict = refuse', done.output)
+                continue
+            self.assertEqual(tree(world.source), {})
+            self.assertEqual(target.pop(b'run001'), b'today, longer')
+            self.assertEqual(list(target.values()), [b'yesterday'] if policy == 'backup' else [])
+            self.assertEqual(world.leftovers(), [])
+
+    @on_sites()
+    def test_a_directory_in_the_way(self, site):
+        world = self.world(site)
+        write(os.path.join(world.target, 'thing', 'inside'), b'keep me')
+        write(os.path.join(world.source, 'thing'), b'a file')
+        write(os.path.join(world.source, 'fine'), b'fine')
+        self.assert_run(world, 1)
+        self.assertEqual(contents(tree(world.source)), {b'thing': b'a file'})
+        self.assertEqual(contents(tree(world.target)),
+                         {b'thing': 'directory', b'thing/inside': b'keep me', b'fine': b'fine'})
+
+    @on_sites('scp', 'sftp', 'ftp')
+    def test_a_zip_never_overwrites_one_whose_source_is_gone(self, site):
+        for policy in ('backup', 'overwrite'):
+            world = self.world(site, on_conflict=policy)
+            for content in (b'first', b'second'):
+                write(os.path.join(world.source, 'day', 'file'), content)
+                self.assert_run(world, 0)
+                self.assertEqual(tree(world.source), {})
+            found = sorted(tree(world.target))
+            self.assertEqual(len(found), 2, found)
+            self.assertEqual(found[0], b'day.zip')
+            self.assertRegex(found[1], rb'^day\.~\d{8}T\d{6}\.\d{3}Z~\.zip$')
+            held = [unzipped(os.path.join(world.target, mm.to_text(name)))[b'day/file'][0]
+                    for name in (b'day.zip', found[1])]
+            self.assertEqual(held, [b'first', b'second'])
+
+
+@spread
+class Zips(Doctored):
+    @on_sites('scp', 'sftp', 'ftp')
+    def test_a_file_that_appears_meanwhile_survives(self, site):
+        world = self.world(site)
+        write(os.path.join(world.source, 'day', 'early'), b'early')
+        late = """
+real = mm.TRANSPORTS[%r].finish
+def finish(self, batch):
+    answer = real(self, batch)
+    path = SOURCE + '/day/late'
+    if not mm.os.path.exists(path) and mm.os.path.exists(SOURCE + '/day'):
+        with open(path, 'w') as handle:
+            handle.write('late')
+    return answer
+mm.TRANSPORTS[%r].finish = finish
+""" % ((world.options['transfer_protocol'],) * 2)
+        done = self.doctored(world, late)
+        self.assertEqual(done.code, 0, str(done))
+        self.assertEqual(contents(tree(world.source)), {b'day': 'directory', b'day/early': b'early',
+                                                        b'day/late': b'late'})
+        self.assertEqual([r['outcome'] for r in world.ledger()], ['delivered', 'kept'])
+        self.assert_run(world, 0)
+        self.assertEqual(tree(world.source), {})
+        everything = {}
+        for name in tree(world.target):
+            everything.update(contents(unzipped(os.path.join(world.target, mm.to_text(name)))))
+        self.assertEqual(everything, {b'day': 'directory', b'day/early': b'early', b'day/late': b'late'})
+
+    @on_sites('scp', 'sftp', 'ftp')
+    def test_a_crash_before_and_during_the_release_is_finished(self, site):
+        for verb in ('release_tree', 'finish_tree'):
+            world = self.world(site)
+            for name in ('a', 'b', 'c'):
+                write(os.path.join(world.source, 'day', name), name.encode())
+            done = self.doctored(world, """
+import os, signal
+real = mm.Releaser.%s
+def dying(self, *args):
+    if %r == 'finish_tree':
+        os.unlink(os.path.join(SOURCE, '.mistamover-release', 'day', 'b'))
+    os.kill(os.getpid(), signal.SIGKILL)
+mm.Releaser.%s = dying
+""" % ((verb,) * 3))
+            self.assertEqual(done.code, -9, str(done))
+            self.assert_run(world, 0)
+            self.assertEqual(tree(world.source), {})
+            self.assertEqual(list(tree(world.target)), [b'day.zip'])
+            self.assertEqual(contents(unzipped(os.path.join(world.target, 'day.zip'))),
+                             {b'day': 'directory', b'day/a': b'a', b'day/b': b'b', b'day/c': b'c'})
+            self.assertEqual(world.leftovers(), [])
+
+    def test_a_directory_beside_its_zip_is_reported(self):
+        world = self.world('sftp')
+        write(os.path.join(world.source, 'a', 'x'), b'x')
+        write(os.path.join(world.source, 'a.zip'), b'somebody made this')
+        write(os.path.join(world.source, 'b'), b'b')
+        before = tree(world.source)
+        done = self.assert_run(world, 1)
+        self.assertIn('would have one name', done.output)
+        del before[b'b']
+        self.assertEqual(tree(world.source), before)
+        self.assertEqual(contents(tree(world.target)), {b'b': b'b'})
+
+    def test_dir_size_limit(self):
+        world = self.world('sftp', dir_size_limit='10')
+        write(os.path.join(world.source, 'big', 'x'), b'12345678901')
+        write(os.path.join(world.source, 'small', 'x'), b'1234567890')
+        done = self.assert_run(world, 1)
+        self.assertIn('dir_size_limit', done.output)
+        self.assertEqual(contents(tree(world.source)), {b'big': 'directory', b'big/x': b'12345678901'})
+        self.assertEqual(list(tree(world.target)), [b'small.zip'])
+
+    def test_directories_zip_with_rsync_and_local(self):
+        for site in ('local', 'rsync_ssh'):
+            world = self.world(site, directories='zip')
+            for content in (b'one', b'two'):
+                write(os.path.join(world.source, 'd', 'f'), content)
+                self.assert_run(world, 0)
+                self.assertEqual(tree(world.source), {})
+            names = sorted(tree(world.target))
+            self.assertEqual([unzipped(os.path.join(world.target, mm.to_text(n)))[b'd/f'][0]
+                              for n in names], [b'one', b'two'])
+
+
+@spread
+class StopFiles(Case):
+    @on_sites()
+    def test_stop_files_suspend_and_their_removal_resumes(self, site):
+        world = self.world(site)
+        write(os.path.join(world.source, 'item'), b'item')
+        for place in (world.source, world.target):
+            write(os.path.join(place, '.stop'))
+            done = self.assert_run(world, 0)
+            self.assertIn('suspended: .stop in', done.output)
+            self.assertEqual(contents(tree(world.source)).pop(b'item'), b'item')
+            self.assertNotIn(b'item', tree(world.target))
+            os.unlink(os.path.join(place, '.stop'))
+        self.assert_run(world, 0)
+        self.assertEqual((tree(world.source), contents(tree(world.target))), ({}, {b'item': b'item'}))
+
+    @on_sites('rsync_ssh', 'rsync_native', 'scp', 'sftp', 'ftp', 'ftps')
+    def test_a_failure_to_ask_is_neither_stop_nor_go(self, site):
+        world = self.world(site)
+        world.configure(target_port=free_port())
+        write(os.path.join(world.source, 'item'), b'item')
+        done = self.assert_run(world, 1)
+        self.assertNotIn('suspended', done.output)
+        self.assertEqual((contents(tree(world.source)), tree(world.target)), ({b'item': b'item'}, {}))
+        self.assertEqual(len([line for line in done.output.splitlines() if 'ERROR' in line]), 2, done.output)
+
+    @on_sites()
+    def test_missing_target_marker_and_missing_target(self, site):
+        world = self.world(site, target_marker='THIS_IS_THE_ARCHIVE')
+        write(os.path.join(world.source, 'item'), b'item')
+        done = self.assert_run(world, 1)
+        self.assertIn('is the disk mounted there?', done.output)
+        self.assertEqual((contents(tree(world.source)), tree(world.target)), ({b'item': b'item'}, {}))
+        write(os.path.join(world.target, 'THIS_IS_THE_ARCHIVE'))
+        self.assert_run(world, 0)
+        self.assertEqual(sorted(tree(world.target)), [b'THIS_IS_THE_ARCHIVE', b'item'])
+        shutil.rmtree(world.target)
+        write(os.path.join(world.source, 'item'), b'item')
+        world.configure(target_marker=None)
+        done = self.assert_run(world, 1)
+        self.assertIn('create it', done.output)
+        self.assertFalse(os.path.exists(world.target))
+        self.assertEqual(contents(tree(world.source)), {b'item': b'item'})
+
+    @on_sites()
+    def test_create_directories(self, site):
+        world = self.world(site, create_directories='yes')
+        shutil.rmtree(world.source)
+        shutil.rmtree(world.target)
+        if site in ('ftp', 'ftps'):
+            os.chmod(world.top, 0o777)
+        self.assert_run(world, 0)
+        write(os.path.join(world.source, 'item'), b'item')
+        self.assert_run(world, 0)
+        self.assertEqual((tree(world.source), contents(tree(world.target))), ({}, {b'item': b'item'}))
+
+
+@spread
+class Options(Doctored):
+    @on_sites()
+    def test_dated_target_dir(self, site):
+        world = self.world(site)
+        world.configure(target_dir=world.options['target_dir'] + '/%Y/day-%j')
+        write(os.path.join(world.source, 'one'), b'1', OLD)
+        write(os.path.join(world.source, 'two'), b'2', OLD + 86400 * 30)
+        self.assert_run(world, 0)
+        names = [time.strftime('%Y/day-%j/', time.localtime(t)).encode() + name for t, name in
+                 ((OLD, b'one'), (OLD + 86400 * 30, b'two'))]
+        found = {n: v for n, v in contents(tree(world.target)).items() if v != 'directory'}
+        self.assertEqual((tree(world.source), found), ({}, dict(zip(names, (b'1', b'2')))))
+        self.assertEqual({r['target'].split('/out/')[1].encode() for r in world.ledger()}, set(names))
+
+    @on_sites('local', 'rsync_ssh', 'scp')
+    def test_a_directory_that_must_stay_is_delivered_once(self, site):
+        world = self.world(site)
+        write(os.path.join(world.source, 'day', 'file'), b'x')
+        write(os.path.join(world.source, 'day', 'notes.tmp'), b'ignored')
+        os.symlink('/etc', os.path.join(world.source, 'day', 'link'))
+        for _ in range(3):
+            done = self.assert_run(world, 0)
+        self.assertIn('day stays:', done.output)
+        self.assertEqual(contents(tree(world.source)), {
+            b'day': 'directory', b'day/notes.tmp': b'ignored', b'day/link': 'link to /etc'})
+        self.assertEqual(sorted(tree(world.target)),
+                         [b'day.zip'] if world.site.zips else [b'day', b'day/file'])
+        self.assertEqual([r['outcome'] for r in world.ledger()], ['delivered'])
+
+    def test_a_ready_file_that_comes_first_waits_for_its_item(self):
+        world = self.world('local', ready_file='{name}.done')
+        write(os.path.join(world.source, 'z.done'))
+        self.assert_run(world, 0)
+        self.assertEqual((sorted(tree(world.source)), tree(world.target)), ([b'z.done'], {}))
+        write(os.path.join(world.source, 'z'), b'z')
+        write(os.path.join(world.source, 'y'), b'y')
+        done = self.assert_run(world, 0)
+        self.assertIn('1 waiting for the ready file', done.output)
+        self.assertEqual((sorted(tree(world.source)), sorted(tree(world.target))),
+                         ([b'y'], [b'z', b'z.done']))
+
+    @on_sites('local', 'rsync_ssh', 'scp')
+    def test_a_source_that_cannot_be_deleted_is_an_error(self, site):
+        world = self.world(site)
+        write(os.path.join(world.source, 'item'), b'item')
+        write(os.path.join(world.source, 'dir', 'item'), b'item')
+        done = self.doctored(world, """
+import os
+def refuse(*args, **kwargs):
+    raise PermissionError(13, 'Permission denied')
+real = os.rename
+os.rename = lambda a, b, **k: refuse() if k or b'release' in mm.to_bytes(b) else real(a, b)
+""")
+        self.assertEqual(done.code, 1, str(done))
+        self.assertIn('was delivered, but cannot be deleted', done.output)
+        self.assertEqual(len(tree(world.source)), 3)
+        self.assert_run(world, 0)
+        self.assertEqual((tree(world.source), len(tree(world.target))), ({}, 2 if world.site.zips else 3))
+
+    @on_sites('local', 'rsync_ssh', 'ftp')
+    def test_ready_file(self, site):
+        for send in ('yes', 'no'):
+            world = self.world(site, ready_file='{name}.done', ready_file_send=send)
+            for name in ('a', 'b', 'a.done'):
+                write(os.path.join(world.source, name), name.encode())
+            self.assert_run(world, 0)
+            self.assertEqual(contents(tree(world.source)), {b'b': b'b'})
+            target = {b'a': b'a', b'a.done': b'a.done'}
+            if send == 'no':
+                del target[b'a.done']
+            self.assertEqual(contents(tree(world.target)), target)
+
+    @on_sites()
+    def test_items_files(self, site):
+        world = self.world(site, items='files')
+        for name in ('top', 'day/one', 'day/two', 'day/deep/three'):
+            write(os.path.join(world.source, name), name.encode())
+        self.assert_run(world, 0)
+        found = {n: v for n, v in contents(tree(world.target)).items() if v != 'directory'}
+        self.assertEqual((tree(world.source), found), (
+            {}, {n.encode(): n.encode() for n in ('top', 'day/one', 'day/two', 'day/deep/three')}))
+        self.assertEqual(sorted(r['item'] for r in world.ledger()),
+                         ['day/deep/three', 'day/one', 'day/two', 'top'])
+
+    @on_sites('local', 'rsync_ssh', 'scp')
+    def test_ignore_only_and_remove_directories(self, site):
+        world = self.world(site, ignore='*.tmp, .*', only='run*, day', remove_directories='no')
+        for name in ('run1', 'run2.tmp', '.run3', 'other', 'day/keep', 'day/skip.tmp'):
+            write(os.path.join(world.source, name), name.encode())
+        self.assert_run(world, 0)
+        self.assertEqual(sorted(tree(world.source)),
+                         [b'.run3', b'day', b'day/skip.tmp', b'other', b'run2.tmp'])
+        delivered = [b'day.zip', b'run1'] if world.site.zips else [b'day', b'day/keep', b'run1']
+        self.assertEqual(sorted(tree(world.target)), delivered)
+        os.unlink(os.path.join(world.source, 'day', 'skip.tmp'))
+        self.assert_run(world, 0)
+        self.assertEqual(sorted(tree(world.target)), delivered)
+
+    @on_sites('local', 'rsync_ssh', 'rsync_native', 'scp', 'sftp')
+    def test_target_chmod(self, site):
+        world = self.world(site, target_chmod='F604,D705')
+        write(os.path.join(world.source, 'file'), b'x')
+        write(os.path.join(world.source, 'dir', 'file'), b'x')
+        self.assert_run(world, 0)
+        modes = {n: oct(os.stat(os.path.join(world.target, mm.to_text(n))).st_mode & 0o777)
+                 for n in tree(world.target)}
+        self.assertEqual(modes, {b'file': '0o604', b'dir.zip': '0o604'} if world.site.zips else
+                         {b'file': '0o604', b'dir': '0o705', b'dir/file': '0o604'})
+
+    @on_sites()
+    def test_symlinks_and_special_files_are_left(self, site):
+        world = self.world(site)
+        os.symlink('/etc/passwd', os.path.join(world.source, 'link'))
+        os.symlink('.', os.path.join(world.source, 'loop'))
+        os.mkfifo(os.path.join(world.source, 'fifo'))
+        write(os.path.join(world.source, 'dir', 'file'), b'x')
+        os.symlink('/etc', os.path.join(world.source, 'dir', 'etc'))
+        done = self.assert_run(world, 0)
+        self.assertIn('link is a symlink and is left alone', done.output)
+        self.assertEqual(contents(tree(world.source)), {
+            b'link': 'link to /etc/passwd', b'loop': 'link to .', b'fifo': 'special',
+            b'dir': 'directory', b'dir/etc': 'link to /etc'})
+        self.assertEqual(contents(tree(world.target)).pop(b'dir/file', b'x'), b'x')
+        self.assertEqual({n.split(b'/')[0].split(b'.')[0] for n in tree(world.target)}, {b'dir'})
+
+    @on_sites('local', 'rsync_ssh', 'rsync_native')
+    def test_mirror_delete(self, site):
+        world = self.world(site, transfer_mode='mirror', mirror_delete='yes')
+        before = fill(world.source)
+        self.assert_run(world, 0)
+        for name in ('tree/sub dir/old', 'old dir/x/y', 'old -> name', '.stop.not',
+                     'a.~20200101T000000.000Z~'):
+            write(os.path.join(world.target, name), b'old')
+        os.symlink('nowhere', os.path.join(world.target, 'old link'))
+        os.unlink(os.path.join(world.source, 'plain.dat'))
+        del before[b'plain.dat']
+        write(os.path.join(world.source, 'busy.tmp'), b'ignored, but it is here')
+        write(os.path.join(world.target, 'busy.tmp'), b'and there')
+        self.assert_run(world, 0)
+        after = contents(before)
+        after.update({b'busy.tmp': b'and there', b'a.~20200101T000000.000Z~': b'old'})
+        self.assertEqual(contents(tree(world.target)), after)
+        shutil.rmtree(world.source)
+        os.makedirs(world.source)
+        done = self.assert_run(world, 0)
+        self.assertIn('is empty: mirror_delete deletes nothing', done.output)
+        self.assertEqual(contents(tree(world.target)), after)
+        os.rmdir(world.source)
+        self.assert_run(world, 1)
+        self.assertEqual(contents(tree(world.target)), after)
+
+
+class SettlingRuns(Case):
+    def test_a_growing_file_waits_until_it_is_quiet(self):
+        world = self.world('local', settle_time='1.5s')
+        path = os.path.join(world.source, 'growing')
+        process = self.daemon(world)
+        pieces = 0
+        for _ in range(5):
+            with open(path, 'ab') as handle:
+                handle.write(b'piece ')
+            pieces += 1
+            end = time.monotonic() + 0.7        # shorter than settle_time: it never is quiet
+            while time.monotonic() < end:
+                self.assertTrue(os.path.exists(path), world.said())
+                self.assertEqual(tree(world.target), {})
+                time.sleep(0.05)
+        wait_for(lambda: not os.path.exists(path), 'the delivery')
+        self.assertEqual(contents(tree(world.target)), {b'growing': b'piece ' * pieces})
+        process.terminate()
+        self.ended(process)
+
+    def test_a_file_that_is_held_open_waits_where_the_system_can_tell(self):
+        world = self.world('local')
+        path = os.path.join(world.source, 'held')
+        with open(path, 'wb') as handle:
+            handle.write(b'half')
+            handle.flush()
+            if not self.leases_work(path):
+                self.skipTest('no leases on this file system')
+            done = self.assert_run(world, 0)
+            self.assertIn('left for the next run: held', done.output)
+            self.assertEqual((contents(tree(world.source)), tree(world.target)), ({b'held': b'half'}, {}))
+        self.assert_run(world, 0)
+        self.assertEqual((tree(world.source), contents(tree(world.target))), ({}, {b'held': b'half'}))
+
+    @staticmethod
+    def leases_work(path):
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            return mm.open_for_writing(fd)
+        finally:
+            os.close(fd)
+
+    def test_ten_thousand_fresh_files_settle_together(self):
+        world = self.world('local', settle_time='3s')
+        now = time.time()
+        for number in range(10000):
+            write(os.path.join(world.source, 'f%05d' % number), b'', now)
+        done = self.assert_run(world, 0)
+        self.assertEqual(len(tree(world.target)), 10000)
+        self.assertEqual(tree(world.source), {})
+        passes = [line for line in done.output.splitlines() if ': delivered ' in line]
+        self.assertEqual(len(passes), 2, done.output)
+
+    def test_strange_mtimes_do_not_hold_files_back(self):
+        world = self.world('local', settle_time='0.5s')
+        write(os.path.join(world.source, 'future'), b'f', time.time() + 10 ** 6)
+        write(os.path.join(world.source, 'epoch'), b'e', 0)
+        self.assert_run(world, 0)
+        self.assertEqual((tree(world.source), contents(tree(world.target))),
+                         ({}, {b'future': b'f', b'epoch': b'e'}))
+
+    def test_once_leaves_what_still_changes(self):
+        world = self.world('local', settle_time='1s')
+        path = os.path.join(world.source, 'growing')
+        stop = threading.Event()
+
+        def grow():
+            while not stop.wait(0.05):
+                with open(path, 'ab') as handle:
+                    handle.write(b'x')
+        thread = threading.Thread(target=grow)
+        write(os.path.join(world.source, 'quiet'), b'q')
+        thread.start()
+        try:
+            wait_for(lambda: os.path.exists(path), 'the first byte')
+            done = self.assert_run(world, 0)
+        finally:
+            stop.set()
+            thread.join()
+        self.assertIn('still changing or in use, left for the next run: growing', done.output)
+        self.assertEqual((sorted(tree(world.source)), contents(tree(world.target))),
+                         ([b'growing'], {b'quiet': b'q'}))
+
+
+@spread
+class Daemons(Case):
+    @on_sites()
+    def test_a_signal_ends_a_large_transfer_within_seconds(self, site):
+        world = self.world(site, bandwidth_limit='4M', target_chmod='644' if site == 'local' else None)
+        path = os.path.join(world.source, 'large')
+        with open(path, 'wb') as handle:
+            handle.write(os.urandom(64 << 20))
+        os.utime(path, (OLD, OLD))
+        process = self.daemon(world)
+        wait_for(lambda: self.on_its_way(world.target), 'the first bytes at the target')
+        before = children_of(process.pid)
+        process.send_signal(signal.SIGTERM)
+        self.assertEqual(self.ended(process, 5), 143, world.said())
+        self.assertNotIn(b'large', tree(world.target))
+        self.assertEqual(list(tree(world.source)), [b'large'])
+        for pid in before:
+            wait_for(lambda: not os.path.exists('/proc/%d' % pid), 'child %d to end' % pid)
+
+    @staticmethod
+    def on_its_way(target):
+        return any(isinstance(v, tuple) and len(v[0]) > 100000 for v in tree(target).values())
+
+    def test_a_hung_target_does_not_hold_up_another_stream(self):
+        world = self.world('rsync_ssh')
+        listener = socket.socket()
+        listener.bind(('127.0.0.1', 0))
+        listener.listen(5)
+        self.addCleanup(listener.close)
+        other_in, other_out = (os.path.join(world.top, n) for n in ('in2', 'out2'))
+        os.makedirs(other_in)
+        os.makedirs(other_out)
+        world.configure(target_port=listener.getsockname()[1], connect_timeout='20s')
+        with open(world.ini, 'a') as handle:
+            handle.write('[stream:t]\ntransfer_protocol = local\ndirectory = %s\ntarget_dir = %s\n'
+                         'settle_time = 0s\n' % (other_in, other_out))
+        write(os.path.join(world.source, 'stuck'), b'stuck')
+        process = self.daemon(world)
+        wait_for(lambda: listener.accept()[0].detach(), 'the connection that will hang')
+        write(os.path.join(other_in, 'free'), b'free')
+        wait_for(lambda: contents(tree(other_out)) == {b'free': b'free'}, 'the other stream')
+        self.assertEqual(contents(tree(world.source)), {b'stuck': b'stuck'})
+        process.terminate()
+        self.assertEqual(self.ended(process, 5), 143)
+
+    def test_background_writes_a_pid_file(self):
+        world = self.world('local')
+        world.configure('log_file = %s' % os.path.join(world.top, 'the.log'))
+        self.assert_run(world, 0, '--daemon', '--background')
+        pid_file = os.path.join(world.state, 'mistamover.pid')
+        wait_for(lambda: os.path.exists(pid_file), 'the pid file')
+        with open(pid_file) as handle:
+            pid = int(handle.read())
+        write(os.path.join(world.source, 'item'), b'item')
+        wait_for(lambda: not tree(world.source), 'the delivery')
+        self.assert_run(world, 3, '--daemon', '--background')       # and does not take the file away
+        with open(pid_file) as handle:
+            self.assertEqual(int(handle.read()), pid)
+        os.kill(pid, signal.SIGTERM)
+        wait_for(lambda: not os.path.exists(pid_file), 'the end')
+        self.assertEqual(stat.S_IMODE(os.stat(os.path.join(world.top, 'the.log')).st_mode), 0o600)
+
+    def test_an_outage_is_retried_and_said_once(self):
+        world = self.world('local')
+        shutil.rmtree(world.target)
+        for number in range(20):
+            write(os.path.join(world.source, str(number)), b'x')
+        process = self.daemon(world)
+        wait_for(lambda: 'is missing' in world.said(), 'the error')
+        wait_for(lambda: mm.SharedJson(world.state, 'status.json').read().get('s', {}).get('state') == 'down',
+                 'the status')
+        os.makedirs(world.target)
+        wait_for(lambda: len(tree(world.target)) == 20 and not world.leftovers(), 'the recovery')
+        wait_for(lambda: 'is back' in world.said(), 'the good news')
+        process.terminate()
+        self.ended(process)
+        self.assertEqual(world.said().count('ERROR'), 1, world.said())
+
+
+def children_of(pid):
+    """Every living descendant of a process."""
+    parents = {}
+    for name in os.listdir('/proc'):
+        if name.isdigit():
+            with contextlib.suppress(OSError):
+                with open('/proc/%s/stat' % name, errors='replace') as handle:
+                    parents[int(name)] = int(handle.read().rsplit(')', 1)[1].split()[1])
+    found, fresh = set(), {pid}
+    while fresh:
+        fresh = {child for child, parent in parents.items() if parent in fresh} - found
+        found |= fresh
+    return found
+
+
+class Locks(Case):
+    def test_a_second_run_says_who_holds_the_stream(self):
+        world = self.world('local', bandwidth_limit='100K', target_chmod='644')
+        write(os.path.join(world.source, 'slow'), b'x' * 3000000)
+        first = world.start('--once')
+        self.addCleanup(lambda: first.poll() is None and first.kill())
+        wait_for(lambda: Daemons.on_its_way(world.target), 'the transfer')
+        done = self.assert_run(world, 3)
+        self.assertIn('process %d holds it' % first.pid, done.output)
+        # another configuration for the same directory is held off as well
+        other = World(SITES['local']).configure(directory=world.source)
+        done = self.assert_run(other, 3)
+        self.assertIn('held by another MiStaMover process', done.output)
+        # and so is a second daemon
+        self.assert_run(world, 3, '--daemon')
+        first.kill()
+        first.wait()
+        world.configure()
+        self.assert_run(world, 0)
+        self.assertEqual(len(tree(world.target)[b'slow'][0]), 3000000)
+        self.assertEqual((tree(world.source), world.leftovers()), ({}, []))
+
+    def test_an_orphaned_rsync_holds_the_stream_until_it_ends(self):
+        world = self.world('rsync_ssh', bandwidth_limit='1M')
+        with open(os.path.join(world.source, 'large'), 'wb') as handle:
+            handle.write(os.urandom(20 << 20))
+        first = world.start('--once')
+        wait_for(lambda: Daemons.on_its_way(world.target), 'the transfer')
+        orphans = [pid for pid in children_of(first.pid) if 'rsync' in command_line(pid)]
+        first.kill()
+        first.wait()
+        alive = [pid for pid in orphans if os.path.exists('/proc/%d' % pid)]
+        if alive:
+            done = self.assert_run(world, 3)
+            self.assertIn('until it ends', done.output)
+        for pid in alive:
+            os.kill(pid, signal.SIGKILL)
+        for pid in orphans:
+            wait_for(lambda: not os.path.exists('/proc/%d' % pid), 'the orphan to end')
+        world.configure(bandwidth_limit=None)
+        self.assert_run(world, 0)
+        self.assertEqual((tree(world.source), world.leftovers()), ({}, []))
+        self.assertEqual(len(tree(world.target)[b'large'][0]), 20 << 20)
+
+
+def command_line(pid):
+    try:
+        with open('/proc/%d/cmdline' % pid, 'rb') as handle:
+            return handle.read().replace(b'\0', b' ').decode('utf-8', 'replace')
+    except OSError:
+        return ''
+
+
+# ----------------------------------------------------------------------------------------
+# 7  faults: kills, a bad network, a bad target, a source that moves
+# ----------------------------------------------------------------------------------------
+
+KILLS = int(os.environ.get('MISTAMOVER_TEST_KILLS', '14'))      # three Pythons in CI: 42
+SEED = int(os.environ.get('MISTAMOVER_TEST_SEED', '0')) or int(time.time()) + os.getpid() * 100003
+ONE_EACH = ('local', 'rsync_ssh', 'rsync_native', 'scp', 'sftp', 'ftp')
+
+
+RSYNC_TEMP = re.compile(rb'(^|/)\.[^/]+\.\w{6}$')     # where rsync's receiver writes; gone when it ends
+
+
+def held_at_target(world):
+    """{relative name: content} of what readers of the target find, zips opened."""
+    found = {}
+    for name, value in tree(world.target).items():
+        if b'.mistamover' in name or RSYNC_TEMP.search(name) or not isinstance(value, tuple):
+            continue        # names nobody reads
+        if name.endswith(b'.zip'):
+            for inner, member in unzipped(os.path.join(world.target, mm.to_text(name))).items():
+                if isinstance(member, tuple):
+                    found[inner] = member[0]
+        else:
+            found[name] = value[0]
+    return found
+
+
+def held_at_source(world):
+    """{relative name: content}, what is being released counted as there."""
+    found = {}
+    for name, value in tree(world.source).items():
+        if isinstance(value, tuple):
+            found[re.sub(rb'^\.mistamover-release/', b'', name)] = value[0]
+    return found
+
+
+class Invariants(Doctored):
+    def assert_nothing_lost(self, world, originals, story=''):
+        """I1: every byte is in one place or the other.  I2: nothing half stands at the target."""
+        source, target = held_at_source(world), held_at_target(world)
+        for name, content in originals.items():
+            self.assertTrue(content in (source.get(name), target.get(name)),
+                            '%s is in neither place; %s' % (mm.show(name), story))
+        for name, content in target.items():
+            self.assertEqual(content, originals.get(name), 'half or foreign: %s; %s' % (
+                mm.show(name), story))
+
+    def assert_converged(self, world, originals, story=''):
+        self.assertEqual(tree(world.source), {}, story)
+        self.assertEqual(held_at_target(world), originals, story)
+        self.assertEqual(world.leftovers(), [], story)
+        wait_for(lambda: not [n for n in tree(world.target) if RSYNC_TEMP.search(n)],
+                 'a killed rsync to clean up; ' + story)
+
+
+def mixed(world, random_source, large=2 << 20):
+    """Small files, a large one, a directory; returns {relative name: content}."""
+    originals = {b'large': random_source.getrandbits(8 * large).to_bytes(large, 'little')}
+    for number in range(6):
+        originals[b'small %d' % number] = b'%d' % random_source.getrandbits(300)
+    for number in range(3):
+        originals[b'day/sub/%d' % number] = b'%d' % random_source.getrandbits(300)
+    for name, content in originals.items():
+        write(os.path.join(mm.to_bytes(world.source), name), content)
+    return originals
+
+
+@spread
+class Kills(Invariants):
+    """SIGKILL at random moments; MISTAMOVER_TEST_KILLS says how many for each protocol."""
+
+    @on_sites(*ONE_EACH)
+    def test_kill_anywhere(self, site):
+        chance = random.Random('%d %s' % (SEED, site))
+        world = self.world(site, target_chmod='644' if site == 'local' and chance.random() < .5 else None)
+        originals = mixed(world, chance)
+        for number in range(KILLS):
+            story = 'seed %d, site %s, kill %d' % (SEED, site, number)
+            process = world.start('--daemon' if number % 2 else '--once')
+            # not synchronisation: the moment of the kill is what is drawn
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(chance.uniform(0.1, 1.2))
+            family = children_of(process.pid) if chance.random() < .5 else set()
+            for pid in [process.pid] + sorted(family):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            process.wait()
+            self.assert_nothing_lost(world, originals, story)
+            if not held_at_source(world):
+                for name in os.listdir(world.target):
+                    path = os.path.join(world.target, name)
+                    shutil.rmtree(path) if os.path.isdir(path) else os.unlink(path)
+                originals = mixed(world, chance)
+        done = wait_for(lambda: self.undisturbed(world), 'the stream to be free', 60)
+        self.assertEqual(done.code, 0, '%s; %s' % (done, story))
+        self.assert_converged(world, originals, '%s; %s' % (done, story))
+
+    @staticmethod
+    def undisturbed(world):
+        done = world.run('--once')
+        return done if done.code != 3 else None
+
+
+class Proxy:
+    """A TCP proxy before a server, whose faults are set while it runs.
+
+    fault: 'pass', 'refuse', 'silent', or (what, n): after n bytes to the server 'cut',
+    'stall', 'trickle' one byte at a time, or 'flip' one byte once.  FTP's passive ports are
+    proxied as well.
+    """
+
+    def __init__(self, port, ftp=False):
+        self.aim, self.ftp, self.fault = port, ftp, 'pass'
+        self.sent = 0
+        self.open = True
+        self.sockets = []
+        self.port = self.listen(port)
+
+    def listen(self, aim):
+        listener = socket.socket()
+        listener.bind(('127.0.0.1', 0))
+        listener.listen(50)
+        self.sockets.append(listener)
+        threading.Thread(target=self.accept, args=(listener, aim), daemon=True).start()
+        return listener.getsockname()[1]
+
+    def accept(self, listener, aim):
+        while self.open:
+            try:
+                client, _ = listener.accept()
+            except OSError:
+                return
+            self.sockets.append(client)
+            if self.fault == 'refuse':
+                client.close()
+            elif self.fault != 'silent':
+                server = socket.socket()
+                self.sockets.append(server)
+                server.connect(('127.0.0.1', aim))
+                for one, other, forth in ((client, server, True), (server, client, False)):
+                    threading.Thread(target=self.carry, args=(one, other, forth), daemon=True).start()
+
+    def carry(self, one, other, forth):
+        try:
+            while True:
+                data = one.recv(4096)
+                if not data:
+                    break
+                if forth:
+                    data = self.harm(data, one, other)
+                elif self.ftp:
+                    data = re.sub(rb'(227 .*\(127,0,0,1,)(\d+),(\d+)\)', self.passive, data)
+                other.sendall(data)
+            other.shutdown(socket.SHUT_WR)
+        except (OSError, Interrupted):
+            for end in (one, other):
+                with contextlib.suppress(OSError):
+                    end.shutdown(socket.SHUT_RDWR)
+
+    def passive(self, match):
+        port = self.listen(int(match.group(2)) * 256 + int(match.group(3)))
+        return match.group(1) + b'%d,%d)' % divmod(port, 256)
+
+    def harm(self, data, one, other):
+        self.sent += len(data)
+        if isinstance(self.fault, tuple) and self.sent > self.fault[1]:
+            what = self.fault[0]
+            if what == 'cut':
+                raise Interrupted
+            while what == 'stall' and self.fault == ('stall', self.fault[1]) and self.open:
+                time.sleep(0.05)            # the fault itself: nothing moves
+            if what == 'trickle':
+                for byte in data[:20]:
+                    other.sendall(bytes([byte]))
+                    time.sleep(0.2)
+                raise Interrupted
+            if what == 'flip':
+                self.fault = 'pass'
+                return data[:-1] + bytes([data[-1] ^ 1])
+        return data
+
+    def set(self, fault):
+        """A new fault; what was under way under the old one is over."""
+        self.sent, self.fault = 0, fault
+
+    def close(self):
+        self.open = False
+        for each in self.sockets:
+            with contextlib.suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+            each.close()
+
+
+class Interrupted(Exception):
+    pass
+
+
+@spread
+class BadNetwork(Invariants):
+    @on_sites('rsync_ssh', 'rsync_native', 'scp', 'sftp', 'ftp')
+    def test_proxy_faults(self, site):
+        chance = random.Random('%d %s' % (SEED, site))
+        world = self.world(site)
+        proxy = Proxy(int(world.options['target_port']), ftp=site == 'ftp')
+        self.addCleanup(proxy.close)
+        world.configure(target_port=proxy.port, stall_timeout='3s', connect_timeout='3s', retry_count='1')
+        originals = mixed(world, chance, 1 << 20)
+        for fault in ('refuse', 'silent', ('cut', 200), ('cut', 6000), ('cut', 300000),
+                      ('stall', 100), ('stall', 200000), ('trickle', 9000), ('flip', 300000)):
+            proxy.set(fault)
+            done = world.run('--once', limit=60)
+            story = '%s: %s, seed %d: %s' % (site, fault, SEED, done)
+            self.assertIn(done.code, (0, 1), story)
+            if done.code == 0:
+                self.assertIn(fault[0], ('flip', 'trickle', 'cut'), story)      # overcome, or too late
+            self.assert_nothing_lost(world, originals, story)
+            self.assertNotIn('Traceback', done.output, story)
+            if not held_at_source(world):
+                self.assert_converged(world, originals, story)
+                shutil.rmtree(world.target)
+                os.makedirs(world.target)
+                os.chmod(world.target, 0o777)
+                originals = mixed(world, chance, 1 << 20)
+        proxy.set('pass')
+        done = wait_for(lambda: Kills.undisturbed(world), 'the stream to be free', 60)
+        self.assertEqual(done.code, 0, str(done))
+        self.assert_converged(world, originals, str(done))
+
+    @on_sites('rsync_ssh', 'rsync_native', 'scp', 'sftp', 'ftp')
+    def test_a_server_that_goes_and_comes_back(self, site):
+        world = self.world(site)
+        proxy = Proxy(int(world.options['target_port']), ftp=site == 'ftp')
+        self.addCleanup(proxy.close)
+        world.configure('log_level = debug', target_port=proxy.port, stall_timeout='3s',
+                        connect_timeout='3s')
+        process = self.daemon(world)
+        write(os.path.join(world.source, 'first'), b'first')
+        wait_for(lambda: not tree(world.source), 'the first item')
+        proxy.set('refuse')
+        for each in list(proxy.sockets[1:]):
+            with contextlib.suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+        for number in range(20):
+            write(os.path.join(world.source, 'item %d' % number), b'%d' % number)
+        wait_for(lambda: 'ERROR' in world.said(), 'the bad news', 60)
+        wait_for(lambda: '(try 3)' in world.said(), 'the third try')
+        proxy.set('pass')
+        wait_for(lambda: not tree(world.source) and not world.leftovers(), 'the recovery', 60)
+        wait_for(lambda: 'is back' in world.said(), 'the good news')
+        process.terminate()
+        self.ended(process)
+        self.assertEqual(world.said().count('ERROR'), 1, world.said())
+        self.assertEqual(len(held_at_target(world)), 21)
+        self.assertEqual(mm.SharedJson(world.state, 'failures.json').read().get('s', {}), {})
+
+
+@spread
+class BadTarget(Invariants):
+    @on_sites(*ONE_EACH)
+    def test_a_full_disk(self, site):
+        for verify in ('checksum', 'size'):
+            world = self.world(site, verify=verify, retry_count='2', stall_timeout='10s')
+            if subprocess.call(['mount', '-t', 'tmpfs', '-o', 'size=5m,mode=777', 'tmpfs', world.target],
+                               stderr=subprocess.DEVNULL):
+                self.skipTest('no right to mount a tmpfs')
+            self.addCleanup(subprocess.call, ['umount', '-l', world.target], stderr=subprocess.DEVNULL)
+            chance = random.Random(SEED)
+            originals = {}
+            for number in range(3):
+                name = b'file %d' % number
+                originals[name] = chance.getrandbits(8 * 3000000).to_bytes(3000000, 'little')
+                write(os.path.join(mm.to_bytes(world.source), name), originals[name], OLD + number)
+            done = self.assert_run(world, 1)
+            self.assertNotIn('Traceback', done.output)
+            self.assertNotIn('a bug', done.output)
+            self.assert_nothing_lost(world, originals, str(done))
+            self.assertGreaterEqual(len(held_at_source(world)), 2, str(done))
+            self.assertEqual(mm.SharedJson(world.state, 'failures.json').read().get('s', {}), {}, str(done))
+            subprocess.check_call(['mount', '-o', 'remount,size=50m', world.target])
+            done = self.assert_run(world, 0)
+            self.assert_converged(world, originals, str(done))
+            subprocess.check_call(['umount', world.target])
+
+    @on_sites(*ONE_EACH)
+    def test_a_file_where_a_dated_directory_should_be(self, site):
+        world = self.world(site)
+        world.configure(target_dir=world.options['target_dir'] + '/%Y/%m')
+        year = time.strftime('%Y', time.localtime(OLD))
+        write(os.path.join(world.target, year), b'precious')
+        write(os.path.join(world.source, 'item'), b'item', OLD)
+        done = self.assert_run(world, 1)
+        self.assertNotIn('a bug', done.output)
+        self.assertEqual(contents(tree(world.target)), {year.encode(): b'precious'}, str(done))
+        self.assertEqual(contents(tree(world.source)), {b'item': b'item'})
+
+    @on_sites('scp', 'sftp', 'ftp')
+    def test_many_conflicts_and_stop_files_asked_meanwhile(self, site):
+        world = self.world(site, batch_files='10')
+        originals = {}
+        for number in range(60):
+            name = 'file %02d' % number
+            originals[name.encode()] = b'new %03d' % number
+            write(os.path.join(world.source, name), originals[name.encode()])
+            if number % 2:
+                write(os.path.join(world.target, name), b'old %03d' % number)
+                os.chown(os.path.join(world.target, name), *ftp_ids())
+        done = self.doctored(world, 'mm.STOP_FILE_AGE = -1')
+        self.assertEqual(done.code, 0, str(done))
+        target = contents(tree(world.target))
+        self.assertEqual({n: v for n, v in target.items() if b'~' not in n}, originals)
+        self.assertEqual(sorted(v for n, v in target.items() if b'~' in n),
+                         [b'old %03d' % n for n in range(60) if n % 2])
+        self.assertEqual((tree(world.source), world.leftovers()), ({}, []))
+
+    def assert_kept_and_recovers(self, world, mend, *parts):
+        """A fault of the target: one clear error, everything kept, nothing counted; then mended."""
+        write(os.path.join(world.source, 'item'), b'item')
+        write(os.path.join(world.source, 'other'), b'other')
+        done = self.assert_run(world, 1)
+        for part in parts:
+            self.assertIn(part, done.output)
+        self.assertNotIn('a bug', done.output)
+        self.assertEqual(contents(tree(world.source)), {b'item': b'item', b'other': b'other'})
+        self.assertEqual(held_at_target(world), {})
+        self.assertEqual(mm.SharedJson(world.state, 'failures.json').read().get('s', {}), {})
+        mend()
+        self.assert_run(world, 0)
+        self.assertEqual((tree(world.source), held_at_target(world)),
+                         ({}, {b'item': b'item', b'other': b'other'}))
+
+    def test_a_directory_that_is_not_writable(self):
+        world = self.world('ftp')
+        os.chmod(world.target, 0o755)
+        self.assert_kept_and_recovers(world, lambda: os.chmod(world.target, 0o777),
+                                      'may this account write there?')
+
+    def test_a_wrong_password(self):
+        for site in ('ftp', 'ftps', 'rsync_native'):
+            world = self.world(site)
+            right = world.options['password']
+            world.configure(password='hunter2')
+            self.assert_kept_and_recovers(world, lambda w=world, r=right: w.configure(password=r), 'password')
+
+    def test_a_certificate_that_nobody_vouches_for(self):
+        world = self.world('ftps')
+        trusted = world.environment
+        world.environment = lambda: dict(os.environ, SSL_CERT_FILE='/dev/null')
+
+        def mend():
+            world.environment = trusted
+        self.assert_kept_and_recovers(world, mend, 'CERTIFICATE_VERIFY_FAILED')
+
+    def test_an_expired_certificate(self):
+        world = self.world('ftps')
+        expired = server('expired')
+        port, trusted = world.options['target_port'], world.environment
+        world.configure(target_port=expired.port)
+        world.environment = lambda: dict(os.environ, SSL_CERT_FILE=expired.certificate)
+
+        def mend():
+            world.configure(target_port=port)
+            world.environment = trusted
+        self.assert_kept_and_recovers(world, mend, 'CERTIFICATE_VERIFY_FAILED')    # 3.6 says no more
+
+    @on_sites('rsync_ssh', 'rsync_native', 'scp', 'sftp', 'ftp')
+    def test_a_server_that_is_restarted(self, site):
+        world = self.world(site)
+        running = server(SITES[site].needs)
+        process = self.daemon(world)
+        write(os.path.join(world.source, 'first'), b'first')
+        wait_for(lambda: not tree(world.source), 'the first item')
+        running.end()
+        write(os.path.join(world.source, 'second'), b'second')
+        wait_for(lambda: 'ERROR' in world.said() or not tree(world.source), 'the bad news', 60)
+        running.start()
+        wait_for(lambda: not tree(world.source) and not world.leftovers(), 'the recovery', 60)
+        process.terminate()
+        self.ended(process)
+        self.assertEqual(held_at_target(world), {b'first': b'first', b'second': b'second'})
+
+    @on_sites('rsync_ssh', 'rsync_native', 'scp', 'sftp', 'ftp', 'local')
+    def test_source_and_target_the_same(self, site):
+        world = self.world(site)
+        os.rmdir(world.target)
+        if site == 'local':
+            os.makedirs(world.target)
+            if subprocess.call(['mount', '--bind', world.source, world.target], stderr=subprocess.DEVNULL):
+                self.skipTest('no right to bind mount')
+            self.addCleanup(subprocess.call, ['umount', '-l', world.target], stderr=subprocess.DEVNULL)
+        else:
+            os.symlink('in', world.target)      # the same directory by another name
+        write(os.path.join(world.source, 'item'), b'exists once')
+        write(os.path.join(world.source, 'day', 'x'), b'x')
+        before = tree(world.source)
+        done = self.assert_run(world, 1)
+        self.assertIn('is the incoming directory itself', done.output)
+        self.assertEqual(tree(world.source), before)
+
+    @on_sites(*ONE_EACH)
+    def test_no_room_for_our_own_files(self, site):
+        world = self.world(site)
+        os.makedirs(world.state, 0o700)
+        if subprocess.call(['mount', '-t', 'tmpfs', '-o', 'size=400k,mode=700', 'tmpfs', world.state],
+                           stderr=subprocess.DEVNULL):
+            self.skipTest('no right to mount a tmpfs')
+        self.addCleanup(subprocess.call, ['umount', '-l', world.state], stderr=subprocess.DEVNULL)
+        originals = {}
+        for name, content in ((b'item', b'item'), (b'day/x', b'x')):
+            originals[name] = content
+            write(os.path.join(mm.to_bytes(world.source), name), content)
+        with open(os.path.join(world.state, 'filler'), 'wb', 0) as handle, \
+                contextlib.suppress(OSError):
+            while True:
+                handle.write(b'x' * 4096)
+        done = self.assert_run(world, 1)
+        self.assertNotIn('a bug', done.output)
+        self.assertEqual(held_at_source(world), originals, str(done))
+        os.unlink(os.path.join(world.state, 'filler'))
+        done = self.assert_run(world, 0)
+        self.assert_converged(world, originals, str(done))
+        subprocess.check_call(['umount', world.state])
+
+    def test_a_mount_point_in_the_incoming_directory(self):
+        for site in ('local', 'rsync_ssh', 'scp'):
+            world = self.world(site)
+            mounted = os.path.join(world.source, 'disk')
+            os.makedirs(mounted)
+            if subprocess.call(['mount', '-t', 'tmpfs', 'tmpfs', mounted], stderr=subprocess.DEVNULL):
+                self.skipTest('no right to mount a tmpfs')
+            self.addCleanup(subprocess.call, ['umount', '-l', mounted], stderr=subprocess.DEVNULL)
+            write(os.path.join(mounted, 'file'), b'on another disk')
+            write(os.path.join(world.source, 'plain'), b'plain')
+            done = world.run('--once')
+            self.assertIn(done.code, (0, 1), str(done))
+            self.assertEqual(held_at_target(world), {b'disk/file': b'on another disk', b'plain': b'plain'})
+            # a mount point cannot be renamed aside, so the source of a zip stays, and is reported
+            self.assertEqual(held_at_source(world), {b'disk/file': b'on another disk'}
+                             if site == 'scp' else {}, str(done))
+            self.assertEqual(done.code, 1 if site == 'scp' else 0, str(done))
+
+    @on_sites('sftp', 'ftp', 'rsync_ssh', 'rsync_native')
+    def test_an_interrupted_large_file_resumes(self, site):
+        world = self.world(site, bandwidth_limit='20M')
+        large = os.urandom(30 << 20)
+        write(os.path.join(world.source, 'large'), large)
+        process = world.start('--once')
+        wait_for(lambda: any(isinstance(v, tuple) and len(v[0]) > (12 << 20)
+                             for v in tree(world.target).values()), 'a part of it')
+        process.kill()
+        process.wait()
+        port = int(world.options['target_port'])
+        proxy = Proxy(port, ftp=site == 'ftp')
+        self.addCleanup(proxy.close)
+        world.configure(target_port=proxy.port, bandwidth_limit=None)
+        wait_for(lambda: Kills.undisturbed(world), 'the stream to be free', 60)
+        self.assertEqual((tree(world.source), contents(tree(world.target))), ({}, {b'large': large}))
+        self.assertLess(proxy.sent, 22 << 20)       # the proxy counts what went to the server
+
+    @on_sites('sftp', 'ftp', 'rsync_ssh')
+    def test_a_partial_that_went_bad_is_never_published(self, site):
+        world = self.world(site, bandwidth_limit='20M', verify='size')
+        large = os.urandom(24 << 20)
+        write(os.path.join(world.source, 'large'), large)
+        process = world.start('--once')
+        wait_for(lambda: any(isinstance(v, tuple) and len(v[0]) > (12 << 20)
+                             for v in tree(world.target).values()), 'a part of it')
+        family = children_of(process.pid)
+        for pid in [process.pid] + sorted(family):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.wait()
+        wait_for(lambda: not [n for n in tree(world.target) if RSYNC_TEMP.search(n)],
+                 'the receiver to put its part aside')
+        for path, _, names in os.walk(world.target):
+            for name in names:
+                with open(os.path.join(path, name), 'r+b') as handle:
+                    handle.write(b'gone bad')
+        world.configure(bandwidth_limit=None, verify='size')
+        wait_for(lambda: Kills.undisturbed(world), 'the stream to be free', 60)
+        self.assertEqual((tree(world.source), contents(tree(world.target))), ({}, {b'large': large}))
+
+    @on_sites(*ONE_EACH)
+    def test_a_symlink_under_the_final_name_leads_nowhere(self, site):
+        world = self.world(site)
+        elsewhere = os.path.join(world.top, 'elsewhere')
+        write(elsewhere, b'not yours')
+        os.symlink(elsewhere, os.path.join(world.target, 'item'))
+        write(os.path.join(world.source, 'item'), b'item')
+        write(os.path.join(world.source, 'other'), b'other')
+        done = world.run('--once')
+        self.assertNotIn('a bug', done.output)
+        with open(elsewhere, 'rb') as handle:
+            self.assertEqual(handle.read(), b'not yours')
+        target = contents(tree(world.target))
+        self.assertEqual(target[b'other'], b'other')
+        self.assertIn(b'item', (target[b'item'], contents(tree(world.source)).get(b'item')), str(done))
+
+    def test_the_environment_of_somebody_else_changes_nothing(self):
+        for site in ('rsync_native', 'rsync_ssh'):
+            world = self.world(site)
+            real = world.environment()
+            world.environment = lambda real=real: dict(
+                real, RSYNC_PROXY='127.0.0.1:1', RSYNC_RSH='/bin/false', RSYNC_PASSWORD='wrong',
+                RSYNC_PARTIAL_DIR='/nowhere', RSYNC_CONNECT_PROG='/bin/false', LC_ALL='de_DE.UTF-8')
+            write(os.path.join(world.source, 'item'), b'item')
+            self.assert_run(world, 0)
+            self.assertEqual(held_at_target(world), {b'item': b'item'})
+
+    def test_mirror_sends_names_that_differ_in_case_only(self):
+        for site in ('local', 'rsync_ssh'):
+            world = self.world(site, transfer_mode='mirror')
+            for name in ('a', 'A', 'b'):
+                write(os.path.join(world.source, name), name.encode())
+            self.assert_run(world, 0)
+            self.assertEqual(contents(tree(world.target)), {b'a': b'a', b'A': b'A', b'b': b'b'})
+
+
+@spread
+class MovingSource(Invariants):
+    @on_sites(*ONE_EACH)
+    def test_changes_between_push_and_release_are_never_lost(self, site):
+        world = self.world(site, target_chmod='644' if site == 'local' else None)
+        names = ('appended', 'truncated', 'replaced', 'same size and time', 'renamed', 'deleted', 'steady')
+        for name in names:
+            write(os.path.join(world.source, name), b'content of ' + name.encode())
+        write(os.path.join(world.source, 'day', 'x'), b'x')
+        done = self.doctored(world, """
+import os
+real = mm.TRANSPORTS[%r].send
+def send(self, batch):
+    real(self, batch)
+    at = lambda name: os.path.join(SOURCE, name)
+    if os.path.exists(at('deleted')):
+        open(at('appended'), 'a').write(' and more')
+        os.truncate(at('truncated'), 3)
+        open(at('new'), 'w').write('brand new')
+        os.rename(at('new'), at('replaced'))
+        before = os.stat(at('same size and time'))
+        open(at('same size and time'), 'r+').write('CONTENT')
+        os.utime(at('same size and time'), ns=(before.st_atime_ns, before.st_mtime_ns))
+        os.rename(at('renamed'), at('renamed to'))
+        os.unlink(at('deleted'))
+        open(at('day/late'), 'w').write('late')
+mm.TRANSPORTS[%r].send = send
+""" % ((world.options['transfer_protocol'],) * 2))
+        self.assertNotIn('a bug', done.output)
+        latest = {b'appended': b'content of appended and more', b'truncated': b'con',
+                  b'replaced': b'brand new', b'same size and time': b'CONTENT of same size and time',
+                  b'renamed to': b'content of renamed', b'steady': b'content of steady',
+                  b'day/x': b'x', b'day/late': b'late'}
+        source, target = held_at_source(world), held_at_target(world)
+        for name, content in latest.items():
+            self.assertIn(content, (source.get(name), target.get(name)), '%s; %s' % (name, done))
+        done = self.assert_run(world, 0)
+        self.assertEqual(tree(world.source), {}, str(done))
+        target = held_at_target(world)
+        self.assertEqual({n: target.get(n) for n in latest}, latest)
+        self.assertEqual(world.leftovers(), [])
+
+    def test_a_directory_swapped_for_a_symlink_leads_nowhere(self):
+        for site in ('local', 'sftp', 'ftp', 'scp', 'rsync_ssh'):
+            world = self.world(site, items='files', target_chmod='644' if site == 'local' else None)
+            secret = os.path.join(world.top, 'elsewhere')
+            write(os.path.join(secret, 'file'), b'not yours')
+            write(os.path.join(world.source, 'day', 'file'), b'mine')
+            done = self.doctored(world, """
+import os
+real = mm.TRANSPORTS[%r].send
+def send(self, batch):
+    os.rename(SOURCE + '/day', TARGET + '/../day')
+    os.symlink(%r, SOURCE + '/day')
+    real(self, batch)
+mm.TRANSPORTS[%r].send = send
+""" % (world.options['transfer_protocol'], secret, world.options['transfer_protocol']))
+            self.assertNotIn('a bug', done.output)
+            self.assertEqual(contents(tree(secret)), {b'file': b'not yours'}, str(done))
+            if site != 'rsync_ssh':     # rsync itself opens by path; what it sent is not released
+                self.assertNotIn(b'not yours', held_at_target(world).values(), str(done))
+
+    @on_sites('local', 'scp', 'sftp', 'ftp')
+    def test_a_read_error_is_the_fault_of_its_item_alone(self, site):
+        world = self.world(site, target_chmod='644' if site == 'local' else None)
+        for name in ('bad', 'good', 'day/bad'):
+            write(os.path.join(world.source, name), name.encode() * 1000)
+        done = self.doctored(world, """
+import os
+real = os.read
+def read(fd, size):
+    try:
+        path = os.readlink('/proc/self/fd/%d' % fd)
+    except OSError:
+        path = ''
+    if path.startswith(SOURCE) and path.endswith('bad'):
+        raise OSError(5, 'Input/output error')
+    return real(fd, size)
+os.read = read
+""")
+        self.assertEqual(done.code, 1, str(done))
+        self.assertIn('cannot be read: Input/output error', done.output)
+        self.assertEqual(set(held_at_source(world)), {b'bad', b'day/bad'}, str(done))
+        self.assertEqual(held_at_target(world), {b'good': b'good' * 1000})
+        self.assert_run(world, 0)
+        self.assertEqual((tree(world.source), len(held_at_target(world))), ({}, 3))
+
+    def test_strange_trees(self):
+        for site in ('local', 'rsync_ssh', 'sftp'):
+            world = self.world(site)
+            deep = os.path.join(world.source, 'deep', *(['d'] * 200))
+            write(os.path.join(deep, 'bottom'), b'bottom')
+            write(os.path.join(world.source, 'n' * 255), b'long name')
+            with open(os.path.join(world.source, 'sparse'), 'wb') as handle:
+                handle.truncate(5 << 20)
+            write(os.path.join(world.source, 'hard'), b'linked')
+            os.link(os.path.join(world.source, 'hard'), os.path.join(world.source, 'hard too'))
+            write(os.path.join(world.source, 'twice', 'one'), b'linked')
+            os.link(os.path.join(world.source, 'twice', 'one'), os.path.join(world.source, 'twice', 'two'))
+            done = self.assert_run(world, 0)
+            if tree(world.source):      # a hard link changes its other names' times: the next pass
+                done = self.assert_run(world, 0)
+            self.assertEqual(tree(world.source), {}, str(done))
+            target = held_at_target(world)
+            self.assertEqual(len(target), 7)
+            self.assertEqual(target[b'deep/' + b'd/' * 200 + b'bottom'], b'bottom')
+
+
+class Quarantine(Doctored):
+    def test_a_hopeless_item_is_counted_across_runs_and_set_aside(self):
+        world = self.world('sftp', retry_count='3', quarantine_after='1h', dir_size_limit='3')
+        write(os.path.join(world.source, 'huge', 'file'), b'four')
+        write(os.path.join(world.source, 'fine'), b'fine')
+        for hours in (0, 0.5, 0.9):
+            done = self.doctored(world, 'real = mm.time.time\nmm.time.time = lambda: real() + %f'
+                                 % (hours * 3600))
+            self.assertEqual(done.code, 1, str(done))
+        self.assertEqual(sorted(tree(world.source)), [b'huge', b'huge/file'])
+        self.assertEqual(contents(tree(world.target)), {b'fine': b'fine'})
+        done = self.doctored(world, 'real = mm.time.time\nmm.time.time = lambda: real() + 3700')
+        self.assertIn('quarantined huge', done.output)
+        found = contents(tree(world.source))
+        reason = found.pop(b'.quarantine/huge.reason').decode()
+        self.assertEqual(found, {b'.quarantine': 'directory', b'.quarantine/huge': 'directory',
+                                 b'.quarantine/huge/file': b'four'})
+        self.assertIn('failed 4 times since', reason)
+        self.assertIn('dir_size_limit', reason)
+        self.assert_run(world, 0)
+
+    def test_an_outage_counts_against_nothing(self):
+        world = self.world('sftp', target_port=free_port(), retry_count='1', quarantine_after='0s')
+        write(os.path.join(world.source, 'item'), b'item')
+        for _ in range(3):
+            self.assert_run(world, 1)
+        self.assertEqual(contents(tree(world.source)), {b'item': b'item'})
+        self.assertEqual(mm.SharedJson(world.state, 'failures.json').read().get('s', {}), {})
+
+
+class Secrets(Case):
+    def test_a_password_shows_nowhere(self):
+        for site in ('rsync_native', 'ftp'):
+            world = self.world(site, bandwidth_limit='2M')
+            world.configure('log_level = debug', bandwidth_limit='2M')
+            secret = world.options['password']
+            write(os.path.join(world.source, 'item'), b'x' * (2 << 20))
+            process = world.start('--once', '-v')
+            seen = ''
+            while process.poll() is None:
+                for pid in {process.pid} | children_of(process.pid):
+                    seen += command_line(pid)
+            self.assertEqual(process.returncode, 0, world.said())
+            places = [seen, world.said(), world.run('--status', '--json').output,
+                      world.run('--history', '--json').output, world.run('--check').output]
+            for name in os.listdir(world.state):
+                path = os.path.join(world.state, name)
+                if os.path.isfile(path):
+                    self.assertEqual(stat.S_IMODE(os.stat(path).st_mode), 0o600, name)
+                    with open(path, errors='replace') as handle:
+                        places.append(handle.read())
+            self.assertEqual(stat.S_IMODE(os.stat(world.state).st_mode), 0o700)
+            self.assertFalse([place for place in places if secret in place])
+
+
+class Properties(Invariants):
+    """Random trees, random options, a random fault at a random system call; local protocol.
+
+    A failing case prints its seed: MISTAMOVER_TEST_SEED=... MISTAMOVER_TEST_CASES=1 replays it.
+    """
+
+    CASES = int(os.environ.get('MISTAMOVER_TEST_CASES', '120'))
+    CALLS = ('link', 'rename', 'replace', 'unlink', 'open', 'fsync', 'mkdir', 'rmdir', 'utime', 'chmod')
+
+    def test_random_faults(self):
+        elsewhere = tempfile.mkdtemp(dir='/dev/shm') if os.path.isdir('/dev/shm') else BASE
+        self.addCleanup(shutil.rmtree, elsewhere, True)
+        for number in range(self.CASES):
+            seed = SEED + number
+            with self.subTest(seed=seed):
+                self.one_case(random.Random(seed), os.path.join(elsewhere, 'out %d' % number),
+                              'MISTAMOVER_TEST_SEED=%d MISTAMOVER_TEST_CASES=1' % seed)
+
+    def one_case(self, chance, elsewhere, story):
+        world = self.world('local')
+        if chance.random() < .5:
+            world.target = elsewhere
+            os.makedirs(elsewhere)
+        world.configure(verify=chance.choice(['checksum', 'size']),
+                        items=chance.choice(['top', 'top', 'files']),
+                        on_conflict=chance.choice(['backup', 'overwrite']), retry_count='1')
+        if chance.random() < .3 and world.options['items'] == 'top':
+            world.configure(directories='zip')
+        originals = {}
+        for index in range(chance.randrange(1, 9)):
+            parts = [chance.choice('abc') * chance.randrange(1, 3) for _ in range(chance.randrange(1, 4))]
+            name = '/'.join(parts[:-1] + ['%s%d.f' % (parts[-1], index)]).encode()
+            originals[name] = b'%x' % chance.getrandbits(chance.choice([0, 100, 100000]) + 1)
+            write(os.path.join(mm.to_bytes(world.source), name), originals[name])
+        fault = chance.choice(['kill', 'kill', errno.EIO, errno.ENOSPC, errno.EACCES, 'append', 'replace'])
+        when = int(chance.expovariate(1 / 40))
+        changed = dict(originals)
+        if fault in ('append', 'replace'):
+            victim = chance.choice(sorted(originals))
+            changed[victim] = originals[victim] + b' more' if fault == 'append' else b'something new'
+            self.faulty(world, when, fault, victim, changed[victim])
+            # the change may have come after the release: then the file is a new one, and both count
+        else:
+            self.faulty(world, when, fault)
+        self.assert_held(world, originals, changed, story)
+        for _ in range(3):
+            done = self.in_process(world)
+        self.assertEqual(done, 0, story)
+        self.assertEqual(held_at_source(world), {}, story)
+        self.assert_held(world, originals, changed, story)
+        self.assertEqual(world.leftovers(), [], story)
+
+    def assert_held(self, world, originals, changed, story):
+        """The newest content of each name is in one place or the other; nothing half is visible."""
+        source, target = held_at_source(world), held_at_target(world)
+        visible = collections.defaultdict(set)
+        for name, content in target.items():
+            visible[re.sub(rb'\.~[^/]*~', b'', name)].add(content)
+        for name in originals:
+            self.assertTrue(source.get(name) == changed[name] or changed[name] in visible[name] or
+                            changed[name] != originals[name] and originals[name] in
+                            visible[name] | {source.get(name)},
+                            '%s is lost; %s; %s; %s' % (mm.show(name), story, sorted(source), sorted(target)))
+        for name, found in visible.items():
+            for content in found:
+                self.assertIn(content, (originals[name], changed[name]), 'half: %s; %s' % (name, story))
+
+    def in_process(self, world, prepare=lambda: None):
+        """main() in a forked child, which is quick; its exit code."""
+        pid = os.fork()
+        if not pid:
+            code = 99
+            try:
+                null = os.open(os.path.join(world.top, 'log'), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+                os.dup2(null, 1)
+                os.dup2(null, 2)
+                prepare()
+                code = mm.main(['--config', world.ini])
+            finally:
+                os._exit(code)
+        status = os.waitpid(pid, 0)[1]
+        return os.WEXITSTATUS(status) if os.WIFEXITED(status) else -os.WTERMSIG(status)
+
+    def faulty(self, world, when, fault, victim=None, content=None):
+        """A run in which the fault strikes at the when-th of some system calls."""
+        counter = itertools.count()
+
+        def strike(real, *args, **kwargs):
+            if next(counter) == when:
+                if fault == 'kill':
+                    os.kill(os.getpid(), signal.SIGKILL)
+                elif victim is None:
+                    raise OSError(fault, os.strerror(fault))
+                elif os.path.exists(os.path.join(mm.to_bytes(world.source), victim)):
+                    self.meddle(os.path.join(mm.to_bytes(world.source), victim), fault, content)
+            return real(*args, **kwargs)
+
+        def prepare():
+            for name in self.CALLS:
+                setattr(os, name, functools.partial(strike, getattr(os, name)))
+        return self.in_process(world, prepare)
+
+    @staticmethod
+    def meddle(path, how, content):
+        """Another program, to which no fault happens."""
+        script = 'import os, sys\np, how, content = (os.fsencode(a) for a in sys.argv[1:])\n' \
+            'if how == b"append":\n    open(p, "ab").write(b" more")\n' \
+            'else:\n    open(p + b".new.tmp", "wb").write(content)\n    os.rename(p + b".new.tmp", p)\n'
+        subprocess.call([sys.executable, '-c', script, path, how, content])
+
+
+# ----------------------------------------------------------------------------------------
+# 8  commands
+# ----------------------------------------------------------------------------------------
+
+@spread
+class Commands(Doctored):
+    def test_ledger_status_and_history(self):
+        world = self.world('local', directories='zip')
+        write(os.path.join(world.source, 'run\x1b[31m.dat'), b'12345')
+        write(os.path.join(world.source, 'day', 'x'), b'x')
+        self.assert_run(world, 0)
+        records = {r['item']: r for r in world.ledger()}
+        self.assertEqual(set(records), {'run\x1b[31m.dat', 'day'})
+        record = records['run\x1b[31m.dat']
+        self.assertEqual({k: record[k] for k in ('stream', 'size', 'files', 'protocol', 'mode', 'verify',
+                                                 'attempt', 'outcome', 'target')},
+                         {'stream': 's', 'size': 5, 'files': 1, 'protocol': 'local', 'mode': 'move',
+                          'verify': 'checksum', 'attempt': 1, 'outcome': 'delivered',
+                          'target': world.target + '/run\x1b[31m.dat'})
+        with open(os.path.join(world.target, 'day.zip'), 'rb') as handle:
+            digest = hashlib.sha256(handle.read()).hexdigest()
+        self.assertEqual(records['day']['checksum'], 'sha256:' + digest)
+        done = self.assert_run(world, 0, '--history', 'run*')
+        self.assertEqual(len(done.output.splitlines()), 1)
+        self.assertIn('s  delivered  run\\x1b[31m.dat -> ', done.output)
+        done = self.assert_run(world, 0, '--status')
+        self.assertRegex(done.output, r'(?m)^s +done +0 \(0 B\) +20')
+        status = json.loads(self.assert_run(world, 0, '--status', '--json').output)
+        self.assertEqual((status['s']['delivered_items'], status['s']['waiting_items']), (2, 0))
+
+    def test_nothing_is_released_when_the_ledger_cannot_be_written(self):
+        world = self.world('local')
+        write(os.path.join(world.source, 'item'), b'item')
+        done = self.doctored(world, """
+import os, time
+real = mm.Ledger.append
+def append(self, records):
+    os.makedirs(os.path.join(self.state_dir, time.strftime('ledger-%Y-%m.jsonl', time.gmtime())),
+                exist_ok=True)
+    real(self, records)
+mm.Ledger.append = append
+""")
+        self.assertEqual(done.code, 1, str(done))
+        self.assertIn('cannot write the ledger', done.output)
+        self.assertEqual(contents(tree(world.source)), {b'item': b'item'})
+
+    @on_sites()
+    def test_dry_run_changes_nothing(self, site):
+        world = self.world(site)
+        before = fill(world.source)
+        done = self.assert_run(world, 0, '--dry-run')
+        self.assertIn('s: would move plain.dat (1 file, 20 B) to ', done.output)
+        self.assertIn('tree.zip' if world.site.zips else 'tree/', done.output)
+        self.assertEqual((tree(world.source), tree(world.target)), (before, {}))
+        self.assertFalse(os.path.exists(world.state))
+
+    @on_sites()
+    def test_check(self, site):
+        world = self.world(site)
+        write(os.path.join(world.source, 'item'), b'item')
+        before = tree(world.source)
+
+        def check(code, *parts, **options):
+            world.configure(**options)
+            done = self.assert_run(world, code, '--check')
+            for part in parts:
+                self.assertIn(part, done.output)
+            self.assertNotIn('Traceback', done.output)
+            self.assertEqual(tree(world.source), before)
+            self.assertEqual([n for n in tree(world.target) if b'mistamover' in n], [])
+            return done
+
+        done = check(0, 'is there', 'rename, remove: done', 'free space')
+        self.assertNotIn('FAILED', done.output)
+        missing = world.options['target_dir'] + '/missing'
+        check(1, 'FAILED', 'missing', '-> create it', target_dir=missing)
+        if site != 'local':
+            check(1, 'FAILED', target_port=free_port())
+        if 'password' in world.options:
+            done = check(1, 'FAILED', 'password', password='wrong secret')
+            self.assertNotIn('wrong secret', done.output)
+        if site.startswith('ftp'):
+            os.chmod(world.target, 0o755)
+            check(1, 'FAILED', 'may this account write there?')
+            os.chmod(world.target, 0o777)
+
+    def test_an_unknown_host_key_is_never_accepted(self):
+        world = self.world('rsync_ssh')
+        empty = os.path.join(world.top, 'known_hosts')
+        write(empty)
+        world.configure(ssh_options='-F none -o HostKeyAlias=mover-test -o UserKnownHostsFile=' + empty)
+        write(os.path.join(world.source, 'item'), b'item')
+        done = self.assert_run(world, 1)
+        self.assertIn('cannot log in', done.output)
+        self.assertEqual((contents(tree(world.source)), tree(world.target)), ({b'item': b'item'}, {}))
+        with open(empty) as handle:
+            self.assertEqual(handle.read(), '')
+
+    def test_progress_on_a_terminal_and_plain_lines_elsewhere(self):
+        import pty
+        world = self.world('local', bandwidth_limit='2M', target_chmod='644')
+        write(os.path.join(world.source, 'item'), b'x' * (3 << 20))
+        master, slave = pty.openpty()
+        process = subprocess.Popen(world.command('--once'), stdin=slave, stdout=slave, stderr=slave,
+                                   env=dict(os.environ, COLUMNS='120'))
+        os.close(slave)
+        output = b''
+        while True:
+            try:
+                piece = os.read(master, 4096)
+            except OSError:
+                break
+            if not piece:
+                break
+            output += piece
+        os.close(master)
+        self.assertEqual(process.wait(), 0)
+        self.assertRegex(output.decode(), r's: 0/1 items, [12]\.0 MB of 3\.0 MB, [\d.]+ \w+/s, .* left')
+        write(os.path.join(world.source, 'item2'), b'x')
+        self.assertNotIn('\r', self.assert_run(world, 0).output)
+
+
+# ----------------------------------------------------------------------------------------
+# 9  README and example
+# ----------------------------------------------------------------------------------------
+
+class Documents(Case):
+    def text(self, name):
+        with open(os.path.join(HERE, name), encoding='utf-8') as handle:
+            return handle.read()
+
+    def test_the_example_is_what_the_table_generates(self):
+        self.assertEqual(self.text('mistamover.ini.example'), mm.example_ini(),
+                         'write it anew: python3 -c "import mistamover; '
+                         'print(mistamover.example_ini(), end=str())" > mistamover.ini.example')
+
+    def test_the_first_command_of_the_readme_works(self):
+        top = tempfile.mkdtemp(dir=BASE)
+        for name in ('mistamover.py', 'mistamover.ini.example'):
+            shutil.copy(os.path.join(HERE, name), top)
+        block = re.search(r'```sh\n(.*?)```', self.text('README.md'), re.S).group(1)
+        done = subprocess.run(['sh', '-e', '-c', block.replace('python3', sys.executable)], cwd=top,
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        self.assertEqual(done.returncode, 0, done.stdout)
+        self.assertEqual(contents(tree(os.path.join(top, 'archive'))), {b'run001.dat': b'hello\n'})
+        self.assertEqual(tree(os.path.join(top, 'incoming')), {})
+        self.assertIn(b'moved run001.dat, 6 B', done.stdout)
+
+    def test_the_reference_lists_exactly_the_options(self):
+        rows = re.findall(r'^\| `(\w+)` \| (.*?) \| (.*?) \|$',
+                          self.text('README.md').split('## Reference')[1], re.M)
+        self.assertEqual(rows, mm.reference_rows())
+
+
+# ----------------------------------------------------------------------------------------
+# 10  --bench: side by side with what a user would type instead
+# ----------------------------------------------------------------------------------------
+
+# workload: (what it is, number of directories or 0 for flat, files in each, bytes of each)
+WORKLOADS = {'S': ('10,000 files of 10 KB, flat', 0, 10000, 10 << 10),
+             'M': ('200 directories of 50 files of 20 KB', 200, 50, 20 << 10),
+             'L': ('4 files of 512 MB', 0, 4, 512 << 20),
+             'I': ('100,000 files, nothing to do', 0, 100000, 10)}
+
+
+def rsync_words(world):
+    sshd = server('sshd')
+    return ['-e', 'ssh -F none -o HostKeyAlias=mover-test -o UserKnownHostsFile=%s -i %s -p %d' % (
+        sshd.known_hosts, sshd.key, sshd.port), world.source + '/', '127.0.0.1:' + world.target + '/']
+
+
+def peer_rsync(world):
+    subprocess.check_call(['rsync', '-a', '--remove-source-files'] + rsync_words(world))
+
+
+def peer_rsync_checksum(world):
+    subprocess.check_call(['rsync', '-a'] + rsync_words(world))
+    if subprocess.check_output(['rsync', '-ani', '--checksum'] + rsync_words(world)):
+        raise AssertionError('the peer found differences')
+    peer_delete(world)
+
+
+def peer_delete(world):
+    subprocess.check_call(['find', world.source, '-mindepth', '1', '-delete'])
+
+
+def peer_scp(world):
+    sshd = server('sshd')
+    names = [os.path.join(world.source, name) for name in sorted(os.listdir(world.source))]
+    subprocess.check_call(['scp', '-q', '-p', '-r', '-F', 'none', '-o', 'HostKeyAlias=mover-test', '-o',
+                           'UserKnownHostsFile=' + sshd.known_hosts, '-i', sshd.key, '-P',
+                           str(sshd.port)] + names + ['127.0.0.1:' + world.target + '/'])
+    peer_delete(world)
+
+
+def peer_lftp(world):
+    ftpd = server('ftp')
+    subprocess.check_call(['lftp', '-e', 'mirror -R --Remove-source-files -P 4 %s %s; bye' % (
+        world.source, os.path.relpath(world.target, BASE)), '-u', 'anonymous,' + ftpd.password,
+        '-p', str(ftpd.port), '127.0.0.1'], stdout=subprocess.DEVNULL)
+
+
+def peer_rename(world):
+    subprocess.check_call([sys.executable, '-c', 'import os, sys\nfor n in os.listdir(sys.argv[1]): '
+                           'os.rename(os.path.join(sys.argv[1], n), os.path.join(sys.argv[2], n))',
+                           world.source, world.target])
+
+
+def peer_cp(world):
+    subprocess.check_call(['cp', '-a', world.source + '/.', world.target])
+    peer_delete(world)
+
+
+def peer_rsync_idle(world):
+    subprocess.check_call(['rsync', '-a', world.source + '/', world.target + '/'])
+
+
+# (workload, site, options, peer's name, peer, programs it needs, ratio to reach)
+CONTESTS = [
+    ('S', 'rsync_ssh', {}, 'rsync + checksum pass + delete', peer_rsync_checksum, ('rsync',), 1.0),
+    ('M', 'rsync_ssh', {}, 'rsync + checksum pass + delete', peer_rsync_checksum, ('rsync',), 1.0),
+    ('S', 'rsync_ssh', {'verify': 'size'}, 'rsync --remove-source-files', peer_rsync, ('rsync',), 1.15),
+    ('M', 'rsync_ssh', {'verify': 'size'}, 'rsync --remove-source-files', peer_rsync, ('rsync',), 1.15),
+    ('L', 'rsync_ssh', {'verify': 'size'}, 'rsync --remove-source-files', peer_rsync, ('rsync',), 1.05),
+    ('S', 'ftp', {'verify': 'size'}, 'lftp mirror -R -P 4', peer_lftp, ('lftp',), 1.0),
+    ('S', 'scp', {}, 'scp -r + delete', peer_scp, ('scp',), 1.0),
+    ('S', 'local', {}, 'os.rename in Python', peer_rename, (), 3.0),
+    ('M', 'local', {'target_chmod': '644'}, 'cp -a + delete (mover: fsync, read back)', peer_cp, (), None),
+    ('I', 'local', {'transfer_mode': 'mirror'}, 'rsync -a, nothing to do', peer_rsync_idle, ('rsync',), None),
+]
+
+
+class Bench:
+    """Runs each contest A B A B, checks both ends after every run, prints medians and ratios."""
+
+    PAIRS = int(os.environ.get('MISTAMOVER_BENCH_PAIRS', '3'))
+
+    def __init__(self):
+        self.masters = {}
+        self.rows = []
+
+    def master(self, workload):
+        """The workload, made once; every run gets a copy."""
+        if workload not in self.masters:
+            _, directories, files, size = WORKLOADS[workload]
+            top = os.path.join(BASE, 'master-' + workload)
+            for directory in range(max(1, directories)):
+                inner = os.path.join(top, 'd%03d' % directory) if directories else top
+                os.makedirs(inner)
+                for number in range(files):
+                    with open(os.path.join(inner, 'f%06d' % number), 'wb') as handle:
+                        for _ in range(0, size, 1 << 20):
+                            handle.write(os.urandom(min(size, 1 << 20)))
+            self.masters[workload] = top
+        return self.masters[workload]
+
+    def timed(self, contest, how):
+        """Seconds and peak memory (KB) of one run, with both ends checked."""
+        workload, site, options, _, peer, _, _ = contest
+        world = World(SITES[site]).configure(**options)
+        subprocess.check_call(['cp', '-a', self.master(workload) + '/.', world.source])
+        if workload == 'I':
+            subprocess.check_call(['cp', '-a', world.source + '/.', world.target])
+        os.sync()
+        before = time.perf_counter()
+        if how == 'mover':
+            done = world.run('--once', limit=900)
+            if done.code:
+                raise AssertionError(str(done))
+        else:
+            peer(world)
+        seconds = time.perf_counter() - before
+        differ = subprocess.call(['diff', '-rq', self.master(workload), world.target])
+        left = [] if workload == 'I' else [n for n, v in tree(world.source).items() if v != 'directory']
+        if differ or left:
+            raise AssertionError('%s of %s left the wrong trees' % (how, contest[:2]))
+        shutil.rmtree(world.top)
+        return seconds
+
+    def run(self, names):
+        for contest in CONTESTS:
+            workload, site, options, peer_name, _, needs, aim = contest
+            if names and workload not in names:
+                continue
+            missing = [program for program in needs if not find_program(program)]
+            if missing:
+                print('left out, not installed: ' + ', '.join(missing))
+                continue
+            times = {'mover': [], 'peer': []}
+            for _ in range(self.PAIRS):
+                for how in times:
+                    times[how].append(self.timed(contest, how))
+            mover, peer = (sorted(times[how])[self.PAIRS // 2] for how in ('mover', 'peer'))
+            self.rows.append({'workload': workload, 'protocol': site, 'options': options, 'peer': peer_name,
+                              'mover': times['mover'], 'seconds': mover, 'peer_seconds': peer,
+                              'peer_times': times['peer'], 'ratio': mover / peer, 'aim': aim})
+            print('%s %-12s %-28s %6.2f s  %-42s %6.2f s  ratio %5.2f%s' % (
+                workload, site, ' '.join('%s=%s' % o for o in options.items()), mover, peer_name, peer,
+                mover / peer, '  (aim %.2f)' % aim if aim else ''), flush=True)
+
+    def start_up(self):
+        """--version against an interpreter that does nothing, medians of 15."""
+        def median(argv):
+            times = []
+            for _ in range(15):
+                before = time.perf_counter()
+                subprocess.check_call(argv, stdout=subprocess.DEVNULL)
+                times.append(time.perf_counter() - before)
+            return sorted(times)[7]
+        nothing = median([sys.executable, '-c', 'pass'])
+        version = median([sys.executable, PROGRAM, '--version'])
+        print('start-up: --version %.0f ms, python3 -c pass %.0f ms, ratio %.2f  (aim 2.00)' % (
+            version * 1000, nothing * 1000, version / nothing))
+        self.rows.append({'start_up': version, 'nothing': nothing, 'ratio': version / nothing})
+
+    def versions(self):
+        for argv in (['rsync', '--version'], ['ssh', '-V'], ['lftp', '--version']):
+            if find_program(argv[0]):
+                done = subprocess.run(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+                yield done.stdout.decode().strip().splitlines()[0].split('(C)')[0].strip()
+
+
+def bench(words):
+    target = words[words.index('--json') + 1] if '--json' in words else None
+    names = [word for word in words if word in WORKLOADS]
+    print('MiStaMover %s, Python %s, %d cores; %s' % (
+        mm.__version__, sys.version.split()[0], os.cpu_count(), '; '.join(Bench().versions())))
+    runner = Bench()
+    try:
+        runner.start_up()
+        runner.run(names)
+        if target:
+            with open(target, 'w') as handle:
+                json.dump(runner.rows, handle, indent=1)
+    finally:
+        tearDownModule()
+    return 0
+
+
+def main():
+    """Run the tests; the last lines say what was not tested and why."""
+    program = unittest.main(exit=False)
+    result = program.result
+    failed = len(result.failures) + len(result.errors) + len(result.unexpectedSuccesses)
+    for name, how in sorted(MISSING.items()):
+        print('NOT TESTED: %s (%s)' % (name, how))
+    if MISSING and TEST_ALL:
+        print('MISTAMOVER_TEST_ALL=1: a missing server is a failure')
+        failed += len(MISSING)
+    skipped = len(result.skipped)
+    print('seed of the random tests: %d (MISTAMOVER_TEST_SEED replays it)' % SEED)
+    print('%d passed, %d failed, %d skipped' % (
+        max(0, result.testsRun - failed - skipped), failed, skipped))
+    return 1 if failed or not result.testsRun else 0
+
+
+if __name__ == '__main__':
+    sys.exit(bench(sys.argv[1:]) if '--bench' in sys.argv else main())
