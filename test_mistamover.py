@@ -1346,9 +1346,9 @@ class SettlingRuns(Case):
                 self.assertEqual(tree(world.target), {})
                 time.sleep(0.05)
         wait_for(lambda: not os.path.exists(path), 'the delivery')
-        self.assertEqual(contents(tree(world.target)), {b'growing': b'piece ' * pieces})
         process.terminate()
         self.ended(process)
+        self.assertEqual(contents(tree(world.target)), {b'growing': b'piece ' * pieces})
 
     def test_a_file_that_is_held_open_waits_where_the_system_can_tell(self):
         world = self.world('local')
