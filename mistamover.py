@@ -1263,6 +1263,8 @@ class Ledger:
     def append(self, records):
         """Raises StateError if the lines are not safely on disk; then nothing may be released."""
         lines = b''.join(json.dumps(r).encode('ascii') + b'\n' for r in records)
+        if not lines:
+            return
         path = os.path.join(self.state_dir, 'ledger-%s.jsonl' % time.strftime('%Y-%m', time.gmtime()))
         try:
             with self.lock:
@@ -1344,10 +1346,6 @@ class Failures:
 
     def forget(self, name):
         self.items.pop(to_text(name), None)
-
-    def keep_only(self, names):
-        for name in set(self.items) - {to_text(n) for n in names}:
-            del self.items[name]
 
     def must_wait(self, name, now):
         """Whether the item's own back-off still runs (a poison file must not heat the loop)."""
@@ -1551,22 +1549,21 @@ class Scanner:
             top and (name in self.own or name.startswith(OWN_PREFIX))
 
     def listing(self, relative):
-        """(name, stat_result) of what a directory holds, sorted; raises OSError."""
+        """Yield (name, stat_result) of what a directory holds; raises OSError."""
         path = os.path.join(self.stream.root, relative) if relative else self.stream.root
-        found = []
         with os.scandir(path) as entries:
             for entry in entries:
-                with contextlib.suppress(FileNotFoundError):
+                try:
                     # on Windows what scandir caches is stale while a file is open
-                    info = os.lstat(entry.path) if WINDOWS else entry.stat(follow_symlinks=False)
-                    found.append((entry.name, info))
-        found.sort(key=lambda pair: pair[0])
-        return found
+                    yield entry.name, os.lstat(entry.path) if WINDOWS else \
+                        entry.stat(follow_symlinks=False)
+                except FileNotFoundError:
+                    continue
 
     def walk(self, relative, entries, left):
         """Append the entries below a directory to `entries`; raises OSError."""
         self.stop.check()
-        for name, info in self.listing(relative):
+        for name, info in sorted(self.listing(relative), key=lambda pair: pair[0]):
             if self.skip(name, False):
                 left.append((os.path.join(relative, name), 'ignored'))
                 continue
@@ -1601,18 +1598,20 @@ class Scanner:
 
     def flat(self, relative=b''):
         """items = files: every file below the directory as (relative path, stat_result)."""
+        below = []
         for name, info in self.listing(relative):
             path = os.path.join(relative, name)
             if self.skip(name, not relative):
                 continue
             if stat.S_ISDIR(info.st_mode):
-                try:
-                    yield from self.flat(path)
-                except OSError as error:
-                    log.error('%s: %s cannot be read: %s' % (self.stream.name, show(path),
-                                                             error.strerror))
+                below.append(path)      # later: an open directory a level would be too many
             else:
                 yield path, info
+        for path in below:
+            try:
+                yield from self.flat(path)
+            except OSError as error:
+                log.error('%s: %s cannot be read: %s' % (self.stream.name, show(path), error.strerror))
 
     def look(self, name):
         """The Item of one name as it is now, or None."""
@@ -1622,20 +1621,27 @@ class Scanner:
             return None
 
     def scan(self):
-        """Yield an Item for everything that could be sent.  Raises TargetError if the
-        directory itself cannot be read (so that an unmounted disk is noticed)."""
-        stream = self.stream
+        """Yield an Item for everything that could be sent; one at a time, for there may be a
+        million.  Raises TargetError if the directory itself cannot be read (so that an
+        unmounted disk is noticed)."""
         try:
-            found = list(self.flat()) if stream.items == 'files' else self.listing(b'')
+            yield from self.found()
         except OSError as error:
             raise StateError('cannot read the directory %s: %s' % (
-                show(stream.directory), error.strerror),
+                show(self.stream.directory), error.strerror),
                 'create it or mount it, or set create_directories = yes')
-        ready = self.match_ready(dict(found)) if self.ready_pattern else {}
+
+    def found(self):
+        found = self.flat() if self.stream.items == 'files' else self.listing(b'')
+        ready = {}
+        if self.ready_pattern:
+            found = list(found)
+            ready = self.match_ready(dict(found))
+        top = self.stream.items == 'top'
         for path, info in found:
             self.stop.check()
-            name = os.path.basename(path)
-            if stream.items == 'top' and self.skip(name, True) or not self.wanted(name):
+            name = path if top else os.path.basename(path)
+            if top and self.skip(name, True) or not self.wanted(name):
                 continue
             if self.ready_pattern and path not in ready:
                 self.unready += not self.is_ready_name(name)
@@ -3551,9 +3557,12 @@ class FtpTransport(Staging):
 
     takes_password = True
     forbidden = b'\r\n\0'
+    AHEAD = 32                          # questions under way; their answers fit any buffer
+    TROUBLE = ('530', '532', '534', '535', '552', '521', '522')     # not of one file
 
     def __init__(self, *args, **kwargs):
         Staging.__init__(self, *args, **kwargs)
+        self.ahead = 1                  # until the server has shown that it takes more
         self.idle = []                  # logged-in connections nobody uses just now
         self.used = 0                   # connections in all
         self.allowed = self.stream.parallel
@@ -3606,8 +3615,7 @@ class FtpTransport(Staging):
             code = text[:3]
             hint = {'530': 'are username and password right?',
                     '452': 'the disk is full', '552': 'the disk or the quota is full'}.get(code, '')
-            if isinstance(error, ftplib.error_perm) and code not in ('530', '532', '534', '535', '552',
-                                                                    '521', '522'):
+            if isinstance(error, ftplib.error_perm) and code not in self.TROUBLE:
                 raise ItemError('%s: %s' % (what, text), hint)
             raise TargetError('%s: %s' % (what, text), hint)
 
@@ -3699,6 +3707,20 @@ class FtpTransport(Staging):
             self.allowed = self.stream.parallel
             with self.connection() as ftp, contextlib.suppress(ItemError), self.translated('FEAT'):
                 self.features = ftp.sendcmd('FEAT').upper()
+            self.learn_ahead()
+
+    def learn_ahead(self):
+        """Whether the server reads on while it answers: one that drops what came too early
+        would leave us waiting."""
+        self.ahead = 2
+        try:
+            with self.connection() as ftp:
+                ftp.sock.settimeout(self.stream.connect_timeout)
+                self.answers(ftp, ['NOOP', 'NOOP'])
+                ftp.sock.settimeout(self.stream.stall_timeout)
+            self.ahead = self.AHEAD
+        except TargetError:
+            self.ahead = 1
 
     def drop(self, ftp):
         ftp.close()
@@ -3718,6 +3740,21 @@ class FtpTransport(Staging):
     def name(path):
         """A path as an argument: never empty, never beginning with a dash or a blank."""
         return './' + path.decode('latin-1')
+
+    def answers(self, ftp, commands):
+        """The replies to some commands, of which `ahead` at a time are on their way: a round
+        trip serves many.  A 5xx is for the caller to judge; raises TargetError for the rest."""
+        import ftplib
+        found = []
+        for chunk in in_chunks(commands, self.ahead):
+            with self.translated(chunk[0]):
+                # one write: small ones would wait for each other's ACK (RFC 896)
+                ftp.sock.sendall(''.join(c + ftplib.CRLF for c in chunk).encode('latin-1'))
+                found += [ftp.getmultiline() for _ in chunk]
+                for reply in found[-len(chunk):]:
+                    if reply[:1] == '4' or reply[:3] in self.TROUBLE:
+                        raise ftplib.error_temp(reply)
+        return found
 
     def each(self, values, action):
         """action(connection, value) for every value, on up to `parallel` connections."""
@@ -3757,14 +3794,13 @@ class FtpTransport(Staging):
         except ItemError:
             return None
 
-    def stands(self, ftp, path):
-        """Whether anything has this name.  SIZE may be refused for other reasons than absence;
-        RNFR is answered 350 for whatever can be renamed (RFC 959, 4.1.3)."""
-        try:
-            with self.translated('RNFR %s' % show(path)):
-                return ftp.sendcmd('RNFR ' + self.name(path)).startswith('3')
-        except ItemError:
-            return self.size(ftp, path) is not None or self.is_directory(ftp, path)
+    def taken(self, ftp, paths):
+        """For each path whether anything has this name.  SIZE may be refused for other reasons
+        than absence; RNFR is answered 350 for whatever can be renamed (RFC 959, 4.1.3)."""
+        replies = self.answers(ftp, ['%s %s' % (verb, self.name(path))
+                                     for path in paths for verb in ('SIZE', 'RNFR')])
+        return [size[:1] == '2' or rename[:1] == '3'
+                for size, rename in zip(replies[::2], replies[1::2])]
 
     def present(self, names):
         with self.connection() as ftp:
@@ -3774,7 +3810,8 @@ class FtpTransport(Staging):
             except ItemError:
                 raise TargetError('the target directory %s is gone' % target_of(self.stream),
                                   'create it or mount it')
-            return {name for name in names if self.stands(ftp, name)}
+            names = list(names)
+            return {name for name, taken in zip(names, self.taken(ftp, names)) if taken}
 
     def is_directory(self, ftp, path):
         import ftplib
@@ -3809,6 +3846,7 @@ class FtpTransport(Staging):
             except (Changed, ItemError) as error:
                 job.error = error
         self.each(jobs, store)
+        self.each(in_chunks([job for job in jobs if not job.error], self.ahead), self.dress)
 
     def store(self, ftp, batch, job):
         """STOR to the temporary name, or REST and STOR for the rest of a big file."""
@@ -3823,7 +3861,6 @@ class FtpTransport(Staging):
             copy_prefix(batch.root, job.entry, digest, start, self.stop)
         if start < job.entry.size or not start:
             self.transfer(ftp, batch, job, start, digest)
-        self.dress(ftp, job)
         job.digest = digest.hexdigest()
 
     def transfer(self, ftp, batch, job, start, digest):
@@ -3847,24 +3884,32 @@ class FtpTransport(Staging):
                 conn.close()
             ftp.voidresp()
 
-    def dress(self, ftp, job):
+    def dress(self, ftp, jobs):
         """Time by MFMT (draft-somers-ftp-mfxx) or MDTM; mode by SITE CHMOD, where offered."""
-        stamp = time.strftime('%Y%m%d%H%M%S', time.gmtime(job.entry.mtime_ns // 10 ** 9))
         verb = 'MFMT' if 'MFMT' in self.features else 'MDTM'
-        with contextlib.suppress(ItemError), self.translated(verb):
-            ftp.voidcmd('%s %s %s' % (verb, stamp, self.name(job.staged)))
+        self.answers(ftp, ['%s %s %s' % (verb, time.strftime(
+            '%Y%m%d%H%M%S', time.gmtime(job.entry.mtime_ns // 10 ** 9)), self.name(job.staged))
+            for job in jobs])
         if self.stream.target_chmod:
-            with self.translated('SITE CHMOD'):
-                ftp.voidcmd('SITE CHMOD %o %s' % (self.stream.target_chmod[0], self.name(job.staged)))
+            replies = self.answers(ftp, ['SITE CHMOD %o %s' % (
+                self.stream.target_chmod[0], self.name(job.staged)) for job in jobs])
+            for job, reply in zip(jobs, replies):
+                if reply[:1] != '2':
+                    job.error = ItemError('SITE CHMOD %s: %s' % (show(job.final), show(reply)))
 
     def measure(self, paths, hashed):
         found = {}
 
-        def look(ftp, path):
-            size = self.size(ftp, path)
-            if size is not None:
-                found[path] = size, self.remote_hash(ftp, path) if hashed else None
-        self.each(paths, look)
+        def look(ftp, chunk):
+            for path, reply in zip(chunk, self.answers(ftp, ['SIZE ' + self.name(p) for p in chunk])):
+                if reply[:3] == '213':
+                    found[path] = int(reply.split()[-1]), None
+
+        def read(ftp, path):
+            found[path] = found[path][0], self.remote_hash(ftp, path)
+        self.each(in_chunks(paths, self.ahead), look)
+        if hashed:
+            self.each(list(found), read)
         return found
 
     def remote_hash(self, ftp, path):
@@ -3886,15 +3931,16 @@ class FtpTransport(Staging):
     def place(self, jobs):
         done = set()
 
-        def publish(ftp, job):
-            if not self.stands(ftp, job.final):
-                try:
-                    with self.translated('RNTO %s' % show(job.final)):
-                        ftp.rename(self.name(job.staged), self.name(job.final))
-                except ItemError as error:
-                    job.error = error
-                done.add(job)
-        self.each(jobs, publish)
+        def publish(ftp, chunk):
+            taken = self.taken(ftp, [job.final for job in chunk])
+            free = [job for job, there in zip(chunk, taken) if not there]
+            replies = self.answers(ftp, [command for job in free for command in (
+                'RNFR ' + self.name(job.staged), 'RNTO ' + self.name(job.final))])
+            for job, reply in zip(free, replies[1::2]):
+                if reply[:1] != '2':
+                    job.error = ItemError('RNTO %s: %s' % (show(job.final), show(reply)))
+            done.update(free)
+        self.each(in_chunks(jobs, self.ahead), publish)
         return done
 
     def rename(self, old, new):
@@ -3902,10 +3948,8 @@ class FtpTransport(Staging):
             ftp.rename(self.name(old), self.name(new))
 
     def delete(self, paths):
-        def remove(ftp, path):
-            with contextlib.suppress(ItemError), self.translated('DELE'):
-                ftp.delete(self.name(path))
-        self.each(paths, remove)
+        self.each(in_chunks(paths, self.ahead), lambda ftp, chunk: self.answers(
+            ftp, ['DELE ' + self.name(path) for path in chunk]))
 
     def delete_area(self):
         names = []
@@ -3914,10 +3958,8 @@ class FtpTransport(Staging):
                 ftp.retrlines('NLST ' + self.name(self.area), names.append)
             with self.translated('TYPE I'):
                 ftp.voidcmd('TYPE I')       # retrlines() leaves the connection in ASCII mode
-            for name in names:
-                with contextlib.suppress(ItemError), self.translated('DELE'):
-                    ftp.delete(self.name(os.path.join(
-                        self.area, name.encode('latin-1').rsplit(b'/', 1)[-1])))
+            self.answers(ftp, ['DELE ' + self.name(os.path.join(
+                self.area, name.encode('latin-1').rsplit(b'/', 1)[-1])) for name in names])
             with contextlib.suppress(ItemError), self.translated('RMD'):
                 ftp.rmd(self.name(self.area))
             return not self.is_directory(ftp, self.area)
@@ -4297,6 +4339,11 @@ class Result:
         return ', '.join(parts)
 
 
+ORDER_KEYS = {'oldest': lambda item: item.mtime_ns, 'newest': lambda item: -item.mtime_ns,
+              'smallest': lambda item: item.size, 'largest': lambda item: -item.size,
+              'name': lambda item: 0}
+
+
 class Delivery:
     """One pass over one stream."""
 
@@ -4372,10 +4419,11 @@ class Delivery:
         now, wall = time.monotonic(), self.worker.wall()
         settler = self.worker.settler
         settler.begin(directory_clock(self.stream), now)
-        due, names, present = [], set(), set()
-        size = 0
+        due, names, gone = [], set(), set(self.failures.items)
+        size, key = 0, ORDER_KEYS[self.stream.order]
         for item in self.scanner.scan():
-            present.add(item.name)
+            if gone:
+                gone.discard(to_text(item.name))
             if patient and self.failures.must_wait(item.name, wall):
                 self.result.waiting += 1
             elif item.fault:
@@ -4386,17 +4434,15 @@ class Delivery:
                 size += item.size
                 if self.stream.zips:
                     names.add(item.name)
-                due.append((self.order_key(item), item.name, item.ready, item.is_directory))
-        self.failures.keep_only(present)
+                due.append((key(item), item.name, item.ready, item.is_directory))
+        for name in gone:
+            self.failures.forget(name)
         self.follow_orphans()
-        due.sort(key=lambda row: row[:2])
-        due = [row for row in due if not self.clash(row, names)]
+        due.sort()              # names differ, so nothing behind them is ever compared
+        if names:
+            due = [row for row in due if not self.clash(row, names)]
         self.progress.begin(len(due), size)
         return due
-
-    def order_key(self, item):
-        return {'oldest': item.mtime_ns, 'newest': -item.mtime_ns, 'name': 0,
-                'smallest': item.size, 'largest': -item.size}[self.stream.order]
 
     def clash(self, row, names):
         """A directory `a` beside a file `a.zip`: both would be a.zip at the target."""
@@ -4597,9 +4643,8 @@ class Delivery:
 
     def record(self, batch, good):
         """One ledger line an item, on disk before anything is released."""
-        records = [self.line(parcel, outcome, 'delivered') for parcel, outcome in good if outcome.sent]
-        if records:
-            self.worker.ledger.append(records)
+        self.worker.ledger.append(self.line(parcel, outcome, 'delivered')
+                                  for parcel, outcome in good if outcome.sent)
         for parcel, _ in good:
             log.debug('%s: delivered %s' % (self.stream.name, show(parcel.item.name)))
 
@@ -4609,15 +4654,14 @@ class Delivery:
         name = outcome.target
         if name is None:
             name = os.path.join(self.dated(item), item.name)
-        return collections.OrderedDict((
-            ('time', utc_stamp()), ('stream', stream.name), ('item', to_text(item.name)),
-            ('size', item.size), ('files', len(item.files)), ('protocol', stream.transfer_protocol),
-            ('target', target_of(stream, False).rstrip('/') + '/' + to_text(name)),
-            ('mode', stream.transfer_mode), ('verify', stream.verify),
-            ('checksum', outcome.checksum),
-            ('snapshot', None if parcel.entries is item.entries else item.snapshot),
-            ('seconds', round(time.monotonic() - self.progress.started, 3)),
-            ('attempt', attempt), ('outcome', word)))
+        return dict(
+            time=utc_stamp(), stream=stream.name, item=to_text(item.name), size=item.size,
+            files=len(item.files), protocol=stream.transfer_protocol,
+            target=target_of(stream, False).rstrip('/') + '/' + to_text(name),
+            mode=stream.transfer_mode, verify=stream.verify, checksum=outcome.checksum,
+            snapshot=None if parcel.entries is item.entries else item.snapshot,
+            seconds=round(time.monotonic() - self.progress.started, 3),
+            attempt=attempt, outcome=word)
 
     def release(self, batch, parcel, outcome):
         """Delete the source; 1 if all of it went (or, mirroring, was sent)."""
@@ -4832,7 +4876,7 @@ class Worker:
         self.sweep()
         self.transport = TRANSPORTS[self.stream.transfer_protocol](
             self.stream, self.stop, self.progress, self.lock.fds)
-        for record in self.ledger.read(2):
+        for record in self.ledger.read(2) if self.stream.zips else ():
             if record.get('stream') == self.stream.name and record.get('snapshot'):
                 self.zipped[record['item']] = record['snapshot'] \
                     if record.get('outcome') == 'delivered' else None
@@ -4882,10 +4926,10 @@ class Worker:
         self.transport.open()
         gone = self.transport.delete_missing(present)
         if gone:
-            self.ledger.append([collections.OrderedDict((
-                ('time', utc_stamp()), ('stream', self.stream.name), ('item', to_text(name)),
-                ('target', target_of(self.stream).rstrip('/') + '/' + to_text(name)),
-                ('mode', 'mirror'), ('outcome', 'deleted'))) for name in gone])
+            self.ledger.append(dict(
+                time=utc_stamp(), stream=self.stream.name, item=to_text(name),
+                target=target_of(self.stream).rstrip('/') + '/' + to_text(name),
+                mode='mirror', outcome='deleted') for name in gone)
             log.info('%s: mirror_delete deleted %s at the target: %s%s' % (
                 self.stream.name, count_of(len(gone), 'name'), ', '.join(show(g) for g in gone[:3]),
                 ' and more, see --history' if len(gone) > 3 else ''))
@@ -5096,7 +5140,7 @@ def command_dry_run(config, _args, stop):
         for why in suspensions(stream):
             say('%s: nothing would be done now: %s' % (stream.name, why))
         try:
-            for item in scanner.scan():
+            for item in sorted(scanner.scan(), key=lambda item: item.name):
                 zipped = item.is_directory and (stream.directories == 'zip' or stream.zips)
                 name = show(item.name) + ('.zip' if zipped else '/' if item.is_directory else '')
                 if item.fault:
