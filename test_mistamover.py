@@ -1650,13 +1650,21 @@ class Kills(Invariants):
             process.wait()
             self.assert_nothing_lost(world, originals, story)
             if not held_at_source(world):
-                for name in os.listdir(world.target):
-                    path = os.path.join(world.target, name)
-                    shutil.rmtree(path) if os.path.isdir(path) else os.unlink(path)
+                wait_for(lambda: self.emptied(world.target), 'the orphans to let go of the target')
                 originals = mixed(world, chance)
         done = wait_for(lambda: self.undisturbed(world), 'the stream to be free', 60)
         self.assertEqual(done.code, 0, '%s; %s' % (done, story))
         self.assert_converged(world, originals, '%s; %s' % (done, story))
+
+    @staticmethod
+    def emptied(top):
+        """What a killed run started may still be removing its own files there."""
+        for name in os.listdir(top):
+            path = os.path.join(top, name)
+            shutil.rmtree(path, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+        return not os.listdir(top)
 
     @staticmethod
     def undisturbed(world):
