@@ -2356,7 +2356,7 @@ class LocalTransport(Staging):
     def copy(self, batch, job):
         """Copy to the staged name, fsync, set time and mode; job.digest is what was read."""
         import hashlib
-        digest = hashlib.sha256()
+        digest = hashlib.sha256() if job.hashed else None
         with contextlib.suppress(OSError):
             os.unlink(self.path(job.staged))
         try:
@@ -2364,21 +2364,47 @@ class LocalTransport(Staging):
                          getattr(os, 'O_NOFOLLOW', 0) | getattr(os, 'O_BINARY', 0), 0o600)
             with os.fdopen(fd, 'wb', 0) as handle:
                 def write(block):
-                    digest.update(block)
+                    if digest:
+                        digest.update(block)
                     view = memoryview(block)
                     while view:
                         view = view[handle.write(view):]
                     self.progress.sent(len(block))
                     self.throttle.spend(len(block))
 
-                copy_entry(batch.root, job.entry, write, self.stop)
+                if digest or self.throttle.limit or not self.copy_inside(batch, job, handle):
+                    copy_entry(batch.root, job.entry, write, self.stop)
                 os.fsync(handle.fileno())
             self.dress(job)
         except OSError as error:
             if error.errno in (errno.ENAMETOOLONG, errno.EILSEQ, errno.EFBIG):
                 raise ItemError('%s: %s' % (show(job.final), error.strerror))
             raise self.trouble('cannot write', error)
-        job.digest = digest.hexdigest()
+        job.digest = digest and digest.hexdigest()
+
+    def copy_inside(self, batch, job, handle):
+        """Let the kernel copy (copy_file_range(2)), which may only have to share the blocks.
+        False if it would not; then the plain way finds out whose fault that is."""
+        if not hasattr(os, 'copy_file_range'):
+            return False
+        fd = open_entry(batch.root, job.entry)
+        try:
+            count = True
+            while count:
+                self.stop.check()
+                count = os.copy_file_range(fd, handle.fileno(), 16 * BLOCK)
+                self.progress.sent(count)
+            if not job.entry.same_as(os.fstat(fd)):
+                raise Changed('%s changed while it was read' % show(job.entry.path))
+            if os.fstat(handle.fileno()).st_size == job.entry.size:
+                return True
+        except OSError as error:
+            log.debug('%s: copy_file_range: %s' % (self.stream.name, error.strerror))
+        finally:
+            os.close(fd)
+        handle.truncate(0)
+        handle.seek(0)
+        return False
 
     def dress(self, job):
         mode = self.stream.target_chmod[0] if self.stream.target_chmod else \
@@ -2605,6 +2631,7 @@ class SshConnection:
         self.stream = stream
         self.stop = stop
         self.directory = None
+        self.socket = None
         self.pid = None
 
     def options(self):
@@ -2627,17 +2654,17 @@ class SshConnection:
         return words
 
     def control_path(self):
-        return os.path.join(self.directory, 's')
+        return os.path.join(self.directory, self.socket)
 
     def command(self):
         """ssh itself; it never becomes a master unless told, whatever ssh_config says."""
         return [self.stream.ssh_command, '-T'] + self.options()
 
-    def control(self, verb):
+    def control(self, verb, path=None):
         """Ask the master for something: the finished command, or None if it does not answer."""
         try:
             return run([self.stream.ssh_command, '-O', verb,
-                        '-oControlPath=' + self.control_path().replace('%', '%%'),
+                        '-oControlPath=' + (path or self.control_path()).replace('%', '%%'),
                         '--', self.stream.target_host], StopRequest(), 5)
         except TargetError:
             return None
@@ -2652,14 +2679,18 @@ class SshConnection:
                 return
             self.close()
         self.directory = self.stream.control_dir
+        # a name of its own: an ssh that a kill -9 orphaned while it logged in would otherwise
+        # find the name taken, be no master, and never end
+        self.socket = hexlify(os.urandom(3)).decode()
         if len(self.control_path()) > CONTROL_PATH_MAX:
             import tempfile
             self.directory = tempfile.mkdtemp(prefix='mistamover-')
         make_private_directory(self.directory)
-        if os.path.lexists(self.control_path()):
-            self.control('exit')        # left by a killed run, perhaps for another host
+        for name in os.listdir(self.directory):     # left by a killed run, perhaps for another host
+            path = os.path.join(self.directory, name)
+            self.control('exit', path)
             with contextlib.suppress(FileNotFoundError):
-                os.unlink(self.control_path())
+                os.unlink(path)
         argv = self.command() + ['-f', '-N', '-oControlMaster=yes', '-oControlPersist=60',
                                  '--', self.stream.target_host]
         done = run(argv, self.stop, self.stream.connect_timeout + 10)
