@@ -57,6 +57,7 @@ WINDOWS = os.name == 'nt'
 OWN_PREFIX = b'.mistamover'             # our own entries in other people's directories
 RELEASE_DIR = OWN_PREFIX + b'-release'  # in the incoming directory: what is being deleted
 CLOCK_NAME = OWN_PREFIX + b'-clock-'    # in the incoming directory: touched to read its clock
+KEPT_DIR = b'.delivered'                # in the incoming directory: copies for keep_delivered
 HERE_NAME = OWN_PREFIX + b'-here-'      # in the incoming directory: must not show at the target
 PARTIAL_DIR = '.mistamover-partial'     # at the target: rsync's unfinished files
 PROBE_NAME = b'.mistamover-probe'       # at the target: written, renamed, removed by a probe
@@ -204,6 +205,12 @@ def utc_stamp(now=None):
     """ISO 8601 in UTC, to the millisecond."""
     now = time.time() if now is None else now
     return time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(now)) + '.%03dZ' % (now % 1 * 1000)
+
+
+def calendar_time(name):
+    """The epoch seconds of b'2026-11-24T09Z'."""
+    import calendar
+    return calendar.timegm(time.strptime(name.decode(), '%Y-%m-%dT%HZ'))
 
 
 def stamped(name, now=None):
@@ -719,6 +726,8 @@ OPTIONS = [Option(*row) for row in (
      'in directory or target_dir, it suspends the stream until it is gone'),
     ('stream', 'mirror_delete', kind_flag, 'no',
      'mirror: delete at the target what is gone here; an empty directory deletes nothing'),
+    ('stream', 'keep_delivered', kind_duration, '0',
+     'move: keep what was released in DIRECTORY/.delivered for this long'),
 )]
 
 REQUIRED = ('directory', 'target_dir')
@@ -966,6 +975,8 @@ def check_stream(config, stream, protocols):
         fail('directories', '%s cannot keep directories' % stream.transfer_protocol, 'use zip')
     if stream.directories == 'zip' and (stream.mirror or stream.items == 'files'):
         fail('directories', 'zip goes with transfer_mode = move and items = top only')
+    if stream.mirror and stream.keep_delivered:
+        fail('keep_delivered', 'goes with transfer_mode = move only', 'a mirror releases nothing')
     if stream.move and stream.symlinks == 'keep':
         fail('symlinks', 'keep goes with transfer_mode = mirror only', 'use leave')
     bad = refused_rsync_option(stream.rsync_options)
@@ -1533,7 +1544,7 @@ class Scanner:
         self.ignored = compile_globs(stream.ignore)
         self.wanted = compile_globs(stream.only) or (lambda name: True)
         self.follow_links = stream.symlinks == 'keep'
-        self.own = {to_bytes(stream.stop_file)}
+        self.own = {to_bytes(stream.stop_file), KEPT_DIR}
         quarantine = to_bytes(stream.quarantine_dir)
         if os.path.dirname(quarantine) == stream.root:
             self.own.add(os.path.basename(quarantine))
@@ -4019,6 +4030,47 @@ def in_window(window, now):
     return start <= minute < end if start <= end else minute >= start or minute < end
 
 
+class Kept:
+    """keep_delivered: released copies, in DIRECTORY/.delivered/HOUR/ under their own paths."""
+
+    HOUR = re.compile(rb'\d{4}-\d\d-\d\dT\d\dZ$')
+
+    def __init__(self, stream):
+        self.stream = stream
+        self.top = os.path.join(stream.root, KEPT_DIR)
+
+    def place(self, path):
+        """A free name for a copy that is released now.  Raises OSError."""
+        if os.path.islink(self.top):
+            raise OSError(errno.ELOOP, '%s is a symlink' % show(self.top), self.top)
+        target = os.path.join(self.top, to_bytes(time.strftime('%Y-%m-%dT%HZ', time.gmtime())), path)
+        os.makedirs(os.path.dirname(target), 0o700, exist_ok=True)
+        return stamped(target) if os.path.lexists(target) else target
+
+    def hours(self):
+        """[(the time it ends, path)] of the hours kept, oldest first."""
+        try:
+            names = [n for n in sorted(os.listdir(self.top)) if self.HOUR.match(n)]
+        except OSError:
+            return []
+        return [(calendar_time(name) + 3600, os.path.join(self.top, name)) for name in names
+                if not os.path.islink(os.path.join(self.top, name))]
+
+    def purge(self, now):
+        """Delete what has been kept for long enough, by a clock that has not jumped back."""
+        for end, path in self.hours():
+            if now - end >= self.stream.keep_delivered:
+                self.remove(path)
+
+    def remove(self, path):
+        """Delete one hour of copies, every one of which stands proven at the target."""
+        import shutil
+        shutil.rmtree(path, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            os.rmdir(self.top)
+        log.info('%s: purged %s' % (self.stream.name, show(path)))
+
+
 class Releaser:
     """Deletes delivered sources, and nothing else.
 
@@ -4032,6 +4084,7 @@ class Releaser:
         self.stream = stream
         self.root = stream.root
         self.journal = os.path.join(state_dir, stream.name + '.releasing')
+        self.kept = Kept(stream)
         self.cached = None              # (directory, its descriptor, the private one)
         self.changed = {}               # (dev, ino) -> ctime after we unlinked another name of it
 
@@ -4053,23 +4106,32 @@ class Releaser:
     def release_file(self, entry, linked):
         """None when it is gone, else the reason why it stays."""
         try:
+            kept = self.kept.place(entry.path) if self.stream.keep_delivered else None
             if WINDOWS:
-                return self.release_plainly(entry)
-            return self.release_linked(entry) if linked else self.release_held(entry)
+                return self.release_plainly(entry, kept)
+            return self.release_linked(entry, kept) if linked else self.release_held(entry, kept)
         except FileNotFoundError:
             return None
         except OSError as error:
             raise ItemError('%s was delivered, but cannot be deleted: %s' % (
                 show(entry.path), error.strerror), 'change the permissions of the directory')
 
-    def release_plainly(self, entry):
+    def release_plainly(self, entry, kept):
         path = os.path.join(self.root, entry.path)
         if not entry.same_as(os.lstat(path)):
             return 'changed after it was sent'
-        os.unlink(path)     # Windows refuses while somebody has it open
+        self.discard(path, kept)    # Windows refuses while somebody has it open
         return None
 
-    def release_linked(self, entry):
+    @staticmethod
+    def discard(name, kept, directory=None):
+        """The moment a source goes, or goes to where copies are kept for a while."""
+        if kept:
+            os.rename(name, kept, src_dir_fd=directory)
+        else:
+            os.unlink(name, dir_fd=directory)
+
+    def release_linked(self, entry, kept):
         """One inode stands at both ends: nothing written to it can be lost, only a file that
         was put in its place."""
         parent, aside = self.directory(os.path.dirname(entry.path))
@@ -4079,10 +4141,10 @@ class Releaser:
         if (there.st_dev, there.st_ino) != (entry.dev, entry.ino):
             self.put_back(name, aside, parent)
             return 'was replaced after it was sent'
-        os.unlink(name, dir_fd=aside)
+        self.discard(name, kept, aside)
         return None
 
-    def release_held(self, entry):
+    def release_held(self, entry, kept):
         import fcntl
         parent, aside = self.directory(os.path.dirname(entry.path))
         name = os.path.basename(entry.path)
@@ -4106,7 +4168,7 @@ class Releaser:
                     leased and fcntl.fcntl(fd, fcntl.F_GETLEASE) != fcntl.F_RDLCK:
                 self.put_back(name, aside, parent)
                 return 'changed while it was released'
-            os.unlink(name, dir_fd=aside)
+            self.discard(name, kept, aside)
             if here.st_nlink > 1:
                 self.changed[(here.st_dev, here.st_ino)] = os.fstat(fd).st_ctime_ns
             return None
@@ -4235,7 +4297,8 @@ class Releaser:
                     if entry.kind == 'd':
                         os.rmdir(path)
                     elif entry.same_as(os.lstat(path)):
-                        os.unlink(path)
+                        self.discard(path, self.stream.keep_delivered and
+                                     self.kept.place(entry.path))
         if any(e.kind == 'f' and os.path.lexists(os.path.join(top, e.path)) for e in entries):
             reasons.append('%s: something in it changed or is in use; it stays' % show(name))
         if os.path.lexists(os.path.join(top, name)):
@@ -4431,6 +4494,7 @@ class Delivery:
                 raise StateError('cannot make %s: %s' % (show(stream.directory), error.strerror))
         if stream.move:
             self.releaser.recover()
+            self.releaser.kept.purge(self.worker.wall())
         if os.path.exists(stream.spool):
             import shutil
             shutil.rmtree(stream.spool, ignore_errors=True)

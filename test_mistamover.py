@@ -506,6 +506,9 @@ def spread(cls):
     return cls
 
 
+ONE_EACH = ('local', 'rsync_ssh', 'rsync_native', 'scp', 'sftp', 'ftp')
+
+
 def on_sites(*names):
     def mark(method):
         method.sites = names or list(SITES)
@@ -1033,6 +1036,43 @@ class Conflicts(Case):
             held = [unzipped(os.path.join(world.target, mm.to_text(name)))[b'day/file'][0]
                     for name in (b'day.zip', found[1])]
             self.assertEqual(held, [b'first', b'second'])
+
+
+@spread
+class KeepDelivered(Case):
+    @on_sites(*ONE_EACH)
+    def test_what_was_released_is_kept_and_purged_when_its_time_is_over(self, site):
+        world = self.world(site, keep_delivered='1h')
+        write(os.path.join(world.source, 'run001'), b'run')
+        write(os.path.join(world.source, 'day', 'inner', 'file'), b'inside')
+        self.assert_run(world, 0)
+        kept = os.path.join(world.source, '.delivered')
+        hour, = os.listdir(kept)
+        found = tree(os.path.join(kept, hour))
+        self.assertEqual(contents(found), {
+            b'run001': b'run', b'day': 'directory', b'day/inner': 'directory',
+            b'day/inner/file': b'inside'})
+        self.assertEqual(sorted(os.listdir(world.source)), ['.delivered'])
+        before = tree(world.target)
+        write(os.path.join(world.source, 'run001'), b'run')         # the same name within the hour
+        self.assert_run(world, 0)
+        self.assertEqual(tree(world.target), before)
+        self.assertEqual(sum(name.startswith('run001') for name in os.listdir(os.path.join(kept, hour))), 2)
+        os.rename(os.path.join(kept, hour), os.path.join(kept, '2020-01-01T00Z'))
+        write(os.path.join(kept, 'a note of mine'), b'stays')
+        write(os.path.join(world.source, 'run002'), b'more')
+        self.assert_run(world, 0)
+        self.assertNotIn('2020-01-01T00Z', os.listdir(kept))
+        self.assertIn('a note of mine', os.listdir(kept))
+        self.assertEqual(world.leftovers(), [])
+
+    def test_a_symlink_in_its_place_is_not_followed(self):
+        world = self.world('local', keep_delivered='1h')
+        write(os.path.join(world.source, 'run001'), b'run')
+        os.symlink(world.top, os.path.join(world.source, '.delivered'))
+        done = self.assert_run(world, 1)
+        self.assertIn('cannot be deleted', done.output)
+        self.assertEqual(contents(tree(world.source)), {b'run001': b'run', b'.delivered': 'link to ' + world.top})
 
 
 @spread
@@ -1567,7 +1607,6 @@ def command_line(pid):
 
 KILLS = int(os.environ.get('MISTAMOVER_TEST_KILLS', '14'))      # three Pythons in CI: 42
 SEED = int(os.environ.get('MISTAMOVER_TEST_SEED', '0')) or int(time.time()) + os.getpid() * 100003
-ONE_EACH = ('local', 'rsync_ssh', 'rsync_native', 'scp', 'sftp', 'ftp')
 
 
 RSYNC_TEMP = re.compile(rb'(^|/)\.[^/]+\.\w{6}$')     # where rsync's receiver writes; gone when it ends
