@@ -21,13 +21,16 @@ Sections, each using only what stands above it:
      7  configuration
      8  logging
      9  locks, ledger, status
-    10  scanning and settling
-    11  zipping
-    12  transports
-    13  delivery
-    14  stream workers: once and daemon
-    15  commands
-    16  command line
+    10  alerts
+    11  scanning and settling
+    12  zipping
+    13  transports
+    14  delivery
+    15  disk space
+    16  status for people and machines
+    17  stream workers: once and daemon
+    18  commands
+    19  command line
 """
 import collections
 import contextlib
@@ -57,6 +60,7 @@ WINDOWS = os.name == 'nt'
 OWN_PREFIX = b'.mistamover'             # our own entries in other people's directories
 RELEASE_DIR = OWN_PREFIX + b'-release'  # in the incoming directory: what is being deleted
 CLOCK_NAME = OWN_PREFIX + b'-clock-'    # in the incoming directory: touched to read its clock
+MONITOR_LINE = b'made by the disk space monitor of MiStaMover\n'     # marks its stop files
 KEPT_DIR = b'.delivered'                # in the incoming directory: copies for keep_delivered
 HERE_NAME = OWN_PREFIX + b'-here-'      # in the incoming directory: must not show at the target
 PARTIAL_DIR = '.mistamover-partial'     # at the target: rsync's unfinished files
@@ -207,6 +211,12 @@ def utc_stamp(now=None):
     return time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(now)) + '.%03dZ' % (now % 1 * 1000)
 
 
+def epoch(stamp):
+    """The seconds since 1970 of what utc_stamp() wrote."""
+    import calendar
+    return calendar.timegm(time.strptime(stamp[:19], '%Y-%m-%dT%H:%M:%S')) + float(stamp[19:23])
+
+
 def calendar_time(name):
     """The epoch seconds of b'2026-11-24T09Z'."""
     import calendar
@@ -234,10 +244,10 @@ def sync_directory(path):
         os.close(fd)
 
 
-def atomic_write(path, data, durable=False):
-    """Write bytes to a file of mode 0600 that nobody sees half written.  Raises OSError."""
+def atomic_write(path, data, durable=False, mode=0o600):
+    """Write bytes to a file that nobody sees half written.  Raises OSError."""
     temp = '%s.%d.new' % (path, os.getpid())
-    fd = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, 'O_NOFOLLOW', 0), 0o600)
+    fd = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, 'O_NOFOLLOW', 0), mode)
     try:
         with os.fdopen(fd, 'wb') as handle:
             handle.write(data)
@@ -293,19 +303,27 @@ class StopRequest:
     """The one way to end everything: handlers record, the main thread requests, loops look.
 
     Whoever blocks in a call that cannot look registers what wakes it up with on_stop().
+    Each stream has one of its own, which the one of the whole program requests in turn.
     """
 
     def __init__(self):
         self.signal = None              # what a signal handler recorded
+        self.reload = False             # whether SIGHUP asked to read the configuration again
         self.event = threading.Event()
+        self.leaving = threading.Event()    # end when this batch is done
+        self.seen = time.monotonic()    # the last sign of life of whoever looks here
         self.lock = threading.Lock()    # guards wakers, which threads add and remove
         self.wakers = set()
 
     def record(self, number, _frame):
         self.signal = number
 
+    def record_reload(self, _number, _frame):
+        self.reload = True
+
     def request(self):
         self.event.set()
+        self.leaving.set()
         with self.lock:
             wakers = list(self.wakers)
         for wake in wakers:
@@ -313,13 +331,23 @@ class StopRequest:
                 wake()
 
     def check(self):
+        self.seen = time.monotonic()
         if self.event.is_set():
             raise Interrupted('stopped on request')
 
     def wait(self, seconds):
         """Sleep, but not through a stop request.  Raises Interrupted."""
+        self.seen = time.monotonic() + seconds
         self.event.wait(max(0, seconds))
         self.check()
+
+    def rest(self, seconds=0):
+        """Sleep between two batches or passes, the place to leave at.  Raises Interrupted."""
+        self.seen = time.monotonic() + seconds
+        self.leaving.wait(max(0, seconds))
+        self.check()
+        if self.leaving.is_set():
+            raise Interrupted('left after its batch')
 
     @contextlib.contextmanager
     def on_stop(self, wake):
@@ -334,8 +362,9 @@ class StopRequest:
 
 
 @contextlib.contextmanager
-def signals_recorded(stop):
-    """Let SIGTERM, SIGINT and SIGHUP be recorded; yields wait(seconds), cut short by a signal."""
+def signals_recorded(stop, daemon):
+    """Let SIGTERM, SIGINT and SIGHUP be recorded, which means reload to a daemon; yields
+    wait(seconds), cut short by a signal."""
     import signal
     import socket
     reader, writer = socket.socketpair()
@@ -343,6 +372,8 @@ def signals_recorded(stop):
     writer.setblocking(False)
     names = [n for n in ('SIGTERM', 'SIGINT', 'SIGHUP', 'SIGBREAK') if hasattr(signal, n)]
     before = {getattr(signal, n): signal.signal(getattr(signal, n), stop.record) for n in names}
+    if daemon and hasattr(signal, 'SIGHUP'):
+        signal.signal(signal.SIGHUP, stop.record_reload)
     if hasattr(signal, 'SIGIO'):
         # a writer that meets one of our leases makes the kernel send SIGIO, which would kill us
         before[signal.SIGIO] = signal.signal(signal.SIGIO, signal.SIG_IGN)
@@ -447,7 +478,7 @@ class Program:
         """End the program on a stop request, or when it was silent for too long."""
         if self.stop.event.is_set():
             self.kill()
-            self.stop.check()
+        self.stop.check()
         if self.overdue(since, limit):
             self.kill()
             raise TargetError('%s gave no sign of life for %s and was ended' % (
@@ -634,6 +665,26 @@ def kind_window(text, _base):
     return a * 60 + b, c * 60 + d
 
 
+def kind_clock(text, _base):
+    """'08:00' as minutes of the local day."""
+    match = re.match(r'([01]?\d|2[0-3]):([0-5]\d)$', text)
+    if not match:
+        raise ValueError('%r is no time of day like 08:00' % text)
+    return int(match.group(1)) * 60 + int(match.group(2))
+
+
+def kind_level(text, _base):
+    """'20%' or '50G' as a function of a disk's size that gives bytes."""
+    match = re.match(r'(\d+(?:\.\d+)?)\s*%$', text)
+    if match and float(match.group(1)) <= 100:
+        share = float(match.group(1)) / 100
+        return lambda total: total * share
+    if match:
+        raise ValueError('%r is more than the whole disk' % text)
+    size = parse_size(text)
+    return lambda total: size
+
+
 def one_of(*words):
     def kind_choice(text, _base):
         if text.lower() not in words:
@@ -651,10 +702,16 @@ OPTIONS = [Option(*row) for row in (
     ('mistamover', 'log_file', kind_path, '', 'where to log; standard error if empty'),
     ('mistamover', 'log_level', one_of('debug', 'info', 'warning', 'error'), 'INFO',
      'DEBUG, INFO, WARNING or ERROR'),
-    ('mistamover', 'log_format', one_of('text', 'json'), 'text', 'text, or json: an object a line'),
+    ('mistamover', 'log_format', one_of('text', 'json', 'journal'), 'text',
+     'text; json: an object a line; journal: lines for journald or logger --prio-prefix'),
     ('mistamover', 'log_size', kind_size, '10M', 'log_file is rotated at this size; five are kept'),
     ('mistamover', 'pause_time', kind_duration, '10s',
      'pause between two scans when nothing was found'),
+    ('mistamover', 'status_page', kind_path, '', 'an HTML page to look at, e.g. status.html'),
+    ('mistamover', 'metrics_file', kind_path, '',
+     "numbers for Prometheus's textfile collector, e.g. mistamover.prom"),
+    ('mistamover', 'alert_command', kind_words, '',
+     'a command that gets alerts on its standard input'),
     ('mistamover', 'stream_files', kind_path, '', 'more files with streams, e.g. streams.d/*.ini'),
 
     ('stream', 'directory', kind_path, '', 'the incoming directory to watch (required)'),
@@ -726,8 +783,39 @@ OPTIONS = [Option(*row) for row in (
      'in directory or target_dir, it suspends the stream until it is gone'),
     ('stream', 'mirror_delete', kind_flag, 'no',
      'mirror: delete at the target what is gone here; an empty directory deletes nothing'),
+    ('stream', 'after_delivery', kind_words, '',
+     'a command run after each batch, with the names on its standard input'),
+    ('stream', 'after_delivery_format', one_of('nul', 'json'), 'nul',
+     'nul: names, each ended by a NUL; json: the ledger line of each'),
+    ('stream', 'priority', kind_number, '100',
+     'at or below base_priority, senders into directory are stopped when its disk is low'),
+    ('stream', 'deletion_enabled', kind_flag, 'no',
+     'yes: at level_vlow the oldest copies of keep_delivered are deleted early'),
     ('stream', 'keep_delivered', kind_duration, '0',
      'move: keep what was released in DIRECTORY/.delivered for this long'),
+
+    ('email', 'from', kind_text, '', 'the sender of alerts'),
+    ('email', 'recipient', kind_globs, '', 'who gets them: addresses separated by commas'),
+    ('email', 'subject', kind_text, 'MiStaMover', 'how the subject begins'),
+    ('email', 'smarthost', kind_host, '', 'the mail server; no mail is sent without one'),
+    ('email', 'port', kind_count, '25', 'its port'),
+    ('email', 'tls', one_of('no', 'starttls', 'tls'), 'no', 'no, starttls or tls; certificate checked'),
+    ('email', 'username', kind_text, '', 'login name at the mail server (with tls only)'),
+    ('email', 'password_file', kind_path, '', 'file whose first line is the password'),
+    ('email', 'threshold', one_of('info', 'warning', 'error'), 'info',
+     'least level of an alert: info (good news too), warning or error; also for alert_command'),
+    ('email', 'digest_time', kind_duration, '15m',
+     'the first alert goes at once; what follows within this time goes together'),
+    ('email', 'heartbeat', kind_clock, '', 'time of a daily mail that all is well, e.g. 08:00'),
+
+    ('disk_space_monitor', 'level_good', kind_level, '',
+     'free space at the incoming directories, as 20% or 50G: above it, senders go on'),
+    ('disk_space_monitor', 'level_low', kind_level, '', 'below it, senders are stopped'),
+    ('disk_space_monitor', 'level_vlow', kind_level, '',
+     'below it, kept copies are deleted where deletion_enabled says so'),
+    ('disk_space_monitor', 'base_priority', kind_number, '100',
+     'streams of at most this priority are concerned'),
+    ('disk_space_monitor', 'poll_interval', kind_duration, '60s', 'how often free space is looked at'),
 )]
 
 REQUIRED = ('directory', 'target_dir')
@@ -781,7 +869,7 @@ class Config:
         self.path = os.path.abspath(path)
         self.origins = {}           # (section, option) -> (file, line); option None: the header
         self.sections = {}          # section -> {option: raw text}
-        self.settings = None
+        self.settings = self.email = self.monitor = None
         self.streams = []
 
     def fail(self, section, option, message, hint=''):
@@ -841,13 +929,13 @@ def nearest(word, words):
 def check_names(config):
     """Unknown sections and options are errors: a misspelt safety option must not be silent."""
     names = {kind: {o.name for o in OPTIONS if o.section == kind}
-             for kind in ('mistamover', 'stream')}
+             for kind in {o.section for o in OPTIONS}}
     names['defaults'] = names['stream']
     for section, options in config.sections.items():
         kind = 'stream' if re.match(r'stream:.', section) else section
         if kind not in names or section == 'stream':
             config.fail(section, None, 'unknown section',
-                        nearest(section, ['mistamover', 'defaults', 'stream:NAME']))
+                        nearest(section, sorted(set(names) - {'stream'}) + ['stream:NAME']))
         if kind == 'stream' and not re.match(r'stream:[\w.-]+$', section):
             config.fail(section, None, 'a stream name is made of letters, digits, _ . and -')
         for option in options:
@@ -892,7 +980,9 @@ def read_section(config, section, kind, text_of, mode=None):
     for option in OPTIONS:
         if option.section != kind:
             continue
-        text = text_of(section, option.name)
+        # only streams have defaults: a stream's username is not the mail server's
+        text = text_of(section, option.name) if kind == 'stream' or \
+            option.name in config.sections.get(section, ()) else None
         home = section if option.name in config.sections.get(section, ()) else 'defaults'
         base = os.path.dirname((config.origins.get((home, option.name)) or (config.path,))[0])
         if text is None or (not text and isinstance(option.default, str)):
@@ -913,6 +1003,40 @@ def only_mine(path):
     return WINDOWS or not os.stat(path).st_mode & 0o077
 
 
+def read_secret(config, section, path):
+    """The password in a file's first line, which nobody else may be able to read."""
+    try:
+        if not only_mine(path):
+            config.fail(section, 'password_file', '%s can be read by others' % show(path),
+                        'chmod 600 %s' % show(path))
+        with open(path, encoding='utf-8') as handle:
+            return handle.readline().rstrip('\r\n')
+    except OSError as error:
+        config.fail(section, 'password_file', 'cannot be read: %s' % error.strerror)
+
+
+def check_email(config):
+    email = config.email
+    email.sender = getattr(email, 'from')
+    email.password = read_secret(config, 'email', email.password_file) if email.password_file else None
+    for option in ('sender', 'recipient') if email.smarthost else ():
+        if not getattr(email, option):
+            config.fail('email', None, '%s is missing' % option.replace('sender', 'from'),
+                        'no mail goes without it')
+    if email.username and email.tls == 'no':
+        config.fail('email', 'username', 'a password would cross the network in clear',
+                    'set tls = starttls or tls')
+
+
+def check_monitor(config):
+    """The three levels go together, in order; a disk of 1 TB stands for all."""
+    levels = [getattr(config.monitor, name) for name in ('level_vlow', 'level_low', 'level_good')]
+    given = [level(1 << 40) for level in levels if level]
+    if given and (len(given) < 3 or given != sorted(given)):
+        config.fail('disk_space_monitor', None, 'level_vlow, level_low and level_good go together, '
+                    'in this order', 'e.g. 2%, 10% and 20%')
+
+
 def check_secrets(config, stream):
     """Raises ConfigError if a secret lies where others can read it."""
     section = 'stream:' + stream.name
@@ -922,14 +1046,7 @@ def check_secrets(config, stream):
         if not only_mine(path):
             config.fail(home, 'password', 'this file can be read by others', 'chmod 600 %s' % show(path))
     if stream.password_file:
-        try:
-            if not only_mine(stream.password_file):
-                config.fail(section, 'password_file', '%s can be read by others' % show(
-                    stream.password_file), 'chmod 600 %s' % show(stream.password_file))
-            with open(stream.password_file, encoding='utf-8') as handle:
-                stream.password = handle.readline().rstrip('\r\n')
-        except OSError as error:
-            config.fail(section, 'password_file', 'cannot be read: %s' % error.strerror)
+        stream.password = read_secret(config, section, stream.password_file)
 
 
 def finish_stream(config, stream, state_dir):
@@ -1033,7 +1150,9 @@ def load_config(path, protocols, names=(), mode=None):
     read_ini(config, config.path)
     check_names(config)
     text_of = make_interpolator(config)
-    config.settings = Settings('mistamover', read_section(config, 'mistamover', 'mistamover', text_of))
+    config.settings, config.email, config.monitor = (
+        Settings(name, read_section(config, name, name, text_of))
+        for name in ('mistamover', 'email', 'disk_space_monitor'))
     if config.settings.stream_files:
         for extra in sorted(glob.glob(config.settings.stream_files)):
             read_ini(config, extra)
@@ -1058,6 +1177,8 @@ def load_config(path, protocols, names=(), mode=None):
         raise ConfigError('no stream %s in %s' % (show(min(unknown)), show(config.path)),
                           nearest(min(unknown), [s.name for s in config.streams]))
     check_places(config, config.settings.state_dir)
+    check_email(config)
+    check_monitor(config)
     config.streams = [s for s in config.streams if not names or s.name in names]
     for stream in config.streams:
         check_stream(config, stream, protocols)
@@ -1074,7 +1195,8 @@ def example_ini():
              '# Every option is here with its default.  Relative paths are relative to this file.',
              '# Durations take s m h d, sizes K M G T.  ${section:option} refers to another',
              '# option; write $$ for a dollar sign.', '']
-    for section, kind in (('mistamover', 'mistamover'), ('defaults', 'stream')):
+    for section, kind in (('mistamover', 'mistamover'), ('email', 'email'),
+                          ('disk_space_monitor', 'disk_space_monitor'), ('defaults', 'stream')):
         lines += ['', '[%s]' % section]
         if section == 'defaults':
             lines += ['# options for every stream; a stream may say otherwise']
@@ -1113,10 +1235,12 @@ class Log:
         self.clear_line = lambda: None      # a progress line steps aside for a log line
 
     def start(self, level='INFO', path=None, form='text', size=10 << 20):
-        """Raises ConfigError when the file cannot be opened."""
+        """Called again, it takes over new settings.  Raises ConfigError when the file cannot be
+        opened."""
         import logging
         import logging.handlers
         owner = self
+        journal = not sys.stderr.isatty() and 'JOURNAL_STREAM' in os.environ
 
         class LineFormatter(logging.Formatter):
             def format(self, record):
@@ -1126,6 +1250,9 @@ class Log:
                 if form == 'json':
                     return json.dumps({'time': utc_stamp(record.created), 'level': record.levelname,
                                        'message': message})
+                if form == 'journal' or journal and not path:
+                    priority = {'DEBUG': 7, 'INFO': 6, 'WARNING': 4}.get(record.levelname, 3)
+                    return '<%d>%s' % (priority, message)       # sd-daemon(3), logger --prio-prefix
                 clock = time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(record.created))
                 return '%s %-7s %s' % (clock, record.levelname, message)
 
@@ -1152,6 +1279,8 @@ class Log:
         logging.raiseExceptions = False     # a full disk under the log must not end a transfer
         self.logger = logging.getLogger('mistamover')
         self.logger.propagate = False
+        for old in self.logger.handlers:
+            old.close()
         self.logger.handlers = handlers
         self.logger.setLevel(level.upper())
 
@@ -1296,12 +1425,14 @@ class Ledger:
             raise StateError('cannot write the ledger %s: %s' % (show(path), error.strerror),
                              'nothing is released until it can be written')
 
+    def paths(self, months=0):
+        import glob
+        return sorted(glob.glob(os.path.join(glob.escape(self.state_dir), 'ledger-*.jsonl')))[-months:]
+
     def read(self, months=0):
         """Every record of the last `months` files (0: all), oldest first; a torn line is
         skipped.  Raises StateError."""
-        import glob
-        paths = sorted(glob.glob(os.path.join(glob.escape(self.state_dir), 'ledger-*.jsonl')))
-        for path in paths[-months:]:
+        for path in self.paths(months):
             try:
                 with open(path, encoding='ascii', errors='replace') as handle:
                     for line in handle:
@@ -1311,6 +1442,49 @@ class Ledger:
                                 yield record
             except OSError as error:
                 raise StateError('cannot read the ledger %s: %s' % (show(path), error.strerror))
+
+
+class Tally:
+    """Items and bytes delivered in each hour, read from the ledger as it grows."""
+
+    DAYS = 31
+
+    def __init__(self, ledger):
+        self.ledger = ledger
+        self.offsets = {}
+        self.hours = {}             # 'YYYY-MM-DDTHH' in UTC -> [items, bytes]
+
+    def update(self):
+        """Raises OSError."""
+        first = utc_stamp(time.time() - self.DAYS * 86400)[:13]
+        for path in self.ledger.paths(2):
+            with open(path, 'rb') as handle:
+                handle.seek(self.offsets.get(path, 0))
+                for line in handle:
+                    if line.endswith(b'\n'):
+                        self.count(line, first)
+                        self.offsets[path] = self.offsets.get(path, 0) + len(line)
+        self.hours = {hour: sums for hour, sums in self.hours.items() if hour >= first}
+
+    def count(self, line, first):
+        with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
+            record = json.loads(line.decode('ascii', 'replace'))
+            if record['time'][:13] >= first and record['outcome'] == 'delivered':
+                sums = self.hours.setdefault(record['time'][:13], [0, 0])
+                sums[0] += 1
+                sums[1] += record['size']
+
+    def last(self, count, step=3600, now=None):
+        """[(epoch seconds, items, bytes)] of the last `count` spans of `step` seconds (a
+        multiple of an hour), oldest first."""
+        now = time.time() if now is None else now
+        end = int(now // step + 1) * step
+        spans = []
+        for start in range(end - count * step, end, step):
+            sums = [self.hours.get(utc_stamp(hour)[:13], (0, 0))
+                    for hour in range(start, start + step, 3600)]
+            spans.append((start, sum(s[0] for s in sums), sum(s[1] for s in sums)))
+        return spans
 
 
 class SharedJson:
@@ -1396,19 +1570,23 @@ class Progress:
         self.done_items = self.done_bytes = 0
         self.sent_bytes = 0                         # pushed, perhaps not yet proven
         self.started = time.monotonic()
+        self.oldest_ns = None                       # mtime of the oldest item that waits
+        self.next_try = None                        # epoch seconds
         self.last = shared.read().get(stream.name, {})
         self.saved = 0
 
-    def begin(self, items, size):
-        self.total_items, self.total_bytes = items, size
+    def begin(self, items, size, oldest_ns):
+        self.total_items, self.total_bytes, self.oldest_ns = items, size, oldest_ns
         self.done_items = self.done_bytes = self.sent_bytes = 0
         self.started = time.monotonic()
 
     def sent(self, count):
         self.sent_bytes += count
 
-    def enter(self, state, note='', save=True):
+    def enter(self, state, note='', save=True, pause=None):
+        """pause: seconds until the next try."""
         changed = (state, note) != (self.state, self.note)
+        self.next_try = pause and time.time() + pause
         self.state, self.note = state, note
         if save and (changed or time.monotonic() - self.saved > 30):
             self.save()
@@ -1433,7 +1611,12 @@ class Progress:
             directory=to_text(self.stream.directory), mode=self.stream.transfer_mode,
             protocol=self.stream.transfer_protocol, target=target_of(self.stream),
             waiting_items=max(0, self.total_items - self.done_items),
-            waiting_bytes=max(0, self.total_bytes - self.done_bytes))
+            waiting_bytes=max(0, self.total_bytes - self.done_bytes),
+            oldest=utc_stamp(self.oldest_ns / 1e9) if self.oldest_ns and
+            self.done_items < self.total_items else None,
+            next_try=self.next_try and utc_stamp(self.next_try))
+        if self.done_bytes:
+            self.last['rate'] = round(self.done_bytes / max(0.001, time.monotonic() - self.started))
         try:
             self.shared.update(self.stream.name, dict(self.last))
         except StateError as error:
@@ -1451,7 +1634,143 @@ class Progress:
 
 
 # ----------------------------------------------------------------------------------------
-# 10  scanning and settling
+# 10  alerts
+# ----------------------------------------------------------------------------------------
+
+class Alerts:
+    """What people should hear of, by mail and by alert_command; kept in alerts.json until sent.
+
+    The first goes at once; what follows within digest_time goes together, so that a flood is
+    one mail.  Nothing here raises: a mail server that is down disturbs no transfer.
+    """
+
+    LEVELS = ('info', 'warning', 'error')
+    KEPT = 1000                         # alerts that wait at most; older ones give way
+    RETRY = 60                          # seconds until a channel that failed is tried again
+
+    def __init__(self, state_dir, config):
+        self.shared = SharedJson(state_dir, 'alerts.json')
+        self.lock = threading.Lock()    # guards what follows
+        content = self.shared.read()
+        self.pending = content.get('pending', [])
+        self.states = {key: bad for key, bad in content.items() if key != 'pending'}
+        self.next_at = 0                # monotonic time before which nothing is sent
+        self.failing = set()            # channels that failed when they were tried last
+        self.configure(config)
+
+    def configure(self, config):
+        self.email, self.command = config.email, config.settings.alert_command
+
+    def channels(self):
+        return [(name, send) for name, wanted, send in (
+            ('mail', self.email.smarthost, self.send_mail),
+            ('command', self.command, self.run_command)) if wanted]
+
+    def save(self, key, value):
+        try:
+            self.shared.update(key, value)
+        except StateError as error:
+            log.once(str(error))
+
+    def tell(self, level, text, always=False):
+        """Something happened; always: whatever the threshold."""
+        left = [name for name, _ in self.channels()]
+        if left and (always or self.LEVELS.index(level) >= self.LEVELS.index(self.email.threshold)):
+            with self.lock:
+                self.pending = self.pending[1 - self.KEPT:] + [
+                    dict(time=utc_stamp(), level=level, text=show(text), left=left)]
+                self.save('pending', self.pending)
+
+    def turn(self, key, bad, level, text):
+        """Something is bad or good: told when it changes, across runs, not while it lasts."""
+        with self.lock:
+            if bool(self.states.get(key)) == bad:
+                return
+            self.states[key] = bad
+            self.save(key, bad)
+        self.tell(level, text)
+
+    def compose(self, alerts):
+        """(subject, body) of one message about some alerts."""
+        import socket
+        subject = alerts[0]['text'] if len(alerts) == 1 else \
+            '%d alerts, %d of them errors' % (len(alerts), sum(a['level'] == 'error' for a in alerts))
+        lines = ['%(time)s  %(level)-7s  %(text)s' % alert for alert in alerts]
+        host = socket.gethostname()
+        return '%s on %s: %s' % (self.email.subject, host, subject[:150]), \
+            '\n'.join(lines + ['', 'MiStaMover on %s' % host, ''])
+
+    def send_due(self, force=False):
+        """Send what waits, unless the last message is younger than digest_time; the names of
+        the channels that failed."""
+        with self.lock:
+            waiting = list(self.pending)
+        if not waiting or not force and time.monotonic() < self.next_at:
+            return set()
+        self.next_at = time.monotonic() + self.email.digest_time
+        for name, send in self.channels():
+            mine = [alert for alert in waiting if name in alert['left']]
+            try:
+                if mine:
+                    send(*self.compose(mine))
+                self.sent(name, mine)
+            except (OSError, ValueError, MoverError) as error:      # smtplib's are OSErrors
+                self.next_at = time.monotonic() + min(self.RETRY, self.email.digest_time)
+                if name not in self.failing:
+                    log.error('alerts wait: %s: %s' % (name, error))
+                self.failing.add(name)
+        with self.lock:
+            configured = {name for name, _ in self.channels()}
+            self.pending = [a for a in self.pending if configured.intersection(a['left'])]
+            self.save('pending', self.pending)
+        return self.failing & configured
+
+    def sent(self, name, alerts):
+        for alert in alerts:
+            alert['left'].remove(name)
+        self.failing.discard(name)
+
+    def send_mail(self, subject, body):
+        """RFC 5321, with STARTTLS (RFC 3207) or TLS.  Raises OSError, ValueError."""
+        import email.message
+        import email.utils
+        import smtplib
+        import ssl
+        settings = self.email
+        message = email.message.EmailMessage()
+        message['From'], message['To'] = settings.sender, ', '.join(settings.recipient)
+        message['Subject'], message['Date'] = subject, email.utils.localtime()
+        message['Message-ID'] = email.utils.make_msgid()
+        message['Auto-Submitted'] = 'auto-generated'        # RFC 3834: no answering machine answers
+        message.set_content(body)
+        options = {'context': ssl.create_default_context()} if settings.tls == 'tls' else {}
+        with (smtplib.SMTP_SSL if options else smtplib.SMTP)(
+                settings.smarthost, settings.port, timeout=20, **options) as server:
+            if settings.tls == 'starttls':
+                server.starttls(context=ssl.create_default_context())
+            if settings.username:
+                server.login(settings.username, settings.password or '')
+            server.send_message(message)
+
+    def run_command(self, subject, body):
+        done = run(self.command, StopRequest(), 60, ('%s\n\n%s' % (subject, body)).encode())
+        if done.code:
+            raise MoverError('%s ended with %d: %s' % (show(self.command[0]), done.code, done.errors))
+
+
+class State:
+    """What the streams of one process share: the state directory and what is kept in it."""
+
+    def __init__(self, directory, config):
+        self.directory = directory
+        self.ledger = Ledger(directory)
+        self.status = SharedJson(directory, 'status.json')
+        self.failures = SharedJson(directory, 'failures.json')
+        self.alerts = Alerts(directory, config)
+
+
+# ----------------------------------------------------------------------------------------
+# 11  scanning and settling
 # ----------------------------------------------------------------------------------------
 
 class Entry(collections.namedtuple('Entry', 'path kind size mtime_ns ctime_ns dev ino mode')):
@@ -1702,6 +2021,32 @@ class Scanner:
         return self.stream.move and not self.stream.remove_directories
 
 
+def stop_file_here(stream):
+    """Whether somebody's stop file suspends the stream.  The disk space monitor's is for those
+    who deliver into the directory, not for us who empty it.  Raises OSError."""
+    path = os.path.join(stream.root, to_bytes(stream.stop_file))
+    try:
+        return stat.S_ISDIR(os.lstat(path).st_mode) or not is_monitors(path)
+    except FileNotFoundError:
+        return False
+
+
+def is_monitors(path):
+    """Whether a stop file is one that the disk space monitor made.  Raises OSError."""
+    try:
+        fd = os.open(path, os.O_RDONLY | getattr(os, 'O_NOFOLLOW', 0) | getattr(os, 'O_NONBLOCK', 0))
+    except PermissionError:
+        return False
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENXIO):
+            return False
+        raise
+    try:
+        return stat.S_ISREG(os.fstat(fd).st_mode) and MONITOR_LINE in os.read(fd, 4096)
+    finally:
+        os.close(fd)
+
+
 def directory_clock(stream):
     """The time in ns by the clock of the incoming directory's file system, or None.
 
@@ -1807,7 +2152,7 @@ def check_unused(stream, item):
 
 
 # ----------------------------------------------------------------------------------------
-# 11  zipping
+# 12  zipping
 # ----------------------------------------------------------------------------------------
 
 def zip_info(entry, name):
@@ -1915,7 +2260,7 @@ def hash_entry(root, entry, stop):
 
 
 # ----------------------------------------------------------------------------------------
-# 12  transports
+# 13  transports
 # ----------------------------------------------------------------------------------------
 
 # What is handed to a transport: a Batch of Parcels.  The files of a parcel lie under
@@ -4018,7 +4363,7 @@ TRANSPORTS = {
 
 
 # ----------------------------------------------------------------------------------------
-# 13  delivery: the straight line
+# 14  delivery: the straight line
 # ----------------------------------------------------------------------------------------
 
 def in_window(window, now):
@@ -4056,10 +4401,10 @@ class Kept:
         return [(calendar_time(name) + 3600, os.path.join(self.top, name)) for name in names
                 if not os.path.islink(os.path.join(self.top, name))]
 
-    def purge(self, now):
-        """Delete what has been kept for long enough, by a clock that has not jumped back."""
+    def purge(self, now, keep):
+        """Delete the hours that ended at least `keep` seconds ago; never the one being filled."""
         for end, path in self.hours():
-            if now - end >= self.stream.keep_delivered:
+            if now - end >= keep:
                 self.remove(path)
 
     def remove(self, path):
@@ -4494,7 +4839,7 @@ class Delivery:
                 raise StateError('cannot make %s: %s' % (show(stream.directory), error.strerror))
         if stream.move:
             self.releaser.recover()
-            self.releaser.kept.purge(self.worker.wall())
+            self.releaser.kept.purge(self.worker.wall(), stream.keep_delivered)
         if os.path.exists(stream.spool):
             import shutil
             shutil.rmtree(stream.spool, ignore_errors=True)
@@ -4515,7 +4860,7 @@ class Delivery:
         settler = self.worker.settler
         settler.begin(directory_clock(self.stream), now)
         due, names, gone = [], set(), set(self.failures.items)
-        size, key = 0, ORDER_KEYS[self.stream.order]
+        size, key, oldest = 0, ORDER_KEYS[self.stream.order], None
         for item in self.scanner.scan():
             if gone:
                 gone.discard(to_text(item.name))
@@ -4527,6 +4872,7 @@ class Delivery:
                 self.result.settling.append(item.name)
             else:
                 size += item.size
+                oldest = item.mtime_ns if oldest is None else min(oldest, item.mtime_ns)
                 if self.stream.zips:
                     names.add(item.name)
                 due.append((key(item), item.name, item.ready, item.is_directory))
@@ -4536,7 +4882,7 @@ class Delivery:
         due.sort()              # names differ, so nothing behind them is ever compared
         if names:
             due = [row for row in due if not self.clash(row, names)]
-        self.progress.begin(len(due), size)
+        self.progress.begin(len(due), size, oldest)
         return due
 
     def clash(self, row, names):
@@ -4681,14 +5027,12 @@ class Delivery:
     def ask_stop_files(self):
         """Connect if need be; raises Suspended, or TargetError if it cannot be known."""
         stream = self.stream
-        self.stop.check()
+        self.stop.rest()
         if not in_window(stream.transfer_window, time.localtime(self.worker.wall())):
             raise Suspended('outside of transfer_window')
         try:
-            os.lstat(os.path.join(stream.root, to_bytes(stream.stop_file)))
-            raise Suspended('%s in %s' % (stream.stop_file, show(stream.directory)))
-        except FileNotFoundError:
-            pass
+            if stop_file_here(stream):
+                raise Suspended('%s in %s' % (stream.stop_file, show(stream.directory)))
         except OSError as error:
             raise StateError('cannot ask for %s: %s' % (stream.stop_file, error.strerror))
         if not self.connected:
@@ -4730,7 +5074,25 @@ class Delivery:
             word = 'mirrored' if self.stream.mirror else 'moved' if released else 'delivered'
             log.info('%s: %s %s, %s' % (self.stream.name, word, self.names_of(sent), format_size(size)))
         self.delivered += len(good)
+        self.after_delivery(sent)
         self.judge([pair for pair in outcomes if pair[1].error is not None])
+
+    def after_delivery(self, sent):
+        """Tell the hook; whatever it does, the items are delivered."""
+        stream = self.stream
+        if not sent or not stream.after_delivery:
+            return
+        feed = b''.join(parcel.item.name + b'\0' if stream.after_delivery_format == 'nul' else
+                        json.dumps(self.line(parcel, outcome, 'delivered')).encode() + b'\n'
+                        for parcel, outcome in sent)
+        try:
+            done = run(stream.after_delivery, self.stop, stream.stall_timeout, feed)
+            trouble = 'ended with %d: %s' % (done.code, done.errors) if done.code else None
+        except TargetError as error:
+            trouble = str(error)
+        if trouble:
+            log.error('%s: after_delivery: %s' % (stream.name, trouble))
+            self.worker.state.alerts.tell('warning', '%s: after_delivery: %s' % (stream.name, trouble))
 
     def names_of(self, pairs):
         names = [show(parcel.item.name) for parcel, _ in pairs[:3]]
@@ -4814,6 +5176,8 @@ class Delivery:
                 self.suspects.append((parcel, error))
             else:
                 trouble = trouble or error
+                if isinstance(error, IntegrityError):
+                    self.worker.state.alerts.tell('error', '%s: %s' % (self.stream.name, error))
         if trouble:
             raise trouble
 
@@ -4874,26 +5238,340 @@ class Delivery:
             return
         self.failures.forget(name)
         self.result.quarantined += 1
-        log.error('%s: quarantined %s in %s' % (self.stream.name, show(name),
-                                                show(self.stream.quarantine_dir)))
+        message = '%s: quarantined %s in %s' % (self.stream.name, show(name),
+                                                show(self.stream.quarantine_dir))
+        log.error(message)
+        self.worker.state.alerts.tell('warning', '%s: %s' % (message, entry['error']))
 
 
 # ----------------------------------------------------------------------------------------
-# 14  stream workers: once and daemon
+# 15  disk space
+# ----------------------------------------------------------------------------------------
+
+class DiskMonitor:
+    """Watches the free space at the incoming directories (local file systems).
+
+    Below level_low a stop file tells those who deliver into a directory to wait; above
+    level_good the monitor's own stop files go.  Below level_vlow copies of what was delivered
+    are deleted, oldest first, where the stream allows it; nothing undelivered ever is.
+    """
+
+    def __init__(self, alerts):
+        self.alerts = alerts
+
+    def poll(self, config):
+        levels = config.monitor
+        for stream in config.streams if levels.level_low else ():
+            try:
+                self.look(stream, levels)
+            except OSError as error:
+                log.debug('%s: disk space: %s' % (stream.name, error.strerror))
+
+    def look(self, stream, levels):
+        import shutil
+
+        def below(level):
+            usage = shutil.disk_usage(stream.directory)
+            return usage.free < level(usage.total)
+        path = os.path.join(stream.root, to_bytes(stream.stop_file))
+        key = 'disk:' + stream.name
+        if below(levels.level_low):
+            if stream.priority <= levels.base_priority:
+                self.hold(stream, path)
+            self.alerts.turn(key, True, 'warning', '%s: the disk of %s is low: %s free' % (
+                stream.name, show(stream.directory), format_size(shutil_free(stream.directory))))
+        elif not below(levels.level_good):
+            if os.path.lexists(path) and is_monitors(path):
+                os.unlink(path)
+                log.info('%s: the disk has room again; %s removed' % (stream.name, show(path)))
+            self.alerts.turn(key, False, 'info', '%s: the disk of %s has room again' % (
+                stream.name, show(stream.directory)))
+        very_low = below(levels.level_vlow)
+        self.alerts.turn(key + ':very', very_low, 'error' if very_low else 'info',
+                         '%s: the disk of %s is %s' % (stream.name, show(stream.directory),
+                                                       'nearly full' if very_low else 'low no more'))
+        kept = Kept(stream)
+        for end, hour in kept.hours() if very_low and stream.deletion_enabled else ():
+            if below(levels.level_low) and end <= time.time():
+                kept.remove(hour)
+
+    @staticmethod
+    def hold(stream, path):
+        """A stop file for senders; one that is there already stays whose it is."""
+        with contextlib.suppress(FileExistsError):
+            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+            try:
+                os.write(fd, MONITOR_LINE)
+            finally:
+                os.close(fd)
+            log.warning('%s: the disk is low; %s stops those who deliver into it' % (
+                stream.name, show(path)))
+
+
+# ----------------------------------------------------------------------------------------
+# 16  status for people and machines
+# ----------------------------------------------------------------------------------------
+
+def died(entry):
+    """Whether status.json says that a process works on a stream which is gone."""
+    return entry.get('state') not in (None, 'done', 'ended', 'stopped', 'down') and \
+        not alive(entry.get('pid'))
+
+
+def stream_rows(config):
+    """What is known of each stream, as dicts: status.json, made ready to be shown."""
+    content = SharedJson(config.settings.state_dir, 'status.json').read()
+    rows = []
+    for stream in config.streams:
+        row = dict(content.get(stream.name, {}), name=stream.name)
+        row['state'] = 'died' if died(row) else row.get('state', 'never run')
+        with contextlib.suppress(OSError):
+            row['quarantine'] = sorted(n for n in os.listdir(stream.quarantine_dir)
+                                       if not n.endswith('.reason')) if stream.move else []
+        rows.append(row)
+    return rows
+
+
+def age_of(stamp, now):
+    """'3 h 5 m' since a time as utc_stamp() writes it, '-' for none."""
+    return format_duration(now - epoch(stamp)) if stamp else '-'
+
+
+def row_cells(row, now):
+    """The cells of a stream's line, as text: the same at the terminal and on the page."""
+    waiting = row.get('waiting_items', 0)
+    notes = [row['note']] if row.get('note') and row['state'] != 'down' else []
+    if row.get('last_error'):
+        notes.append('%s ago: %s' % (age_of(row.get('last_error_time'), now), row['last_error']))
+    if row.get('quarantine'):
+        notes.append('%d in quarantine' % len(row['quarantine']))
+    next_try = row.get('next_try')
+    return [row['name'], row['state'], '%d (%s)' % (waiting, format_size(row.get('waiting_bytes', 0))),
+            age_of(row.get('oldest'), now) if waiting else '-',
+            format_size(row['rate']) + '/s' if row.get('rate') else '-',
+            age_of(row.get('last_delivery'), now) + ' ago' if row.get('last_delivery') else '-',
+            'in ' + format_duration(epoch(next_try) - now) if next_try else '-',
+            show('; '.join(notes) or '-')]
+
+
+STATUS_TITLES = ['stream', 'state', 'waiting', 'oldest', 'rate', 'last delivery', 'next try',
+                 'note, last error']
+
+
+def bars(spans, index, label, what):
+    """Inline SVG: a bar for each span of time, with the number in its tooltip."""
+    most = max([span[index] for span in spans] + [1])
+    form = format_size if index == 2 else str
+    total = form(sum(span[index] for span in spans))
+    shapes = []
+    for number, span in enumerate(spans):
+        height = 100 * span[index] / most
+        when = time.strftime('%Y-%m-%d %H:%M', time.localtime(span[0]))
+        shapes.append('<rect x="%d" y="%.1f" width="8" height="%.1f"><title>%s: %s</title></rect>' % (
+            number * 10, 100 - height, height, when, form(span[index])))
+    return ('<figure><figcaption>%s: %s in all, at most %s</figcaption>'
+            '<svg role="img" aria-label="%s: %s in all" viewBox="0 0 %d 101" preserveAspectRatio="none">'
+            '<line x1="0" y1="100.5" x2="%d" y2="100.5"/>%s</svg><p class="axis"><span>%s</span>'
+            '<span>now</span></p></figure>' % (
+                label, total, form(most) if total != form(0) else form(0), label, total,
+                len(spans) * 10, len(spans) * 10, ''.join(shapes), what))
+
+
+PAGE = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><title>%(title)s</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="refresh" content="30">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<style>
+:root { color-scheme: light dark; --ink: #1a1a1a; --paper: #fff; --line: #bbb; --bar: #2a6f97;
+  --good: #17692e; --bad: #b00020; --wait: #7a5200; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e8e8e8; --paper: #16181b; --line: #555;
+  --bar: #7cc0e8; --good: #7ddc97; --bad: #ff9a9a; --wait: #f0c36d; } }
+body { font: 1rem/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
+  max-width: 75rem; margin: 0 auto; padding: 1rem; overflow-wrap: anywhere; }
+h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
+table { border-collapse: collapse; width: 100%%; }
+caption { text-align: left; padding-bottom: .5rem; }
+th, td { text-align: left; vertical-align: top; padding: .35rem .6rem .35rem 0;
+  border-bottom: 1px solid var(--line); }
+.good { color: var(--good); } .bad { color: var(--bad); } .wait { color: var(--wait); }
+.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(17rem, 1fr)); gap: 1rem; }
+figure { margin: 0; } svg { width: 100%%; height: 7rem; fill: var(--bar); stroke: none; }
+svg line { stroke: var(--line); } .axis { display: flex; justify-content: space-between; margin: 0; }
+@media (max-width: 44rem) { thead { position: absolute; left: -99rem; }
+  tr { display: block; padding: .6rem 0; border-bottom: 1px solid var(--line); }
+  th, td { display: block; border: 0; padding: .1rem 0; }
+  td::before { content: attr(data-title) ": "; opacity: .75; } }
+</style></head><body>
+<h1>%(title)s</h1>
+<p>As of <time datetime="%(stamp)s">%(local)s</time>. %(summary)s</p>
+<table><caption>Streams</caption><thead><tr>%(head)s</tr></thead><tbody>
+%(rows)s
+</tbody></table>
+<h2>Delivered</h2><div class="plots">%(plots)s</div>
+<h2>Items that failed</h2>%(failures)s
+<h2>Quarantine</h2>%(quarantine)s
+</body></html>
+"""
+
+
+def mood(state):
+    return 'bad' if state in ('down', 'died') else \
+        'wait' if state in ('stopped', 'never run', 'ended') else 'good'
+
+
+def html_list(lines):
+    import html
+    return '<ul>%s</ul>' % ''.join('<li>%s</li>' % html.escape(show(line)) for line in lines) \
+        if lines else '<p>None.</p>'
+
+
+def status_page(config, tally, now):
+    """The whole page, self-contained; every name in it is escaped."""
+    import html
+    import socket
+    rows = stream_rows(config)
+    lines = []
+    for row in rows:
+        cells = [html.escape(cell) for cell in row_cells(row, now)]
+        lines.append('<tr><th scope="row">%s</th><td data-title="state" class="%s">%s</td>%s</tr>' % (
+            cells[0], mood(row['state']), cells[1],
+            ''.join('<td data-title="%s">%s</td>' % pair for pair in zip(STATUS_TITLES[2:], cells[2:]))))
+    day, month = tally.last(24, now=now), tally.last(Tally.DAYS, 86400, now)
+    failures = SharedJson(config.settings.state_dir, 'failures.json').read()
+    failed = ['%s: %s: failed %s, last: %s' % (stream.name, name, count_of(f['count'], 'time'), f['error'])
+              for stream in config.streams
+              for name, f in sorted(failures.get(stream.name, {}).items())]
+    aside = ['%s: %s' % (row['name'], name) for row in rows for name in row.get('quarantine') or ()]
+    bad = sum(mood(row['state']) == 'bad' for row in rows)
+    return PAGE % dict(
+        title=html.escape('MiStaMover on ' + socket.gethostname()), stamp=utc_stamp(now),
+        local=time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(now)),
+        summary='%s in trouble, %s failed, %s in quarantine.' % (
+            '%d of %s' % (bad, count_of(len(rows), 'stream')) if bad else 'No stream is',
+            count_of(len(failed), 'item'), count_of(len(aside), 'item')),
+        head=''.join('<th scope="col">%s</th>' % title for title in STATUS_TITLES),
+        rows='\n'.join(lines),
+        plots=bars(day, 1, 'Items an hour, last day', '24 h ago') +
+        bars(day, 2, 'Bytes an hour, last day', '24 h ago') +
+        bars(month, 1, 'Items a day, last month', '31 d ago') +
+        bars(month, 2, 'Bytes a day, last month', '31 d ago'),
+        failures=html_list(failed[:100]), quarantine=html_list(aside[:100]))
+
+
+METRICS = (     # name, type, help, how to read it from a row
+    ('up', 'gauge', '1 if the last pass of the stream reached its target',
+     lambda row: int(mood(row['state']) != 'bad')),
+    ('waiting_items', 'gauge', 'Items that are due', lambda row: row.get('waiting_items', 0)),
+    ('waiting_bytes', 'gauge', 'Bytes that are due', lambda row: row.get('waiting_bytes', 0)),
+    ('oldest_waiting_timestamp_seconds', 'gauge', 'Time of the oldest item that is due',
+     lambda row: epoch(row['oldest']) if row.get('oldest') else None),
+    ('delivered_items_total', 'counter', 'Items delivered', lambda row: row.get('delivered_items', 0)),
+    ('delivered_bytes_total', 'counter', 'Bytes delivered', lambda row: row.get('delivered_bytes', 0)),
+    ('last_delivery_timestamp_seconds', 'gauge', 'Time of the last delivery',
+     lambda row: epoch(row['last_delivery']) if row.get('last_delivery') else None),
+    ('quarantined_items', 'gauge', 'Items in quarantine', lambda row: len(row.get('quarantine') or ())),
+)
+
+
+def metrics_text(config, now):
+    """Prometheus text exposition format 0.0.4, for node_exporter's textfile collector."""
+    rows = stream_rows(config)
+    lines = ['# HELP mistamover_build_info The version that runs', '# TYPE mistamover_build_info gauge',
+             'mistamover_build_info{version="%s"} 1' % __version__,
+             '# HELP mistamover_written_timestamp_seconds Time at which this was written',
+             '# TYPE mistamover_written_timestamp_seconds gauge',
+             'mistamover_written_timestamp_seconds %.3f' % now]
+    for name, kind, text, read in METRICS:
+        full = 'mistamover_stream_' + name
+        lines += ['# HELP %s %s' % (full, text), '# TYPE %s %s' % (full, kind)]
+        lines += ['%s{stream="%s"} %s' % (full, row['name'], read(row)) for row in rows
+                  if read(row) is not None]
+    return '\n'.join(lines) + '\n'
+
+
+class Caretaker:
+    """What is looked after beside the transfers; nothing here disturbs them, nothing raises."""
+
+    PAGE_EVERY = 5                      # seconds, at most, between two pages
+
+    def __init__(self, config, state):
+        self.config, self.state = config, state
+        self.monitor = DiskMonitor(state.alerts)
+        self.tally = Tally(state.ledger)
+        self.due = {}                   # duty -> monotonic time
+
+    def tick(self, everything=False):
+        """Do what is due.  everything: at the end of a run, whatever the time."""
+        for duty, pause in ((self.watch_disk, self.config.monitor.poll_interval),
+                            (self.write_files, self.PAGE_EVERY), (self.heartbeat, 30)):
+            if everything or time.monotonic() >= self.due.get(duty, 0):
+                self.due[duty] = time.monotonic() + pause
+                try:
+                    duty()
+                except (OSError, MoverError) as error:
+                    log.once('%s: %s' % (duty.__name__.replace('_', ' '), error))
+        self.state.alerts.send_due(everything)
+
+    def run(self, stop):
+        """The thread's life."""
+        while not stop.event.wait(1):
+            try:
+                self.tick()
+            except Exception as error:
+                log.once('a bug in this program: %r' % error)
+                log.error('care', trace=True) if log.logger else None
+                stop.event.wait(60)
+
+    def watch_disk(self):
+        self.monitor.poll(self.config)
+
+    def write_files(self):
+        settings, now = self.config.settings, time.time()
+        if settings.status_page:
+            self.tally.update()
+            page = status_page(self.config, self.tally, now)
+            atomic_write(settings.status_page, page.encode('utf-8', 'backslashreplace'), mode=0o644)
+        if settings.metrics_file:
+            atomic_write(settings.metrics_file, metrics_text(self.config, now).encode(), mode=0o644)
+
+    def heartbeat(self):
+        """Once a day at the time wanted: all is well, or what is not."""
+        email, alerts = self.config.email, self.state.alerts
+        now = time.localtime()
+        if email.heartbeat is None or now.tm_hour * 60 + now.tm_min < email.heartbeat:
+            return
+        today = time.strftime('%Y-%m-%d', now)
+        if alerts.states.get('heartbeat') == today:
+            return
+        alerts.states['heartbeat'] = today
+        alerts.save('heartbeat', today)
+        self.tally.update()
+        day = self.tally.last(24)
+        bad = [row for row in stream_rows(self.config) if mood(row['state']) == 'bad']
+        alerts.tell('error' if bad else 'info', '%s; %s delivered in the last day, %s' % (
+            'in trouble: ' + ', '.join(row['name'] for row in bad) if bad else 'all is well',
+            count_of(sum(span[1] for span in day), 'item'),
+            format_size(sum(span[2] for span in day))), always=True)
+
+
+# ----------------------------------------------------------------------------------------
+# 17  stream workers: once and daemon
 # ----------------------------------------------------------------------------------------
 
 class Worker:
     """One stream: its lock, its transport, its passes.  Runs in a thread of its own."""
 
-    def __init__(self, stream, config, stop, ledger, shared_status, shared_failures):
+    def __init__(self, stream, state):
         self.stream = stream
-        self.stop = stop
-        self.ledger = ledger
-        self.state_dir = config.settings.state_dir
+        self.stop = StopRequest()
+        self.state = state
+        self.ledger = state.ledger
+        self.state_dir = state.directory
         self.lock = StreamLock(stream, self.state_dir)
-        self.progress = Progress(stream, shared_status)
-        self.failures = Failures(shared_failures, stream)
-        self.scanner = Scanner(stream, stop)
+        self.progress = Progress(stream, state.status)
+        self.failures = Failures(state.failures, stream)
+        self.scanner = Scanner(stream, self.stop)
         self.settler = Settler(stream.settle_time)
         self.releaser = Releaser(stream, self.state_dir)
         self.transport = None
@@ -4903,6 +5581,7 @@ class Worker:
         self.mirrored = {}              # name -> fingerprint of what the target has
         self.zipped = {}                # name -> snapshot of trees delivered, not yet released
         self.exit_code = EXIT_OK
+        self.daemonic = False
 
     # -- what a Delivery asks of it
 
@@ -5005,6 +5684,8 @@ class Worker:
             self.transport.close()
             self.asked = -STOP_FILE_AGE
             raise
+        self.state.alerts.turn('target:' + self.stream.name, False, 'info', '%s: %s is back' % (
+            self.stream.name, target_of(self.stream)))
         if result.items or result.failed or result.kept or not patient:
             log.info('%s: %s' % (self.stream.name, result.line()))
         return result
@@ -5034,11 +5715,15 @@ class Worker:
         pause = min(self.stream.retry_pause * 2 ** min(failures - 1, 30), self.stream.retry_pause_max)
         return pause * random.uniform(0.75, 1.0)
 
-    def trouble(self, error, failures, again):
-        """One line when it goes wrong, not one at every try."""
+    def trouble(self, error, failures, pause):
+        """One line when it goes wrong, not one at every try.  pause: seconds until the next
+        try, None if there is none."""
+        again = pause is not None
         message = '%s: %s' % (self.stream.name, error)
         self.progress.failed(str(error))
-        self.progress.enter('down', str(error), save=bool(self.lock.fds))
+        self.progress.enter('down', str(error), bool(self.lock.fds), pause)
+        if self.daemonic or not again:
+            self.state.alerts.turn('target:' + self.stream.name, True, 'error', message)
         if failures == 1:
             log.error(message)
         elif not again:
@@ -5058,12 +5743,12 @@ class Worker:
                 return
             except TargetError as error:
                 failures += 1
-                again = failures < self.stream.retry_count
-                self.trouble(error, failures, again)
-                if not again:
+                pause = self.pause_after(failures) if failures < self.stream.retry_count else None
+                self.trouble(error, failures, pause)
+                if pause is None:
                     self.exit_code = EXIT_FAILED
                     return
-                self.stop.wait(self.pause_after(failures))
+                self.stop.rest(pause)
                 continue
             if result.failed:
                 self.exit_code = EXIT_FAILED
@@ -5072,7 +5757,7 @@ class Worker:
                 break
             looked_again = True
             self.progress.enter('settling', count_of(len(fresh), 'item'))
-            self.stop.wait(self.stream.settle_time + 0.05)
+            self.stop.rest(self.stream.settle_time + 0.05)
         if fresh:
             log.info('%s: %s still changing or in use, left for the next run: %s' % (
                 self.stream.name, count_of(len(fresh), 'item'),
@@ -5093,26 +5778,35 @@ class Worker:
                 failures = 0
                 worked = result.items or result.quarantined
                 self.progress.enter('settling' if result.settling else 'idle')
-                self.stop.wait(0 if worked else min(self.stream.pause_time, self.next_look(result)))
+                self.stop.rest(0 if worked else min(self.stream.pause_time, self.next_look(result)))
             except Suspended as why:
                 if suspended != str(why):
                     log.info('%s: suspended: %s' % (self.stream.name, why))
                 suspended = str(why)
                 self.progress.enter('stopped', suspended)
-                self.stop.wait(self.stream.pause_time)
+                self.stop.rest(self.stream.pause_time)
             except TargetError as error:
                 failures += 1
-                self.trouble(error, failures, True)
-                self.stop.wait(self.pause_after(failures))
+                pause = self.pause_after(failures)
+                self.trouble(error, failures, pause)
+                self.stop.rest(pause)
 
     def next_look(self, result):
         """Do not sleep far past the moment at which something settles."""
         return max(0.2, self.stream.settle_time) if result.settling else self.stream.pause_time
 
+    def lively(self):
+        """Whether the thread shows signs of life: nothing it does is silent for longer."""
+        silent = time.monotonic() - self.stop.seen
+        return silent < self.stream.stall_timeout + self.stream.connect_timeout + 60
+
     def run(self, daemon):
-        """The thread's life: nothing escapes but into the log and exit_code."""
-        failures = 0
-        while True:
+        """The thread's life: nothing escapes but into the log, alerts and exit_code."""
+        self.daemonic = daemon
+        failures, again = 0, True
+        while again:
+            pause = self.pause_after(failures + 1) if daemon else None
+            again = daemon
             try:
                 self.start()
                 self.daemon() if daemon else self.once()
@@ -5123,25 +5817,19 @@ class Worker:
             except LockedError as error:
                 self.exit_code = EXIT_LOCKED
                 log.info(str(error)) if not failures else None
-                failures += 1
-                if not daemon:
-                    return
             except MoverError as error:
                 self.exit_code = EXIT_FAILED
-                failures += 1
-                self.trouble('%s' % error, failures, daemon)
-                if not daemon:
-                    return
+                self.trouble(str(error), failures + 1, pause)
             except Exception as error:
                 self.exit_code = EXIT_FAILED
-                failures += 1
-                log.error('%s: a bug in this program: %r' % (self.stream.name, error), trace=True)
-                if not daemon:
-                    return
+                message = '%s: a bug in this program: %r' % (self.stream.name, error)
+                log.error(message, trace=True)
+                self.state.alerts.tell('error', message)
             finally:
                 self.end()
+            failures += 1
             try:
-                self.stop.wait(self.pause_after(max(1, failures)))
+                self.stop.rest(pause or 0)
             except Interrupted:
                 return
 
@@ -5173,54 +5861,196 @@ def sweep_state(state_dir):
                 os.unlink(os.path.join(state_dir, name))
 
 
-def supervise(config, daemon, stop, wait, report):
-    """Run every stream in a thread of its own; the exit code.
+class Notifier:
+    """Tells systemd how we are (sd_notify(3)): datagrams to the socket in NOTIFY_SOCKET."""
 
-    wait: see signals_recorded(); report(None) is called once a stream has its lock.
+    def __init__(self):
+        self.path = os.environ.get('NOTIFY_SOCKET')
+        microseconds = os.environ.get('WATCHDOG_USEC', '')
+        ours = os.environ.get('WATCHDOG_PID', str(os.getpid())) == str(os.getpid())
+        self.interval = int(microseconds) / 2e6 if microseconds.isdigit() and ours else None
+        self.next_at = 0
+        self.status = None
+
+    def send(self, text):
+        if not self.path:
+            return
+        import socket
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+            sender.setblocking(False)
+            sender.sendto(text.encode(), '\0' + self.path[1:] if self.path[0] == '@' else self.path)
+
+    def reloading(self):
+        self.send('RELOADING=1\nMONOTONIC_USEC=%d' % (time.monotonic() * 1e6))
+
+    def tick(self, workers):
+        """STATUS when it changes; WATCHDOG only while every stream's thread shows life."""
+        states = collections.Counter(worker.progress.state for worker in workers)
+        status = ', '.join('%d %s' % (n, state) for state, n in sorted(states.items())) or 'no streams'
+        if status != self.status:
+            self.status = status
+            self.send('STATUS=' + status)
+        if self.interval and time.monotonic() >= self.next_at and all(w.lively() for w in workers):
+            self.next_at = time.monotonic() + self.interval / 2
+            self.send('WATCHDOG=1')
+
+
+def signature(config):
+    """What changes when one of the configuration files does."""
+    import glob
+    paths = [config.path] + sorted(glob.glob(config.settings.stream_files or ''))
+    found = []
+    for path in paths:
+        with contextlib.suppress(OSError):
+            info = os.stat(path)
+            found.append((path, info.st_mtime_ns, info.st_size, info.st_ino))
+    return found
+
+
+def start_log(config):
+    """By the configuration; -v and -q have the last word.  Raises ConfigError, StateError."""
+    settings = config.settings
+    if settings.log_file:
+        make_private_directory(os.path.dirname(settings.log_file))
+    log.start(settings.log_level, settings.log_file, settings.log_format, settings.log_size)
+
+
+class Supervisor:
+    """Runs every stream in a thread of its own, and follows the configuration as a daemon.
+
+    load: reads the configuration again; wait: see signals_recorded(); report(None) is called
+    once a stream has its lock.
     """
-    state_dir = config.settings.state_dir
-    make_private_directory(state_dir)
-    sweep_state(state_dir)
-    ledger = Ledger(state_dir)
-    status, failures = SharedJson(state_dir, 'status.json'), SharedJson(state_dir, 'failures.json')
-    workers = []
-    for stream in config.streams:
-        if stream.status == 'stopped':
-            log.info('%s: status = stopped' % stream.name)
-            continue
-        workers.append(Worker(stream, config, stop, ledger, status, failures))
-    threads = [threading.Thread(target=worker.run, args=(daemon,), name=worker.stream.name)
-               for worker in workers]
-    for thread in threads:
-        thread.start()
-    terminal = sys.stderr.isatty() and not config.settings.log_file
-    while any(thread.is_alive() for thread in threads):
-        wait(0.2 if terminal or not daemon else 1)
-        if stop.signal and not stop.event.is_set():
-            log.info('stopping: signal %d' % stop.signal)
-            stop.request()
-        if terminal:
-            draw_progress(workers)
-        if any(worker.lock.fds for worker in workers):
-            report(None)
-        if daemon and workers and all(w.exit_code == EXIT_LOCKED for w in workers):
-            stop.request()
-    log.clear_line()
-    if stop.signal:
-        return 128 + stop.signal
-    codes = {worker.exit_code for worker in workers}
-    return next((code for code in (EXIT_FAILED, EXIT_LOCKED) if code in codes), EXIT_OK)
+
+    def __init__(self, config, load, daemon, stop, wait, report):
+        self.config, self.load, self.daemon = config, load, daemon
+        self.stop, self.wait, self.report = stop, wait, report
+        directory = config.settings.state_dir
+        make_private_directory(directory)
+        sweep_state(directory)
+        self.state = State(directory, config)
+        self.caretaker = Caretaker(config, self.state)
+        self.notifier = Notifier()
+        self.running = {}               # name -> (Worker, its thread)
+        self.known = self.looked = signature(config)
+
+    @property
+    def workers(self):
+        return [worker for worker, _ in self.running.values()]
+
+    def wanted(self):
+        return {stream.name: stream for stream in self.config.streams if stream.status == 'running'}
+
+    def start_missing(self):
+        """Start what is wanted and does not run; one that was retired must have ended."""
+        wanted = self.wanted()
+        self.running = {name: pair for name, pair in self.running.items()
+                        if name in wanted or pair[1].is_alive()}
+        for name, stream in wanted.items():
+            if name in self.running and self.running[name][1].is_alive():
+                continue
+            worker = Worker(stream, self.state)
+            thread = threading.Thread(target=self.live, args=(worker,), name=name)
+            self.running[name] = worker, thread
+            thread.start()
+
+    def live(self, worker):
+        with contextlib.suppress(Interrupted), self.stop.on_stop(worker.stop.request):
+            worker.run(self.daemon)
+
+    def run(self):
+        """The exit code."""
+        for stream in self.config.streams:
+            if stream.status == 'stopped':
+                log.info('%s: status = stopped' % stream.name)
+        self.start_missing()
+        self.notifier.send('READY=1')
+        if self.daemon:
+            threading.Thread(target=self.caretaker.run, args=(self.stop,), name='care',
+                             daemon=True).start()
+        terminal = sys.stderr.isatty() and not self.config.settings.log_file
+        while self.goes_on():
+            self.wait(0.2 if terminal or not self.daemon else 1)
+            self.tick()
+            if terminal:
+                draw_progress(self.workers)
+        log.clear_line()
+        if self.stop.signal:
+            return 128 + self.stop.signal
+        if not self.daemon:
+            self.caretaker.tick(everything=True)
+        codes = {worker.exit_code for worker in self.workers}
+        return next((code for code in (EXIT_FAILED, EXIT_LOCKED) if code in codes), EXIT_OK)
+
+    def goes_on(self):
+        return any(thread.is_alive() for _, thread in self.running.values()) or \
+            self.daemon and not self.stop.event.is_set()
+
+    def tick(self):
+        if self.stop.signal and not self.stop.event.is_set():
+            log.info('stopping: signal %d' % self.stop.signal)
+            self.notifier.send('STOPPING=1')
+            self.stop.request()
+        if any(worker.lock.fds for worker in self.workers):
+            self.report(None)
+        if not self.daemon or self.stop.event.is_set():
+            return
+        if self.running and all(w.exit_code == EXIT_LOCKED for w in self.workers):
+            self.stop.request()
+            return
+        self.follow_config()
+        self.start_missing()
+        self.notifier.tick(self.workers)
+
+    # -- the configuration as it changes
+
+    def follow_config(self):
+        """Read it again when it has changed and lies still, or on SIGHUP."""
+        now = signature(self.config)
+        due = self.stop.reload or now == self.looked and now != self.known
+        self.looked = now
+        if not due:
+            return
+        self.stop.reload, self.known = False, now
+        self.notifier.reloading()
+        try:
+            self.adopt(self.load())
+            self.state.alerts.turn('config', False, 'info', 'the configuration is in order again')
+        except MoverError as error:
+            message = 'the new configuration is refused, the old one stays in force: %s' % error
+            log.error(message)
+            self.state.alerts.turn('config', True, 'error', message)
+        self.notifier.send('READY=1')
+
+    def adopt(self, config):
+        """Put a new configuration in force.  Raises ConfigError."""
+        if config.settings.state_dir != self.config.settings.state_dir:
+            raise ConfigError('state_dir has changed', 'end the daemon and start it again')
+        old, self.config = self.config, config
+        if vars(old.settings) != vars(config.settings):
+            start_log(config)
+        self.state.alerts.configure(config)
+        self.caretaker.config = config
+        wanted = self.wanted()
+        for name, (worker, _) in list(self.running.items()):
+            if name not in wanted or vars(wanted[name]) != vars(worker.stream):
+                log.info('%s: %s' % (name, 'changed' if name in wanted else 'taken out'))
+                worker.stop.leaving.set()
+        for name in set(wanted) - set(self.running):
+            log.info('%s: new' % name)
+        self.known = self.looked = signature(config)
+        log.info('the configuration was read again')
 
 
 # ----------------------------------------------------------------------------------------
-# 15  commands
+# 18  commands
 # ----------------------------------------------------------------------------------------
 
 def suspensions(stream):
     """What can be seen from here to hold a stream up."""
     if stream.status == 'stopped':
         yield 'status = stopped'
-    if os.path.lexists(os.path.join(stream.root, to_bytes(stream.stop_file))):
+    if stop_file_here(stream):
         yield '%s in %s' % (stream.stop_file, show(stream.directory))
     if not in_window(stream.transfer_window, time.localtime()):
         yield 'outside of transfer_window'
@@ -5289,8 +6119,7 @@ def command_check(config, _args, stop):
         with tempfile.TemporaryDirectory(prefix='mistamover-') as scratch:
             config.settings.state_dir = scratch
             stream.spool = os.path.join(scratch, 'spool')
-            worker = Worker(stream, config, stop, Ledger(scratch), SharedJson(scratch, 'status.json'),
-                            SharedJson(scratch, 'failures.json'))
+            worker = Worker(stream, State(scratch, config))
             worker.transport = TRANSPORTS[stream.transfer_protocol](stream, stop, worker.progress)
             try:
                 for what, answer in check_steps(worker):
@@ -5307,45 +6136,305 @@ def command_check(config, _args, stop):
     return EXIT_FAILED if failed else EXIT_OK
 
 
+COLOURS = {'good': '32', 'bad': '31', 'wait': '33'}
+
+
 def command_status(config, args, _stop):
     """What each stream is doing, from the state directory."""
-    content = SharedJson(config.settings.state_dir, 'status.json').read()
-    chosen = collections.OrderedDict((s.name, content.get(s.name, {})) for s in config.streams)
+    rows = stream_rows(config)
     if args.json:
-        say(json.dumps(chosen, indent=1, sort_keys=True))
+        say(json.dumps({row['name']: row for row in rows}, indent=1, sort_keys=True))
         return EXIT_OK
-    rows = [('STREAM', 'STATE', 'WAITING', 'LAST DELIVERY', 'NOTE, LAST ERROR')]
-    for name, entry in chosen.items():
-        state = entry.get('state', 'never run')
-        if state not in ('never run', 'done', 'ended', 'stopped', 'down') and not alive(entry.get('pid')):
-            state = 'died'
-        notes = [entry['note']] if entry.get('note') and state != 'down' else []
-        if entry.get('last_error'):
-            notes.append('%s %s' % (entry.get('last_error_time'), entry['last_error']))
-        rows.append((name, state, '%d (%s)' % (entry.get('waiting_items', 0),
-                                               format_size(entry.get('waiting_bytes', 0))),
-                     entry.get('last_delivery', '-'), show('; '.join(notes) or '-')))
-    widths = [max(len(row[i]) for row in rows) for i in range(4)]
-    for row in rows:
-        say('  '.join(cell.ljust(width) for cell, width in zip(row, widths + [0])).rstrip())
+    table = [[title.upper() for title in STATUS_TITLES]]
+    table += [row_cells(row, time.time()) for row in rows]
+    widths = [max(len(cells[i]) for cells in table) for i in range(len(STATUS_TITLES) - 1)] + [0]
+    coloured = sys.stdout.isatty() and not os.environ.get('NO_COLOR')
+    for number, cells in enumerate(table):
+        padded = [cell.ljust(width) for cell, width in zip(cells, widths)]
+        if coloured and number:
+            padded[1] = '\033[%sm%s\033[0m' % (COLOURS[mood(rows[number - 1]['state'])], padded[1])
+        say('  '.join(padded).rstrip())
     return EXIT_OK
+
+
+def parse_moment(text):
+    """The epoch seconds of '2026-11-24', '2026-11-24T18:30' (local) or '2d' (ago).
+    Raises ConfigError."""
+    for form in ('%Y-%m-%d', '%Y-%m-%dT%H:%M', '%Y-%m-%d %H:%M', '%Y-%m-%dT%H:%M:%S'):
+        with contextlib.suppress(ValueError):
+            return time.mktime(time.strptime(text, form))
+    try:
+        return time.time() - parse_duration(text)
+    except ValueError:
+        raise ConfigError('%r is no moment' % text, 'write 2026-11-24, 2026-11-24T18:30, or 2d for '
+                          'two days ago')
 
 
 def command_history(config, args, _stop):
-    """Search the ledger for items by a shell glob: what went where, when."""
+    """Search the ledger for items by a shell glob: what went where, when, and how much in all."""
     names = {stream.name for stream in config.streams}
     match = re.compile(fnmatch.translate(args.history)).match
+    since, until = (utc_stamp(parse_moment(moment)) if moment else None
+                    for moment in (args.since, args.until))
+    items = size = 0
     for record in Ledger(config.settings.state_dir).read():
-        if record.get('stream') in names and (match(record['item']) or
-                                              match(os.path.basename(record['item']))):
-            if args.json:
-                say(json.dumps(record))
-            else:
-                say('%s  %s  %s  %s -> %s  %s' % (
-                    record.get('time'), record.get('stream'), record.get('outcome'),
-                    show(record['item']), show(record.get('target') or ''),
-                    format_size(record.get('size', 0))))
+        when = record.get('time', '')
+        if record.get('stream') not in names or since and when < since or until and when >= until or \
+                not (match(record['item']) or match(os.path.basename(record['item']))):
+            continue
+        if record.get('outcome') == 'delivered':
+            items, size = items + 1, size + record.get('size', 0)
+        if args.json:
+            say(json.dumps(record))
+        else:
+            say('%s  %s  %s  %s -> %s  %s' % (
+                when, record.get('stream'), record.get('outcome'), show(record['item']),
+                show(record.get('target') or ''), format_size(record.get('size', 0))))
+    if not args.json:
+        say('%s delivered, %s' % (count_of(items, 'item'), format_size(size)))
     return EXIT_OK
+
+
+def item_of(stream, path):
+    """(name of the item that a path belongs to, relative path), or None if it lies elsewhere."""
+    relative = os.path.relpath(os.path.join(os.path.realpath(os.path.dirname(path)),
+                                            os.path.basename(path)), os.path.realpath(stream.root))
+    if relative == b'.' or relative.split(b'/')[0] == b'..':
+        return None
+    return (relative if stream.items == 'files' else relative.split(b'/')[0]), relative
+
+
+def reasons_by_name(scanner, name, relative):
+    """Why something of this name would never be looked at."""
+    stream = scanner.stream
+    parts = relative.split(b'/')
+    if parts[0] == KEPT_DIR:
+        yield 'it is a copy of what was delivered, kept for keep_delivered'
+    elif parts[0] == os.path.basename(to_bytes(stream.quarantine_dir)) and \
+            os.path.dirname(to_bytes(stream.quarantine_dir)) == stream.root:
+        yield 'it is in quarantine; the .reason file beside it says why'
+    elif any(scanner.skip(part, not i) for i, part in enumerate(parts)):
+        yield 'it is ignored: its name matches ignore (%s) or is one of our own' % ', '.join(stream.ignore)
+    elif not scanner.wanted(os.path.basename(name)):
+        yield 'it is left alone: its name does not match only (%s)' % ', '.join(stream.only)
+
+
+def reasons_by_state(stream, scanner, item, now):
+    """Why an item that could be sent waits."""
+    if item is None:
+        yield 'it is left alone: symlinks and special files are not sent'
+        return
+    if item.fault:
+        yield 'it cannot be read: %s' % item.fault
+    if scanner.ready_pattern:
+        before, after = scanner.ready_pattern
+        head, base = os.path.split(item.name)
+        ready = os.path.join(head, before + base + after)
+        if not os.path.exists(os.path.join(stream.root, ready)) and not scanner.is_ready_name(base):
+            yield 'it waits for its ready file %s' % show(ready)
+    age = now - item.youngest_ns / 1e9
+    if age < stream.settle_time:
+        yield 'it is settling: it changed %s ago, settle_time is %s' % (
+            format_duration(age), format_duration(stream.settle_time))
+    try:
+        check_unused(stream, item)
+    except MoverError as error:
+        yield str(error)
+
+
+def explain(config, stream, path, now):
+    """Yield what is known of a path in a stream's incoming directory."""
+    name, relative = item_of(stream, path)
+    state_dir = config.settings.state_dir
+    scanner = Scanner(stream, StopRequest())
+    found = os.path.lexists(os.path.join(stream.root, relative))
+    last = None
+    for record in Ledger(state_dir).read():
+        if record.get('stream') == stream.name and record['item'] == to_text(name):
+            last = record
+    if last:
+        yield '%s at %s: %s' % (last.get('outcome'), last.get('time'), show(last.get('target') or ''))
+    if not found:
+        quarantined = os.path.lexists(os.path.join(to_bytes(stream.quarantine_dir), name))
+        yield 'it is in quarantine: %s' % show(stream.quarantine_dir) if quarantined else \
+            'it is not here%s' % (' any more' if last else '; nothing of this name was ever delivered')
+        return
+    why = list(reasons_by_name(scanner, name, relative))
+    yield from why
+    if why:
+        return
+    waits = list(suspensions(stream)) + list(reasons_by_state(stream, scanner, scanner.look(name), now))
+    failure = SharedJson(state_dir, 'failures.json').read().get(stream.name, {}).get(to_text(name))
+    if failure:
+        waits.append('it failed %d times since %s: %s' % (
+            failure['count'], utc_stamp(failure['first']), failure['error']))
+    status = SharedJson(state_dir, 'status.json').read().get(stream.name, {})
+    if status.get('state') in ('down', 'stopped'):
+        waits.append('the stream is %s: %s' % (status['state'], status.get('note')))
+    if not alive(status.get('pid')):
+        waits.append('no MiStaMover works on this stream now%s' % (
+            '; the last one was seen at %s' % status['updated'] if status.get('updated') else ''))
+    yield from waits
+    if not waits:
+        yield 'it is due: the next pass sends it'
+
+
+def command_explain(config, args, _stop):
+    """Why a file has not moved, or where it went."""
+    path = to_bytes(os.path.abspath(args.explain))
+    streams = [stream for stream in config.streams if item_of(stream, path)]
+    for stream in streams:
+        for line in explain(config, stream, path, time.time()):
+            say('%s: %s' % (stream.name, show(line)))
+    if not streams:
+        say('%s lies in no stream\'s directory' % show(path))
+    return EXIT_OK if streams else EXIT_FAILED
+
+
+def command_test_alert(config, _args, _stop):
+    """Send one alert by every way that is configured, at once."""
+    import tempfile
+    with tempfile.TemporaryDirectory(prefix='mistamover-') as scratch:
+        alerts = Alerts(scratch, config)
+        if not alerts.channels():
+            raise ConfigError('neither [email] smarthost nor alert_command is set', 'set one of them')
+        log.start('info')
+        alerts.tell('info', 'this is a test, sent by --test-alert', always=True)
+        failed = alerts.send_due(force=True)
+        for name, _ in alerts.channels():
+            say('%s: %s' % (name, 'FAILED' if name in failed else 'sent'))
+    return EXIT_FAILED if failed else EXIT_OK
+
+
+UNIT = """[Unit]
+Description=MiStaMover: delivers what the instruments write
+After=network-online.target
+Wants=network-online.target
+
+[Service]
+Type=notify
+ExecStart=%(command)s
+ExecReload=/bin/kill -HUP $MAINPID
+Restart=always
+RestartSec=30
+WatchdogSec=10min
+TimeoutStopSec=30
+NoNewPrivileges=yes
+PrivateTmp=yes
+PrivateDevices=yes
+ProtectSystem=strict
+ProtectHome=read-only
+ProtectKernelTunables=yes
+ProtectKernelModules=yes
+ProtectControlGroups=yes
+RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6
+RestrictSUIDSGID=yes
+LockPersonality=yes
+CapabilityBoundingSet=CAP_LEASE CAP_DAC_OVERRIDE CAP_FOWNER CAP_CHOWN
+%(paths)s
+
+[Install]
+WantedBy=multi-user.target
+"""
+
+
+def unit_word(text):
+    """A word of a unit file: quoted, % and $ kept from meaning anything (systemd.service(5))."""
+    return '"%s"' % text.replace('\\', '\\\\').replace('"', '\\"').replace('%', '%%').replace('$', '$$')
+
+
+def command_print_unit(config, args, _stop):
+    """A hardened unit file for systemd, with write access to what the streams need."""
+    settings = config.settings
+    make_private_directory(settings.state_dir)
+    words = [sys.executable, os.path.abspath(__file__), '--daemon', '--config', config.path]
+    for name in args.stream:
+        words += ['--stream', name]
+    words += ['--' + args.mode] if args.mode else []
+    paths = [settings.state_dir] + [os.path.dirname(p) for p in (
+        settings.log_file, settings.status_page, settings.metrics_file) if p]
+    for stream in config.streams:
+        paths.append(stream.directory)
+        if stream.move:
+            paths.append(os.path.dirname(stream.quarantine_dir))
+        if stream.transfer_protocol == 'local':
+            paths.append(stream.target_base)
+    unique = list(collections.OrderedDict.fromkeys(paths))
+    say(UNIT % dict(command=' '.join(unit_word(word) for word in words), paths='\n'.join(
+        'ReadWritePaths=%s' % unit_word(path).replace('$$', '$') for path in unique)))
+    return EXIT_OK
+
+
+def ask(question, default=''):
+    """A line from the terminal.  Raises ConfigError at its end."""
+    try:
+        return input('%s%s: ' % (question, ' [%s]' % default if default else '')).strip() or default
+    except EOFError:
+        raise ConfigError('no more answers', 'nothing was written')
+
+
+INIT_QUESTIONS = (      # option, default, whether to ask, given the answers so far
+    ('directory', 'incoming', lambda a: True),
+    ('transfer_protocol', 'rsync_ssh', lambda a: True),
+    ('target_host', '', lambda a: TRANSPORTS[a['transfer_protocol']].needs_host),
+    ('username', '', lambda a: TRANSPORTS[a['transfer_protocol']].needs_host),
+    ('password_file', '', lambda a: TRANSPORTS[a['transfer_protocol']].takes_password),
+    ('target_dir', 'archive', lambda a: True),
+    ('transfer_mode', 'move', lambda a: TRANSPORTS[a['transfer_protocol']].mirrors),
+    ('create_directories', 'yes', lambda a: True),
+    ('settle_time', '60s', lambda a: True),
+)
+
+
+def ask_options():
+    """{option: text} for a stream; what is no answer is asked for again."""
+    table = {option.name: option for option in OPTIONS if option.section == 'stream'}
+    answers = collections.OrderedDict()
+    for name, default, wanted in INIT_QUESTIONS:
+        while wanted(answers):
+            text = ask('%s (%s)' % (name, table[name].text), default)
+            try:
+                if name == 'transfer_protocol':
+                    one_of(*sorted(TRANSPORTS))(text, '')
+                elif text:
+                    table[name].kind(text, '.')
+                elif name in REQUIRED or name == 'target_host':
+                    raise ValueError('an answer is needed')
+            except ValueError as error:
+                say(str(error))
+                continue
+            answers[name] = text
+            break
+    return answers
+
+
+def command_init(args, stop):
+    """Ask a few questions, write a configuration, try the target."""
+    path = os.path.abspath(args.config or os.path.join(
+        os.path.dirname(os.path.abspath(__file__)), 'mistamover.ini'))
+    if os.path.lexists(path):
+        raise ConfigError('%s is there already' % show(path), 'name another one with --config')
+    say('This writes %s.  An empty answer takes what stands in [brackets].' % show(path))
+    name = ask('a name for the stream', 'data')
+    answers = ask_options()
+    table = {option.name: option for option in OPTIONS if option.section == 'stream'}
+    lines = ['# Written by mistamover.py --init.  Every other option: mistamover.ini.example.', '',
+             '[mistamover]', 'state_dir = mistamover-state', '', '[stream:%s]' % name]
+    for option, text in answers.items():
+        if text:
+            lines += ['# ' + table[option].text, '%s = %s' % (option, text.replace('$', '$$'))]
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(fd, 'w', encoding='utf-8') as handle:
+            handle.write('\n'.join(lines) + '\n')
+    except OSError as error:
+        raise ConfigError('cannot write %s: %s' % (show(path), error.strerror))
+    say('%s is written.  Trying the target:' % show(path))
+    args.config = path
+    code = command_check(read_config(args), args, stop)
+    say('It works: start it with --once or --daemon.' if code == EXIT_OK else
+        'Mend what failed, in the file or at the target, and try again with --check.')
+    return code
 
 
 def detach(config):
@@ -5387,53 +6476,86 @@ def detach(config):
 
 def command_run(config, args, stop):
     report = detach(config) if args.background else lambda code: None
-    settings = config.settings
-    if settings.log_file:
-        make_private_directory(os.path.dirname(settings.log_file))
-    log.start('debug' if args.verbose else 'warning' if args.quiet else settings.log_level,
-              settings.log_file, settings.log_format, settings.log_size)
-    with signals_recorded(stop) as wait:
-        code = supervise(config, args.daemon, stop, wait, report)
+    start_log(config)
+    with signals_recorded(stop, args.daemon) as wait:
+        code = Supervisor(config, lambda: read_config(args), args.daemon, stop, wait, report).run()
     report(code)
     return code
 
 
 # ----------------------------------------------------------------------------------------
-# 16  command line
+# 19  command line
 # ----------------------------------------------------------------------------------------
+
+DESCRIPTION = """\
+Mirror, stage or move data from the machine that produces it to the machine
+that keeps it.  The default transfer mode is move: a source is deleted after
+its verified delivery."""
+
+EPILOG = """\
+exit codes:
+  0         everything due was delivered, or nothing was due
+  1         something could not be delivered
+  2         usage or configuration error, nothing was touched
+  3         nothing failed, but another instance holds a stream that was due
+  130, 143  interrupted
+
+signals:
+  TERM, INT end it within seconds, children included
+  HUP       to a daemon: read the configuration again
+
+examples:
+  mistamover.py --init                      write a configuration
+  mistamover.py --check                     is every target ready?
+  mistamover.py --dry-run                   what would go where?
+  mistamover.py --daemon --stream detector  one stream, for ever
+  mistamover.py --explain incoming/run7.dat why is it still here?
+  mistamover.py --history 'run7*' --since 2d"""
+
 
 def make_parser():
     import argparse
     parser = argparse.ArgumentParser(
-        prog='mistamover.py', description='Mirror, stage or move data from the machine that '
-        'produces it to the machine that keeps it.  The default transfer mode is move: a source '
-        'is deleted after its verified delivery.',
-        epilog='exit codes: 0 everything due was delivered; 1 something could not be; 2 usage or '
-        'configuration error, nothing was touched; 3 another instance holds a stream that was due; '
-        '130, 143 interrupted')
-    how = parser.add_mutually_exclusive_group()
+        prog='mistamover.py', add_help=False, description=DESCRIPTION, epilog=EPILOG,
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, 2, 24, 79),
+        usage='mistamover.py [--once | --daemon | COMMAND] [-c FILE] [-s NAME] [more]')
+    group = parser.add_argument_group('how often (one of)')
+    how = group.add_mutually_exclusive_group()
     how.add_argument('--once', '--one-off', action='store_true', help='one pass over every stream (default)')
     how.add_argument('--daemon', action='store_true', help='the eternal loop, in the foreground')
-    parser.add_argument('--background', action='store_true', help='with --daemon: detach, write a pid file')
-    mode = parser.add_mutually_exclusive_group()
+    group.add_argument('--background', action='store_true', help='with --daemon: detach, write a pid file')
+    mode = parser.add_argument_group('what happens to the source (one of)').add_mutually_exclusive_group()
     mode.add_argument('--move', dest='mode', action='store_const', const='move',
                       help='override transfer_mode: delete sources after delivery')
     mode.add_argument('--mirror', dest='mode', action='store_const', const='mirror',
                       help='override transfer_mode: delete nothing')
-    parser.add_argument('-c', '--config', metavar='FILE', help='default: mistamover.ini beside this '
-                        'program, else /etc/mistamover.ini')
-    parser.add_argument('-s', '--stream', metavar='NAME', action='append', default=[],
-                        help='only this stream (repeatable)')
-    what = parser.add_mutually_exclusive_group()
+    group = parser.add_argument_group('which configuration')
+    group.add_argument('-c', '--config', metavar='FILE', help='default: mistamover.ini beside this '
+                       'program, else /etc/mistamover.ini')
+    group.add_argument('-s', '--stream', metavar='NAME', action='append', default=[],
+                       help='only this stream (repeatable)')
+    group = parser.add_argument_group('commands that transfer nothing (one of)')
+    what = group.add_mutually_exclusive_group()
     what.add_argument('--dry-run', action='store_true', help='say what would be done, change nothing')
     what.add_argument('--check', action='store_true', help='check the configuration, then every target')
     what.add_argument('--status', action='store_true', help='what each stream is doing')
-    what.add_argument('--history', metavar='GLOB', nargs='?', const='*', help='search the ledger')
-    parser.add_argument('--json', action='store_true', help='with --status, --history: for machines')
-    loud = parser.add_mutually_exclusive_group()
+    what.add_argument('--history', metavar='GLOB', nargs='?', const='*',
+                      help='search the ledger: what went where, when')
+    what.add_argument('--explain', metavar='PATH', help='why has this file not moved, or where is it?')
+    what.add_argument('--init', action='store_true', help='ask a few questions, write a configuration')
+    what.add_argument('--test-alert', action='store_true', help='send one alert, by mail and command')
+    what.add_argument('--print-unit', action='store_true', help='print a unit file for systemd')
+    group.add_argument('--since', metavar='TIME', help='with --history: from 2026-11-24, '
+                       '2026-11-24T18:30, or 2d (ago) on')
+    group.add_argument('--until', metavar='TIME', help='with --history: before that time')
+    group.add_argument('--json', action='store_true', help='with --status, --history: for machines')
+    group = parser.add_argument_group('other')
+    loud = group.add_mutually_exclusive_group()
     loud.add_argument('-v', '--verbose', action='store_true', help='more on the terminal')
     loud.add_argument('-q', '--quiet', action='store_true', help='only warnings and errors')
-    parser.add_argument('--version', action='version', version='MiStaMover ' + __version__)
+    group.add_argument('-h', '--help', action='help', help='show this and exit')
+    group.add_argument('--version', action='version', version='MiStaMover ' + __version__,
+                       help='show the version and exit')
     return parser
 
 
@@ -5441,6 +6563,13 @@ def default_config():
     """Never in the working directory: a planted file could name its own commands."""
     beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'mistamover.ini')
     return beside if os.path.exists(beside) else '/etc/mistamover.ini'
+
+
+def read_config(args):
+    config = load_config(args.config or default_config(), TRANSPORTS, args.stream, args.mode)
+    if args.verbose or args.quiet:
+        config.settings.log_level = 'debug' if args.verbose else 'warning'
+    return config
 
 
 def main(argv=None):
@@ -5451,11 +6580,17 @@ def main(argv=None):
         parser.error('--background goes with --daemon')
     if args.json and not (args.status or args.history):
         parser.error('--json goes with --status or --history')
-    command = command_dry_run if args.dry_run else command_check if args.check else \
-        command_status if args.status else command_history if args.history else command_run
+    if (args.since or args.until) and not args.history:
+        parser.error('--since and --until go with --history')
+    command = next((run_it for chosen, run_it in (
+        (args.dry_run, command_dry_run), (args.check, command_check), (args.status, command_status),
+        (args.history, command_history), (args.explain, command_explain),
+        (args.test_alert, command_test_alert), (args.print_unit, command_print_unit))
+        if chosen), command_run)
     try:
-        config = load_config(args.config or default_config(), TRANSPORTS, args.stream, args.mode)
-        return command(config, args, StopRequest())
+        if args.init:
+            return command_init(args, StopRequest())
+        return command(read_config(args), args, StopRequest())
     except MoverError as error:
         log.clear_line()
         say('mistamover: %s' % show(str(error)), sys.stderr)

@@ -19,13 +19,15 @@ missing one fails the run.  Order and names follow the sections of mistamover.py
     9  README and example
    10  --bench: side by side with what a user would type instead
 """
+import base64
 import collections
 import contextlib
+import email
 import errno
 import functools
 import hashlib
+import html.parser
 import itertools
-
 import json
 import os
 import random
@@ -33,6 +35,7 @@ import re
 import shutil
 import signal
 import socket
+import ssl
 import stat
 import subprocess
 import sys
@@ -41,6 +44,7 @@ import threading
 import time
 import unittest
 import zipfile
+from unittest import mock
 
 import mistamover as mm
 
@@ -76,6 +80,11 @@ def write(path, content=b'', mtime=OLD):
     with open(path, 'wb') as handle:
         handle.write(content)
     os.utime(path, (mtime, mtime))
+
+
+def text_of(path):
+    with open(path, encoding='utf-8') as handle:
+        return handle.read()
 
 
 def what_is(full):
@@ -1072,7 +1081,8 @@ class KeepDelivered(Case):
         os.symlink(world.top, os.path.join(world.source, '.delivered'))
         done = self.assert_run(world, 1)
         self.assertIn('cannot be deleted', done.output)
-        self.assertEqual(contents(tree(world.source)), {b'run001': b'run', b'.delivered': 'link to ' + world.top})
+        self.assertEqual(contents(tree(world.source)),
+                         {b'run001': b'run', b'.delivered': 'link to ' + world.top})
 
 
 @spread
@@ -2422,10 +2432,10 @@ class Commands(Doctored):
             digest = hashlib.sha256(handle.read()).hexdigest()
         self.assertEqual(records['day']['checksum'], 'sha256:' + digest)
         done = self.assert_run(world, 0, '--history', 'run*')
-        self.assertEqual(len(done.output.splitlines()), 1)
+        self.assertEqual(done.output.splitlines()[1:], ['1 item delivered, 5 B'])
         self.assertIn('s  delivered  run\\x1b[31m.dat -> ', done.output)
         done = self.assert_run(world, 0, '--status')
-        self.assertRegex(done.output, r'(?m)^s +done +0 \(0 B\) +20')
+        self.assertRegex(done.output, r'(?m)^s +done +0 \(0 B\) +- +\d+ B/s +\d\.\d s ago +- +-$')
         status = json.loads(self.assert_run(world, 0, '--status', '--json').output)
         self.assertEqual((status['s']['delivered_items'], status['s']['waiting_items']), (2, 0))
 
@@ -2525,10 +2535,558 @@ mm.Ledger.append = append
 # 9  README and example
 # ----------------------------------------------------------------------------------------
 
+class SmtpSink:
+    """A mail server that keeps what it gets (RFC 5321), with STARTTLS where it has a certificate."""
+
+    def __init__(self, certificate=None, key=None, password=None):
+        self.certificate, self.key, self.password = certificate, key, password
+        self.mails = []
+        self.logins = []
+        self.listener = socket.socket()
+        self.listener.bind(('127.0.0.1', 0))
+        self.port = self.listener.getsockname()[1]
+        self.thread = threading.Thread(target=self.accept, daemon=True)
+
+    def start(self):
+        self.listener.listen(5)
+        self.thread.start()
+        return self
+
+    def accept(self):
+        with contextlib.suppress(OSError):
+            while True:
+                self.serve(self.listener.accept()[0])
+
+    def serve(self, conn):
+        lines = conn.makefile('rb')
+        conn.sendall(b'220 sink\r\n')
+        while True:
+            line = lines.readline()
+            verb = line[:4].upper()
+            if not line or verb == b'QUIT':
+                conn.close()
+                return
+            if verb == b'EHLO':
+                answer = b'250-sink\r\n250-AUTH PLAIN\r\n250 ' + (
+                    b'STARTTLS' if self.certificate else b'8BITMIME')
+            elif verb == b'STAR':
+                conn.sendall(b'220 go\r\n')
+                context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if hasattr(ssl, 'PROTOCOL_TLS_SERVER')
+                                         else ssl.PROTOCOL_TLS)
+                context.load_cert_chain(self.certificate, self.key)
+                conn = context.wrap_socket(conn, server_side=True)
+                lines = conn.makefile('rb')
+                continue
+            elif verb == b'AUTH':
+                self.logins.append((isinstance(conn, ssl.SSLSocket), base64.b64decode(line.split()[2])))
+                answer = b'235 ok'
+            elif verb == b'DATA':
+                conn.sendall(b'354 go\r\n')
+                body = b''.join(iter(lines.readline, b'.\r\n'))
+                self.mails.append(email.message_from_bytes(body))
+                answer = b'250 kept'
+            else:
+                answer = b'250 ok'
+            conn.sendall(answer + b'\r\n')
+
+    def settings(self, **more):
+        options = dict({'smarthost': '127.0.0.1', 'port': self.port, 'from': 'mover@example.org',
+                        'recipient': 'a@example.org, b@example.org', 'digest_time': '0.3s'}, **more)
+        return '[email]\n' + ''.join('%s = %s\n' % pair for pair in options.items())
+
+
+class Alerting(Doctored):
+    def test_an_outage_is_one_mail_and_its_end_another(self):
+        sink = SmtpSink().start()
+        self.addCleanup(sink.listener.close)
+        world = self.world('local')
+        world.configure(sink.settings())
+        os.rmdir(world.target)
+        write(os.path.join(world.source, 'run001'), b'run')
+        for _ in range(3):      # cron, three times
+            self.assert_run(world, 1)
+        self.assertEqual(len(sink.mails), 1)
+        self.assertEqual(sink.mails[0]['To'], 'a@example.org, b@example.org')
+        self.assertIn('MiStaMover on ', sink.mails[0]['Subject'])
+        self.assertIn('is missing', sink.mails[0].get_payload())
+        os.mkdir(world.target)
+        self.assert_run(world, 0)
+        self.assertEqual(len(sink.mails), 2)
+        self.assertIn('is back', sink.mails[1].get_payload())
+        self.assertEqual(tree(world.source), {})
+
+    def test_a_mail_server_that_is_down_disturbs_nothing_and_gets_it_later(self):
+        sink = SmtpSink()
+        self.addCleanup(sink.listener.close)
+        world = self.world('local', quarantine_after='0s', retry_count='1')
+        world.configure(sink.settings(), on_conflict='refuse', quarantine_after='0s', retry_count='1')
+        write(os.path.join(world.target, 'poison'), b'other')
+        write(os.path.join(world.source, 'poison'), b'poison')
+        write(os.path.join(world.source, 'fine'), b'fine')
+        process = self.daemon(world)
+        wait_for(lambda: not os.path.exists(os.path.join(world.source, 'fine')), 'the delivery')
+        wait_for(lambda: 'alerts wait: mail' in world.said(), 'the failure to send')
+        write(os.path.join(world.source, 'later'), b'later')
+        wait_for(lambda: not os.path.exists(os.path.join(world.source, 'later')), 'another delivery')
+        sink.start()
+        wait_for(lambda: sink.mails, 'the mail')
+        process.terminate()
+        self.ended(process)
+        self.assertIn('quarantined poison', sink.mails[0].get_payload())
+        self.assertEqual(world.said().count('alerts wait'), 1, world.said())
+
+    def test_a_flood_is_one_digest(self):
+        sink = SmtpSink().start()
+        self.addCleanup(sink.listener.close)
+        world = self.world('local')
+        world.configure(sink.settings(digest_time='1h'), on_conflict='refuse', quarantine_after='0s',
+                        retry_count='1')
+        for number in range(30):
+            write(os.path.join(world.target, 'poison%d' % number), b'other')
+            write(os.path.join(world.source, 'poison%d' % number), b'poison')
+        self.assert_run(world, 1)
+        self.assertEqual(len(sink.mails), 1)
+        self.assertIn('30 alerts', sink.mails[0]['Subject'])
+        self.assertEqual(sink.mails[0].get_payload().count('quarantined poison'), 30)
+
+    def test_threshold_command_and_test_alert(self):
+        world = self.world('local')
+        out, command = os.path.join(world.top, 'heard'), os.path.join(world.top, 'hear')
+        write(command, b'#!/bin/sh\ncat >> %s\n' % out.encode())
+        os.chmod(command, 0o755)
+        world.configure('alert_command = %s\n[email]\nthreshold = error\n' % command)
+        done = self.assert_run(world, 0, '--test-alert')
+        self.assertIn('command: sent', done.output)
+        with open(out) as handle:
+            self.assertIn('this is a test', handle.read())
+        os.unlink(out)
+        os.makedirs(world.state)
+        mm.SharedJson(world.state, 'alerts.json').update('target:s', True)
+        self.assert_run(world, 0)
+        self.assertFalse(os.path.exists(out), 'good news is below the threshold')
+        os.rmdir(world.target)
+        write(os.path.join(world.source, 'item'), b'item')
+        self.assert_run(world, 1)
+        with open(out) as handle:
+            self.assertIn('is missing', handle.read())
+        world.configure()
+        self.assertIn('neither', self.assert_run(world, 2, '--test-alert').output)
+
+    def test_starttls_login_and_heartbeat(self):
+        ftps = server('ftps')
+        sink = SmtpSink(ftps.certificate, os.path.join(ftps.top, 'key.pem')).start()
+        self.addCleanup(sink.listener.close)
+        world = self.world('local')
+        secret = os.path.join(world.top, 'secret')
+        write(secret, b'top secret\n')
+        os.chmod(secret, 0o600)
+        world.configure(sink.settings(tls='starttls', username='mover', password_file=secret,
+                                      heartbeat='0:00', threshold='error'))
+        write(os.path.join(world.source, 'item'), b'item')
+        done = self.assert_run(world, 0)
+        self.assertEqual(sink.logins, [(True, b'\0mover\0top secret')], str(done))
+        self.assertEqual(len(sink.mails), 1)
+        body = sink.mails[0].get_payload(decode=True).decode()
+        self.assertIn('all is well; 1 item delivered in the last day, 4 B', body)
+        self.assertNotIn('top secret', sink.mails[0].as_string() + done.output)
+        self.assert_run(world, 0)
+        self.assertEqual(len(sink.mails), 1, 'one a day')
+        world.configure(sink.settings(username='mover', password_file=secret))
+        self.assertIn('in clear', self.assert_run(world, 2).output)
+
+    def test_a_bug_in_a_stream_is_told_and_the_stream_started_again(self):
+        world = self.world('local')
+        out = os.path.join(world.top, 'heard')
+        world.configure('alert_command = tee %s\n' % out)
+        write(os.path.join(world.source, 'item'), b'item')
+        done = self.doctored(world, """
+import os, threading, time
+real, seen = mm.Worker.one_pass, []
+def one_pass(self, patient):
+    seen.append(1)
+    if len(seen) < 3:
+        raise ZeroDivisionError('a doctored bug')
+    return real(self, patient)
+mm.Worker.one_pass = one_pass
+def watch():
+    while os.path.exists(os.path.join(SOURCE, 'item')) or not os.path.exists(%r):
+        time.sleep(0.05)
+    os.kill(os.getpid(), 15)
+threading.Thread(target=watch, daemon=True).start()
+""" % out, '--daemon')
+        self.assertEqual(done.code, 143, str(done))
+        self.assertIn('Traceback', done.output)
+        self.assertEqual(contents(tree(world.target)), {b'item': b'item'})
+        with open(out) as handle:
+            self.assertIn("a bug in this program: ZeroDivisionError('a doctored bug')", handle.read())
+
+
+class Hooks(Case):
+    def test_after_delivery_gets_the_names(self):
+        names = [b'with\nnewline', b'plain', b'caf\xe9']
+        for form in ('nul', 'json'):
+            world = self.world('local')
+            out = os.path.join(world.top, 'heard')
+            world.configure(after_delivery='tee -a ' + out, after_delivery_format=form)
+            for name in names:
+                write(mm.to_bytes(world.source) + b'/' + name, name)
+            self.assert_run(world, 0)
+            with open(out, 'rb') as handle:
+                heard = handle.read()
+            found = heard.split(b'\0')[:-1] if form == 'nul' else \
+                [mm.to_bytes(json.loads(line.decode())['item']) for line in heard.splitlines()]
+            self.assertEqual(sorted(found), sorted(names))
+
+    def test_its_failure_is_an_alert_and_no_lost_item(self):
+        world = self.world('local')
+        out = os.path.join(world.top, 'heard')
+        world.configure('alert_command = tee %s\n' % out, after_delivery='false')
+        write(os.path.join(world.source, 'item'), b'item')
+        self.assert_run(world, 0)
+        self.assertEqual((contents(tree(world.target)), tree(world.source)), ({b'item': b'item'}, {}))
+        with open(out) as handle:
+            self.assertIn('after_delivery: ended with 1', handle.read())
+
+
+class Reload(Case):
+    def add(self, world, name, **more):
+        paths = [os.path.join(world.top, name + end) for end in ('-in', '-out')]
+        for path in paths:
+            os.makedirs(path, exist_ok=True)
+        options = dict(transfer_protocol='local', directory=paths[0], target_dir=paths[1],
+                       settle_time='0s', pause_time='0.1s', **more)
+        with open(world.ini, 'a') as handle:
+            handle.write('\n[stream:%s]\n' % name + ''.join('%s = %s\n' % o for o in options.items()))
+        return paths
+
+    def test_streams_come_and_go_and_nonsense_is_refused(self):
+        world = self.world('local')
+        process = self.daemon(world)
+        write(os.path.join(world.source, 'one'), b'one')
+        wait_for(lambda: not tree(world.source), 'the first item')
+        source, target = self.add(world, 't')
+        write(os.path.join(source, 'two'), b'two')
+        wait_for(lambda: contents(tree(target)) == {b'two': b'two'}, 'the new stream')
+        good = text_of(world.ini)
+        with open(world.ini, 'a') as handle:
+            handle.write('no_such_option = 1\n')
+        wait_for(lambda: 'the old one stays in force' in world.said(), 'the refusal')
+        write(os.path.join(source, 'three'), b'three')
+        wait_for(lambda: not tree(source), 'the old configuration at work')
+        world.configure(target_dir=world.target + '/new', create_directories='yes')
+        wait_for(lambda: 't: taken out' in world.said(), 'the stream to leave')
+        write(os.path.join(world.source, 'four'), b'four')
+        wait_for(lambda: not tree(world.source), 'the changed stream')
+        self.assertEqual(contents(tree(world.target)),
+                         {b'one': b'one', b'new': 'directory', b'new/four': b'four'})
+        write(os.path.join(source, 'five'), b'five')
+        with open(world.ini, 'w') as handle:
+            handle.write(good)
+        process.send_signal(signal.SIGHUP)
+        wait_for(lambda: not tree(source), 'the stream that came back')
+        process.terminate()
+        self.assertEqual(self.ended(process), 143)
+        self.assertEqual(world.said().count('the old one stays in force'), 1, world.said())
+        self.assertNotIn('Traceback', world.said())
+
+    def test_systemd_is_told(self):
+        world = self.world('local')
+        path = os.path.join(world.top, 'notify')
+        with contextlib.closing(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)) as listener:
+            listener.bind(path)
+            listener.settimeout(PATIENCE)
+            env = dict(world.environment(), NOTIFY_SOCKET=path, WATCHDOG_USEC='1000000')
+            world.log = os.path.join(world.top, 'log')
+            with open(world.log, 'wb') as log:
+                process = subprocess.Popen(world.command('--daemon'), env=env, stdout=log, stderr=log)
+            self.addCleanup(process.wait)
+            self.addCleanup(process.kill)
+
+            def until(word):
+                heard = []
+                while not any(word in line for line in heard):
+                    heard.append(listener.recv(4096).decode())
+                return heard
+            self.assertEqual(until('READY=1')[-1], 'READY=1')
+            until('WATCHDOG=1')
+            until('STATUS=1 idle')
+            process.send_signal(signal.SIGHUP)
+            self.assertRegex(until('RELOADING=1')[-1], r'^RELOADING=1\nMONOTONIC_USEC=\d+$')
+            until('READY=1')
+            process.terminate()
+            until('STOPPING=1')
+            self.assertEqual(self.ended(process), 143)
+
+    def test_the_watchdog_is_not_fed_for_a_thread_that_hangs(self):
+        world = self.world('local')
+        config = mm.load_config(world.ini, mm.TRANSPORTS)
+        os.makedirs(world.state)
+        worker = mm.Worker(config.streams[0], mm.State(world.state, config))
+        self.assertTrue(worker.lively())
+        worker.stop.seen -= config.streams[0].stall_timeout + config.streams[0].connect_timeout + 61
+        self.assertFalse(worker.lively())
+        path = os.path.join(world.top, 'notify')
+        with contextlib.closing(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)) as listener:
+            listener.bind(path)
+            listener.setblocking(False)
+            os.environ.update(NOTIFY_SOCKET=path, WATCHDOG_USEC='1')
+            try:
+                notifier = mm.Notifier()
+            finally:
+                del os.environ['NOTIFY_SOCKET'], os.environ['WATCHDOG_USEC']
+            notifier.tick([worker])
+            self.assertEqual(listener.recv(99), b'STATUS=1 starting')
+            self.assertRaises(BlockingIOError, listener.recv, 99)
+            worker.stop.check()
+            notifier.tick([worker])
+            self.assertEqual(listener.recv(99), b'WATCHDOG=1')
+
+
+class DiskSpace(Case):
+    LEVELS = '[disk_space_monitor]\nlevel_vlow = 1M\nlevel_low = 3M\nlevel_good = 5M\npoll_interval = 0.1s\n'
+
+    def small_disk(self, path):
+        if subprocess.call(['mount', '-t', 'tmpfs', '-o', 'size=8m,mode=777', 'tmpfs', path],
+                           stderr=subprocess.DEVNULL):
+            self.skipTest('no right to mount a tmpfs')
+        self.addCleanup(subprocess.call, ['umount', '-l', path])
+
+    def test_senders_are_stopped_and_the_drain_goes_on(self):
+        world = self.world('local')
+        self.small_disk(world.source)
+        upstream = os.path.join(world.top, 'up')
+        os.makedirs(upstream)
+        world.configure(self.LEVELS, status='stopped')
+        with open(world.ini, 'a') as handle:
+            handle.write('[stream:up]\ntransfer_protocol = local\ndirectory = %s\ntarget_dir = %s\n'
+                         'settle_time = 0s\n' % (upstream, world.source))
+        stop = os.path.join(world.source, '.stop')
+        write(os.path.join(world.source, 'big'), os.urandom(6 << 20))
+        self.assert_run(world, 0)
+        with open(stop, 'rb') as handle:
+            self.assertEqual(handle.read(), mm.MONITOR_LINE)
+        write(os.path.join(upstream, 'more'), b'more')
+        done = self.assert_run(world, 0, '--stream', 'up')
+        self.assertIn('up: suspended: .stop in ' + world.source, done.output)
+        self.assertEqual(contents(tree(upstream)), {b'more': b'more'})
+        text = text_of(world.ini).replace('status = stopped', 'status = running')
+        with open(world.ini, 'w') as handle:
+            handle.write(text)
+        self.assert_run(world, 0, '--stream', 's')              # our own stop file does not hold us
+        self.assertEqual(list(contents(tree(world.target))), [b'big'])
+        self.assertEqual(tree(world.source), {}, 'the stop file went when there was room')
+        self.assert_run(world, 0, '--stream', 'up')
+        self.assertEqual(contents(tree(upstream)), {})
+        self.assertEqual(contents(tree(world.source)), {b'more': b'more'})
+
+    def test_a_persons_stop_file_stays_a_persons(self):
+        world = self.world('local')
+        self.small_disk(world.source)
+        world.configure(self.LEVELS)
+        write(os.path.join(world.source, '.stop'), b'')
+        write(os.path.join(world.source, 'big'), os.urandom(6 << 20))
+        done = self.assert_run(world, 0)
+        self.assertIn('suspended', done.output)
+        os.unlink(os.path.join(world.source, 'big'))
+        self.assert_run(world, 0)
+        self.assertEqual(contents(tree(world.source)), {b'.stop': b''})
+
+    def test_only_kept_copies_are_ever_deleted(self):
+        world = self.world('local')
+        self.small_disk(world.source)
+        kept = os.path.join(world.source, '.delivered')
+        for enabled in ('no', 'yes'):
+            world.configure(self.LEVELS, keep_delivered='9999d', deletion_enabled=enabled, status='stopped')
+            for hour, size in (('2026-01-01T00Z', 2), ('2026-01-01T01Z', 2), ('2026-01-01T02Z', 1)):
+                write(os.path.join(kept, hour, 'copy'), b'x' * (size << 20))
+            write(os.path.join(world.source, 'undelivered'), b'u' * (int(2.5 * (1 << 20))))
+            self.assert_run(world, 0)
+            self.assertEqual(len(tree(world.source)[b'undelivered'][0]), int(2.5 * (1 << 20)))
+            self.assertEqual(sorted(os.listdir(kept)), ['2026-01-01T00Z', '2026-01-01T01Z', '2026-01-01T02Z']
+                             if enabled == 'no' else ['2026-01-01T02Z'], enabled)
+
+    def test_levels_in_the_wrong_order_are_refused(self):
+        world = self.world('local')
+        world.configure('[disk_space_monitor]\nlevel_vlow = 5%\nlevel_low = 2%\nlevel_good = 9%\n')
+        self.assertIn('in this order', self.assert_run(world, 2).output)
+        world.configure('[disk_space_monitor]\nlevel_low = 2%\n')
+        self.assertIn('go together', self.assert_run(world, 2).output)
+
+
+class Looking(Case):
+    HOSTILE = '<script>alert(1)<script>&"\'\x1b[31m\u202e'
+
+    def page(self, world):
+        """A finished run's page, with a failure and a quarantine of hostile names."""
+        world.configure('status_page = %s\nmetrics_file = %s\n' % (
+            os.path.join(world.top, 'status.html'), os.path.join(world.top, 'm.prom')),
+            on_conflict='refuse', retry_count='1')
+        write(os.path.join(world.source, self.HOSTILE), b'mine')
+        write(os.path.join(world.target, self.HOSTILE), b'other')
+        write(os.path.join(world.source, 'fine'), b'fine')
+        write(os.path.join(world.source, '.quarantine', self.HOSTILE), b'never')
+        self.assert_run(world, 1)
+        with open(os.path.join(world.top, 'status.html'), encoding='utf-8') as handle:
+            return handle.read()
+
+    def test_the_page_is_self_contained_and_escapes_every_name(self):
+        page = self.page(self.world('local'))
+        self.assertNotIn('<script', page)
+        self.assertEqual(page.count('&lt;script&gt;alert(1)&lt;'), 4)   # row, twice a failure, quarantine
+        self.assertNotIn('\x1b', page)
+        self.assertNotRegex(page, r'\b(src|href)\s*=|url\(|@import')
+        self.assertIn('http-equiv="refresh"', page)
+        self.assertIn('No stream is in trouble, 1 item failed, 1 item in quarantine.', page)
+
+        class Balance(html.parser.HTMLParser):
+            stack = []
+
+            def handle_starttag(self, tag, attributes):
+                if tag != 'meta':
+                    self.stack.append(tag)
+
+            def handle_startendtag(self, tag, attributes):
+                """A line of a plot, which ends itself."""
+
+            def handle_endtag(self, tag):
+                assert self.stack.pop() == tag, tag
+        parser = Balance()
+        parser.feed(page)
+        self.assertEqual(parser.stack, [])
+
+    def test_metrics(self):
+        world = self.world('local')
+        self.page(world)
+        with open(os.path.join(world.top, 'm.prom')) as handle:
+            text = handle.read()
+        found, kinds = {}, {}
+        for line in text.splitlines():
+            if line.startswith('# TYPE '):
+                kinds[line.split()[2]] = line.split()[3]
+            elif not line.startswith('# HELP '):
+                name, labels, value = re.match(
+                    r'([a-z_]+)(?:\{([a-z]+="[^"\\]*")\})? (\S+)$', line).groups()
+                found[name] = float(value)
+                self.assertIn(name, kinds, 'a type stands before each sample')
+                self.assertEqual(name.endswith('_total'), kinds[name] == 'counter')
+        self.assertEqual({k: v for k, v in found.items() if 'timestamp' not in k}, {
+            'mistamover_build_info': 1, 'mistamover_stream_up': 1, 'mistamover_stream_waiting_items': 1,
+            'mistamover_stream_waiting_bytes': 4, 'mistamover_stream_delivered_items_total': 1,
+            'mistamover_stream_delivered_bytes_total': 4, 'mistamover_stream_quarantined_items': 1})
+        self.assertEqual(stat.S_IMODE(os.stat(os.path.join(world.top, 'm.prom')).st_mode), 0o644)
+
+    def test_the_tally_counts_by_hour_and_day(self):
+        world = self.world('local')
+        os.makedirs(world.state)
+        now = 1800000000 - 1800000000 % 86400 + 5 * 3600 + 60
+        ledger = mm.Ledger(world.state)
+        path = os.path.join(world.state, 'ledger-2027-01.jsonl')
+        with open(path, 'w') as handle:
+            for age, size in ((0, 5), (30, 7), (3600, 11), (86400, 13)):
+                handle.write(json.dumps(dict(time=mm.utc_stamp(now - age), outcome='delivered', size=size,
+                                             item='x')) + '\n')
+            handle.write('{"torn')
+        tally = mm.Tally(ledger)
+        with mock.patch('time.time', lambda: now):
+            tally.update()
+            tally.update()
+        self.assertEqual([span[1:] for span in tally.last(2, now=now)], [(1, 11), (2, 12)])
+        self.assertEqual([span[1:] for span in tally.last(2, 86400, now)], [(1, 13), (3, 23)])
+
+
+class Explaining(Case):
+    def test_explain(self):
+        world = self.world('local', settle_time='1h', only='*.dat', ready_file=None)
+        write(os.path.join(world.source, 'fresh.dat'), b'', time.time())
+        write(os.path.join(world.source, 'old.dat'), b'x')
+        write(os.path.join(world.source, 'notes.txt'), b'x')
+        write(os.path.join(world.source, 'half.dat.tmp'), b'x')
+        os.symlink('old.dat', os.path.join(world.source, 'link.dat'))
+
+        def explain(name, code=0):
+            return self.assert_run(world, code, '--explain', os.path.join(world.source, name)).output
+        self.assertIn('s: it is settling: it changed ', explain('fresh.dat'))
+        self.assertIn('does not match only (*.dat)', explain('notes.txt'))
+        self.assertIn('matches ignore (*.tmp)', explain('half.dat.tmp'))
+        self.assertIn('symlinks and special files are not sent', explain('link.dat'))
+        self.assertIn('nothing of this name was ever delivered', explain('gone.dat'))
+        self.assertIn('lies in no stream', self.assert_run(world, 1, '--explain', '/nowhere/x').output)
+        self.assertIn('no MiStaMover works on this stream now', explain('old.dat'))
+        write(os.path.join(world.source, '.stop'))
+        self.assertIn('s: .stop in ' + world.source, explain('old.dat'))
+        os.unlink(os.path.join(world.source, '.stop'))
+        world.configure()
+        os.unlink(os.path.join(world.source, 'fresh.dat'))
+        self.assert_run(world, 0)
+        self.assertRegex(explain('old.dat'), r's: delivered at \S+: %s/old.dat\ns: it is not here any more'
+                         % world.target)
+        write(os.path.join(world.source, 'day', 'inner', 'file'), b'x')
+        os.chmod(os.path.join(world.source, 'day'), 0o755)
+        world.configure(target_dir=os.path.join(world.top, 'nowhere'))
+        self.assert_run(world, 1)
+        self.assertIn('the stream is down: ', explain('day/inner/file'))
+
+    def test_history_between_two_moments_with_totals(self):
+        world = self.world('local')
+        os.makedirs(world.state)
+        stamps = ('2026-03-01T12:00:00.000Z', '2026-03-05T12:00:00.000Z', '2026-04-01T12:00:00.000Z')
+        for number, stamp in enumerate(stamps):
+            with open(os.path.join(world.state, 'ledger-%s.jsonl' % stamp[:7]), 'a') as handle:
+                handle.write(json.dumps(dict(time=stamp, stream='s', item='run%d' % number, size=1 << 20,
+                                             outcome='delivered', target='t')) + '\n')
+
+        def history(*args):
+            return self.assert_run(world, 0, '--history', *args).output.splitlines()
+        self.assertEqual(history()[-1], '3 items delivered, 3.0 MB')
+        self.assertEqual(history('*', '--since', '2026-03-03', '--until', '2026-03-31T23:59')[-1],
+                         '1 item delivered, 1.0 MB')
+        self.assertEqual(history('run2')[-1], '1 item delivered, 1.0 MB')
+        self.assertEqual(history('*', '--until', '2026-03-03')[-1], '1 item delivered, 1.0 MB')
+        self.assertIn('no moment', self.assert_run(world, 2, '--history', '*', '--since', 'soon').output)
+
+    def test_init_writes_a_file_that_works_and_never_overwrites(self):
+        world = self.world('local')
+        ini = os.path.join(world.top, 'fresh.ini')
+        answers = '\n'.join(['first', world.source, 'nonsense', 'local', world.target, '', 'yes', '0s', ''])
+        argv = [sys.executable, PROGRAM, '--init', '--config', ini]
+        done = subprocess.run(argv, input=answers.encode(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        self.assertEqual(done.returncode, 0, done.stdout)
+        self.assertIn(b"'nonsense' is none of", done.stdout)
+        self.assertIn(b'It works', done.stdout)
+        self.assertEqual(stat.S_IMODE(os.stat(ini).st_mode), 0o600)
+        before = text_of(ini)
+        write(os.path.join(world.source, 'item'), b'item')
+        subprocess.check_call([sys.executable, PROGRAM, '-q', '--config', ini])
+        self.assertEqual((contents(tree(world.target)), tree(world.source)), ({b'item': b'item'}, {}))
+        done = subprocess.run(argv, input=answers.encode(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        self.assertEqual((done.returncode, text_of(ini)), (2, before))
+
+    def test_help_fits_80_columns_and_names_every_flag(self):
+        done = subprocess.run([sys.executable, PROGRAM, '--help'], stdout=subprocess.PIPE)
+        self.assertEqual([line for line in done.stdout.decode().splitlines() if len(line) > 80], [])
+        for flag in ('--once', '--daemon', '--background', '--move', '--mirror', '--config', '--stream',
+                     '--dry-run', '--check', '--status', '--history', '--explain', '--init', '--verbose',
+                     '--quiet', '--version', '--json', '--since', '--test-alert', '--print-unit'):
+            self.assertIn(flag.encode(), done.stdout)
+
+    def test_the_unit_names_what_may_be_written(self):
+        world = self.world('local')
+        unit = self.assert_run(world, 0, '--print-unit', '--stream', 's').output
+        self.assertIn('Type=notify', unit)
+        for path in (world.source, world.target, world.state):
+            self.assertIn('ReadWritePaths="%s"' % path, unit)
+        self.assertIn('"--daemon" "--config" "%s" "--stream" "s"' % world.ini, unit)
+
+    def test_lines_for_the_journal(self):
+        world = self.world('local')
+        world.configure('log_format = journal\n')
+        write(os.path.join(world.source, 'item'), b'item')
+        self.assertRegex(self.assert_run(world, 0).output, r'(?m)^<6>s: moved item, 4 B$')
+
+
 class Documents(Case):
     def text(self, name):
-        with open(os.path.join(HERE, name), encoding='utf-8') as handle:
-            return handle.read()
+        return text_of(os.path.join(HERE, name))
 
     def test_the_example_is_what_the_table_generates(self):
         self.assertEqual(self.text('mistamover.ini.example'), mm.example_ini(),
