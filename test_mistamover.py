@@ -2802,19 +2802,23 @@ class Reload(Case):
             self.addCleanup(process.wait)
             self.addCleanup(process.kill)
 
-            def until(word):
-                heard = []
-                while not any(word in line for line in heard):
+            heard, end = [], time.monotonic() + PATIENCE
+
+            def until(word, times=1):
+                while sum(word in line for line in heard) < times and time.monotonic() < end:
                     heard.append(listener.recv(4096).decode())
-                return heard
-            self.assertEqual(until('READY=1')[-1], 'READY=1')
+                self.assertGreaterEqual(sum(word in line for line in heard), times, heard)
+            until('READY=1')
             until('WATCHDOG=1')
             until('STATUS=1 idle')
             process.send_signal(signal.SIGHUP)
-            self.assertRegex(until('RELOADING=1')[-1], r'^RELOADING=1\nMONOTONIC_USEC=\d+$')
-            until('READY=1')
+            until('RELOADING=1')
+            until('READY=1', 2)
             process.terminate()
             until('STOPPING=1')
+            self.assertEqual(heard[0], 'READY=1')
+            reloading, = [line for line in heard if 'RELOADING' in line]
+            self.assertRegex(reloading, r'^RELOADING=1\nMONOTONIC_USEC=\d+$')
             self.assertEqual(self.ended(process), 143)
 
     def test_the_watchdog_is_not_fed_for_a_thread_that_hangs(self):
