@@ -2718,7 +2718,7 @@ threading.Thread(target=watch, daemon=True).start()
         self.assertIn('Traceback', done.output)
         self.assertEqual(contents(tree(world.target)), {b'item': b'item'})
         with open(out) as handle:
-            self.assertIn("a bug in this program: ZeroDivisionError('a doctored bug')", handle.read())
+            self.assertIn("a bug in this program: ZeroDivisionError('a doctored bug'", handle.read())
 
 
 class Hooks(Case):
