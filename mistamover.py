@@ -72,6 +72,7 @@ SMALL = 128 << 10                       # bytes; sixty of these pass any line wi
 STOP_FILE_AGE = 10                      # seconds for which an answer about a stop file holds
 KILL_GRACE = 2                          # seconds between SIGTERM and SIGKILL for a child
 CONTROL_PATH_MAX = 80                   # sun_path holds 104 bytes, ssh(1) adds 17 while binding
+LAST_SECOND = 253402300799              # of the year 9999: a time stamp has four digits for it
 CLOCK_TOLERANCE = 2                     # seconds two clocks may drift apart between two scans
 
 
@@ -265,6 +266,7 @@ def atomic_write(path, data, durable=False, mode=0o600):
 
 def same_directory(one, two):
     """Whether two paths lead to one directory, as far as this machine can tell."""
+    one, two = to_bytes(one), to_bytes(two)
     try:
         return os.path.samefile(one, two)
     except OSError:
@@ -273,7 +275,7 @@ def same_directory(one, two):
 
 def lies_below(path, top):
     """Whether path is top or lies somewhere below it, symlinks resolved."""
-    path, top = (os.path.join(os.path.realpath(p), '') for p in (path, top))
+    path, top = (os.path.join(os.path.realpath(to_bytes(p)), b'') for p in (path, top))
     return path.startswith(top)
 
 
@@ -327,7 +329,7 @@ class StopRequest:
         with self.lock:
             wakers = list(self.wakers)
         for wake in wakers:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(Exception):    # every one of them must be woken
                 wake()
 
     def check(self):
@@ -466,6 +468,8 @@ class Program:
             try:
                 return self.chunks.get(timeout=0.1)
             except queue.Empty:
+                if self.process.poll() is not None and self.overdue(since, KILL_GRACE):
+                    return b''          # it has ended; a child of its own keeps the pipe open
                 if self.overdue(since, limit) and alive and alive():
                     since = time.monotonic()
                 self.watch(since, limit)
@@ -537,8 +541,9 @@ class Program:
         if self.process.stdin:
             with contextlib.suppress(OSError):
                 self.process.stdin.close()
-        self.reader.join()
-        self.process.stdout.close()
+        self.reader.join(KILL_GRACE)
+        if not self.reader.is_alive():      # else the pipe is its, until a grandchild lets go
+            self.process.stdout.close()
         self.errors_file.close()
 
 
@@ -663,6 +668,17 @@ def kind_window(text, _base):
     if max(a, c) > 24 or max(b, d) > 59:
         raise ValueError('%r names no time of day' % text)
     return a * 60 + b, c * 60 + d
+
+
+def kind_mail(text, _base):
+    """An address, or NAME <address>."""
+    if not re.match(r'(?:[^<>@"]*<)?[^\s<>@"\[\]]+@[A-Za-z0-9.-]+[A-Za-z0-9]>?$', text):
+        raise ValueError('%r is no mail address' % text)
+    return text
+
+
+def kind_mails(text, base):
+    return [kind_mail(part, base) for part in kind_globs(text, base)]
 
 
 def kind_clock(text, _base):
@@ -794,8 +810,8 @@ OPTIONS = [Option(*row) for row in (
     ('stream', 'keep_delivered', kind_duration, '0',
      'move: keep what was released in DIRECTORY/.delivered for this long'),
 
-    ('email', 'from', kind_text, '', 'the sender of alerts'),
-    ('email', 'recipient', kind_globs, '', 'who gets them: addresses separated by commas'),
+    ('email', 'from', kind_mail, '', 'the sender of alerts'),
+    ('email', 'recipient', kind_mails, '', 'who gets them: addresses separated by commas'),
     ('email', 'subject', kind_text, 'MiStaMover', 'how the subject begins'),
     ('email', 'smarthost', kind_host, '', 'the mail server; no mail is sent without one'),
     ('email', 'port', kind_count, '25', 'its port'),
@@ -870,6 +886,7 @@ class Config:
         self.origins = {}           # (section, option) -> (file, line); option None: the header
         self.sections = {}          # section -> {option: raw text}
         self.settings = self.email = self.monitor = None
+        self.stamps = []            # of the files, as they were when they were read
         self.streams = []
 
     def fail(self, section, option, message, hint=''):
@@ -880,9 +897,19 @@ class Config:
         raise ConfigError('%s: %s' % (where, message), hint)
 
 
+def stamp_of(path):
+    """What differs after a file was changed, or None if it is gone."""
+    try:
+        info = os.stat(path)
+        return path, info.st_mtime_ns, info.st_size, info.st_ino
+    except OSError:
+        return None
+
+
 def read_ini(config, path):
     """Read one file into config.sections, remembering where each option stands."""
     import configparser
+    config.stamps.append(stamp_of(path))        # before it is read: a change meanwhile is seen
     try:
         with open(path, encoding='utf-8-sig') as handle:
             text = handle.read()
@@ -1013,6 +1040,8 @@ def read_secret(config, section, path):
             return handle.readline().rstrip('\r\n')
     except OSError as error:
         config.fail(section, 'password_file', 'cannot be read: %s' % error.strerror)
+    except UnicodeDecodeError:
+        config.fail(section, 'password_file', 'is not UTF-8 text')
 
 
 def check_email(config):
@@ -1092,6 +1121,8 @@ def check_stream(config, stream, protocols):
         fail('directories', '%s cannot keep directories' % stream.transfer_protocol, 'use zip')
     if stream.directories == 'zip' and (stream.mirror or stream.items == 'files'):
         fail('directories', 'zip goes with transfer_mode = move and items = top only')
+    if WINDOWS and stream.keep_delivered:
+        fail('keep_delivered', 'does not work on Windows')
     if stream.mirror and stream.keep_delivered:
         fail('keep_delivered', 'goes with transfer_mode = move only', 'a mirror releases nothing')
     if stream.move and stream.symlinks == 'keep':
@@ -1504,16 +1535,33 @@ class SharedJson:
         except OSError as error:
             raise StateError('cannot read %s: %s' % (show(self.path), error.strerror))
 
-    def update(self, stream_name, value):
+    @contextlib.contextmanager
+    def locked(self):
+        """Other threads and, where there is flock(2), other processes wait."""
         with self.lock:
-            content = self.read()
-            if content.get(stream_name) == value:
-                return
-            content[stream_name] = value
+            fd = os.open(self.path + '.lock', os.O_RDWR | os.O_CREAT, 0o600)
             try:
+                if not WINDOWS:
+                    import fcntl
+                    with contextlib.suppress(OSError):      # a share without locks
+                        fcntl.flock(fd, fcntl.LOCK_EX)
+                yield
+            finally:
+                os.close(fd)
+
+    def update(self, key, value):
+        """Set one entry, or remove it (None).  Raises StateError."""
+        try:
+            with self.locked():
+                content = self.read()
+                if content.get(key) == value:
+                    return
+                content[key] = value
+                if value is None:
+                    del content[key]
                 atomic_write(self.path, json.dumps(content, indent=1, sort_keys=True).encode('ascii'))
-            except OSError as error:
-                raise StateError('cannot write %s: %s' % (show(self.path), error.strerror))
+        except OSError as error:
+            raise StateError('cannot write %s: %s' % (show(self.path), error.strerror))
 
 
 class Failures:
@@ -1612,7 +1660,7 @@ class Progress:
             protocol=self.stream.transfer_protocol, target=target_of(self.stream),
             waiting_items=max(0, self.total_items - self.done_items),
             waiting_bytes=max(0, self.total_bytes - self.done_bytes),
-            oldest=utc_stamp(self.oldest_ns / 1e9) if self.oldest_ns and
+            oldest=utc_stamp(min(max(0, self.oldest_ns / 1e9), LAST_SECOND)) if self.oldest_ns and
             self.done_items < self.total_items else None,
             next_try=self.next_try and utc_stamp(self.next_try))
         if self.done_bytes:
@@ -1647,13 +1695,20 @@ class Alerts:
     LEVELS = ('info', 'warning', 'error')
     KEPT = 1000                         # alerts that wait at most; older ones give way
     RETRY = 60                          # seconds until a channel that failed is tried again
+    PATIENCE = 90                       # seconds that the end of a single run waits for them
 
     def __init__(self, state_dir, config):
         self.shared = SharedJson(state_dir, 'alerts.json')
         self.lock = threading.Lock()    # guards what follows
-        content = self.shared.read()
-        self.pending = content.get('pending', [])
-        self.states = {key: bad for key, bad in content.items() if key != 'pending'}
+        self.stop = StopRequest()       # ends an alert_command
+        self.key = 'pending:%d' % os.getpid()
+        self.pending, self.states = [], {}
+        for key, value in self.shared.read().items():
+            if not key.startswith('pending:'):
+                self.states[key] = value
+            elif key == self.key or not alive(key[8:]):     # a process that is gone left them
+                self.pending += value
+                self.save(key, None)
         self.next_at = 0                # monotonic time before which nothing is sent
         self.failing = set()            # channels that failed when they were tried last
         self.configure(config)
@@ -1679,7 +1734,7 @@ class Alerts:
             with self.lock:
                 self.pending = self.pending[1 - self.KEPT:] + [
                     dict(time=utc_stamp(), level=level, text=show(text), left=left)]
-                self.save('pending', self.pending)
+                self.save(self.key, self.pending or None)
 
     def turn(self, key, bad, level, text):
         """Something is bad or good: told when it changes, across runs, not while it lasts."""
@@ -1697,7 +1752,7 @@ class Alerts:
             '%d alerts, %d of them errors' % (len(alerts), sum(a['level'] == 'error' for a in alerts))
         lines = ['%(time)s  %(level)-7s  %(text)s' % alert for alert in alerts]
         host = socket.gethostname()
-        return '%s on %s: %s' % (self.email.subject, host, subject[:150]), \
+        return ' '.join(('%s on %s: %s' % (self.email.subject, host, subject[:150])).split()), \
             '\n'.join(lines + ['', 'MiStaMover on %s' % host, ''])
 
     def send_due(self, force=False):
@@ -1714,15 +1769,15 @@ class Alerts:
                 if mine:
                     send(*self.compose(mine))
                 self.sent(name, mine)
-            except (OSError, ValueError, MoverError) as error:      # smtplib's are OSErrors
+            except Exception as error:      # what smtplib and email raise is a long list
                 self.next_at = time.monotonic() + min(self.RETRY, self.email.digest_time)
                 if name not in self.failing:
-                    log.error('alerts wait: %s: %s' % (name, error))
+                    log.error('alerts wait: %s: %s' % (name, str(error) or repr(error)))
                 self.failing.add(name)
         with self.lock:
             configured = {name for name, _ in self.channels()}
             self.pending = [a for a in self.pending if configured.intersection(a['left'])]
-            self.save('pending', self.pending)
+            self.save(self.key, self.pending or None)
         return self.failing & configured
 
     def sent(self, name, alerts):
@@ -1753,7 +1808,7 @@ class Alerts:
             server.send_message(message)
 
     def run_command(self, subject, body):
-        done = run(self.command, StopRequest(), 60, ('%s\n\n%s' % (subject, body)).encode())
+        done = run(self.command, self.stop, 60, ('%s\n\n%s' % (subject, body)).encode())
         if done.code:
             raise MoverError('%s ended with %d: %s' % (show(self.command[0]), done.code, done.errors))
 
@@ -3980,7 +4035,7 @@ class FtpTransport(Staging):
         ftp.encoding = 'latin-1'
         with self.translated('cannot log in to %s, port %d' % (
                 stream.target_host, stream.target_port or 21)), \
-                self.stop.on_stop(lambda: ftp.close()):
+                self.stop.on_stop(lambda: self.hang_up(ftp)):
             ftp.connect(stream.target_host, stream.target_port or 0, timeout=stream.connect_timeout)
             ftp.login(stream.username or 'anonymous', stream.password or '')
             if stream.tls:
@@ -3989,6 +4044,13 @@ class FtpTransport(Staging):
             ftp.sock.settimeout(stream.stall_timeout)
             ftp.voidcmd('TYPE I')
         return ftp
+
+    @staticmethod
+    def hang_up(ftp):
+        """Wake a thread that reads; close() would wait for it."""
+        import socket
+        if ftp.sock:
+            ftp.sock.shutdown(socket.SHUT_RDWR)
 
     @contextlib.contextmanager
     def translated(self, what):
@@ -4059,12 +4121,9 @@ class FtpTransport(Staging):
         """A connection for one thread; after an error that leaves it unclear it is thrown away."""
         ftp = self.take()
 
-        def wake():
-            import socket
-            ftp.sock.shutdown(socket.SHUT_RDWR)
         healthy = False
         try:
-            with self.stop.on_stop(wake):
+            with self.stop.on_stop(lambda: self.hang_up(ftp)):
                 yield ftp
             healthy = True
         except ItemError:
@@ -4185,9 +4244,9 @@ class FtpTransport(Staging):
         """For each path whether anything has this name.  SIZE may be refused for other reasons
         than absence; RNFR is answered 350 for whatever can be renamed (RFC 959, 4.1.3)."""
         replies = self.answers(ftp, ['%s %s' % (verb, self.name(path))
-                                     for path in paths for verb in ('SIZE', 'RNFR')])
-        return [size[:1] == '2' or rename[:1] == '3'
-                for size, rename in zip(replies[::2], replies[1::2])]
+                                     for path in paths for verb in ('RNFR', 'SIZE')])
+        return [rename[:1] == '3' or size[:1] == '2'
+                for rename, size in zip(replies[::2], replies[1::2])]
 
     def present(self, names):
         with self.connection() as ftp:
@@ -4323,8 +4382,8 @@ class FtpTransport(Staging):
             free = [job for job, there in zip(chunk, taken) if not there]
             replies = self.answers(ftp, [command for job in free for command in (
                 'RNFR ' + self.name(job.staged), 'RNTO ' + self.name(job.final))])
-            for job, reply in zip(free, replies[1::2]):
-                if reply[:1] != '2':
+            for job, found, reply in zip(free, replies[::2], replies[1::2]):
+                if found[:1] != '3' or reply[:1] != '2':
                     job.error = ItemError('RNTO %s: %s' % (show(job.final), show(reply)))
             done.update(free)
         self.each(in_chunks(jobs, self.ahead), publish)
@@ -4378,28 +4437,65 @@ def in_window(window, now):
 class Kept:
     """keep_delivered: released copies, in DIRECTORY/.delivered/HOUR/ under their own paths."""
 
-    HOUR = re.compile(rb'\d{4}-\d\d-\d\dT\d\dZ$')
+    HOUR = re.compile(rb'\d{4}-\d\d-\d\dT\d\dZ\Z')
 
     def __init__(self, stream):
         self.stream = stream
         self.top = os.path.join(stream.root, KEPT_DIR)
 
-    def place(self, path):
-        """A free name for a copy that is released now.  Raises OSError."""
-        if os.path.islink(self.top):
-            raise OSError(errno.ELOOP, '%s is a symlink' % show(self.top), self.top)
-        target = os.path.join(self.top, to_bytes(time.strftime('%Y-%m-%dT%HZ', time.gmtime())), path)
-        os.makedirs(os.path.dirname(target), 0o700, exist_ok=True)
-        return stamped(target) if os.path.lexists(target) else target
+    def folder(self, relative):
+        """A descriptor of a folder of this hour, made if need be; no symlink is followed.
+        Raises OSError."""
+        fd = os.open(self.stream.root, os.O_RDONLY | os.O_DIRECTORY)
+        hour = to_bytes(time.strftime('%Y-%m-%dT%HZ', time.gmtime()))
+        for depth, part in enumerate([KEPT_DIR, hour] + (relative.split(b'/') if relative else [])):
+            try:
+                below = self.step(fd, part)
+            except OSError as error:
+                if depth < 2 or error.errno not in (errno.ENOTDIR, errno.ELOOP):
+                    os.close(fd)
+                    raise
+                below = self.step(fd, stamped(part))    # a file kept before has that name
+            os.close(fd)
+            fd = below
+        return fd
+
+    @staticmethod
+    def step(fd, part):
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(part, 0o700, dir_fd=fd)
+        return os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=fd)
+
+    def check(self, path):
+        """Raises OSError if a copy of this path could not be kept now."""
+        os.close(self.folder(os.path.dirname(path)))
+
+    def take(self, name, path, directory=None):
+        """Move what is released to its place among the copies.  Raises OSError."""
+        fd = self.folder(os.path.dirname(path))
+        base = os.path.basename(path)
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                os.stat(base, dir_fd=fd, follow_symlinks=False)
+                base = stamped(base)
+            os.rename(name, base, src_dir_fd=directory, dst_dir_fd=fd)
+        except FileNotFoundError:
+            raise OSError(errno.EBUSY, 'the folder of copies is being purged', path)
+        finally:
+            os.close(fd)
 
     def hours(self):
         """[(the time it ends, path)] of the hours kept, oldest first."""
-        try:
-            names = [n for n in sorted(os.listdir(self.top)) if self.HOUR.match(n)]
-        except OSError:
-            return []
-        return [(calendar_time(name) + 3600, os.path.join(self.top, name)) for name in names
-                if not os.path.islink(os.path.join(self.top, name))]
+        found = []
+        if os.path.islink(self.top):
+            return found
+        with contextlib.suppress(OSError):
+            for name in sorted(os.listdir(self.top)):
+                path = os.path.join(self.top, name)
+                with contextlib.suppress(ValueError):
+                    if self.HOUR.match(name) and not os.path.islink(path):
+                        found.append((calendar_time(name) + 3600, path))
+        return found
 
     def purge(self, now, keep):
         """Delete the hours that ended at least `keep` seconds ago; never the one being filled."""
@@ -4451,32 +4547,32 @@ class Releaser:
     def release_file(self, entry, linked):
         """None when it is gone, else the reason why it stays."""
         try:
-            kept = self.kept.place(entry.path) if self.stream.keep_delivered else None
             if WINDOWS:
-                return self.release_plainly(entry, kept)
-            return self.release_linked(entry, kept) if linked else self.release_held(entry, kept)
+                return self.release_plainly(entry)
+            if self.stream.keep_delivered:
+                self.kept.check(entry.path)     # before anything is moved
+            return self.release_linked(entry) if linked else self.release_held(entry)
         except FileNotFoundError:
             return None
         except OSError as error:
             raise ItemError('%s was delivered, but cannot be deleted: %s' % (
                 show(entry.path), error.strerror), 'change the permissions of the directory')
 
-    def release_plainly(self, entry, kept):
+    def release_plainly(self, entry):
         path = os.path.join(self.root, entry.path)
         if not entry.same_as(os.lstat(path)):
             return 'changed after it was sent'
-        self.discard(path, kept)    # Windows refuses while somebody has it open
+        os.unlink(path)     # Windows refuses while somebody has it open
         return None
 
-    @staticmethod
-    def discard(name, kept, directory=None):
+    def discard(self, name, path, directory=None):
         """The moment a source goes, or goes to where copies are kept for a while."""
-        if kept:
-            os.rename(name, kept, src_dir_fd=directory)
+        if self.stream.keep_delivered:
+            self.kept.take(name, path, directory)
         else:
             os.unlink(name, dir_fd=directory)
 
-    def release_linked(self, entry, kept):
+    def release_linked(self, entry):
         """One inode stands at both ends: nothing written to it can be lost, only a file that
         was put in its place."""
         parent, aside = self.directory(os.path.dirname(entry.path))
@@ -4486,10 +4582,10 @@ class Releaser:
         if (there.st_dev, there.st_ino) != (entry.dev, entry.ino):
             self.put_back(name, aside, parent)
             return 'was replaced after it was sent'
-        self.discard(name, kept, aside)
+        self.discard(name, entry.path, aside)
         return None
 
-    def release_held(self, entry, kept):
+    def release_held(self, entry):
         import fcntl
         parent, aside = self.directory(os.path.dirname(entry.path))
         name = os.path.basename(entry.path)
@@ -4513,7 +4609,7 @@ class Releaser:
                     leased and fcntl.fcntl(fd, fcntl.F_GETLEASE) != fcntl.F_RDLCK:
                 self.put_back(name, aside, parent)
                 return 'changed while it was released'
-            self.discard(name, kept, aside)
+            self.discard(name, entry.path, aside)
             if here.st_nlink > 1:
                 self.changed[(here.st_dev, here.st_ino)] = os.fstat(fd).st_ctime_ns
             return None
@@ -4642,8 +4738,7 @@ class Releaser:
                     if entry.kind == 'd':
                         os.rmdir(path)
                     elif entry.same_as(os.lstat(path)):
-                        self.discard(path, self.stream.keep_delivered and
-                                     self.kept.place(entry.path))
+                        self.discard(path, entry.path)
         if any(e.kind == 'f' and os.path.lexists(os.path.join(top, e.path)) for e in entries):
             reasons.append('%s: something in it changed or is in use; it stays' % show(name))
         if os.path.lexists(os.path.join(top, name)):
@@ -5261,11 +5356,21 @@ class DiskMonitor:
 
     def poll(self, config):
         levels = config.monitor
-        for stream in config.streams if levels.level_low else ():
+        for stream in config.streams:
             try:
-                self.look(stream, levels)
+                if levels.level_low:
+                    self.look(stream, levels)
+                else:
+                    self.let_go(stream)     # the monitor may have been switched off meanwhile
             except OSError as error:
-                log.debug('%s: disk space: %s' % (stream.name, error.strerror))
+                log.once('%s: disk space: %s' % (stream.name, error.strerror))
+
+    @staticmethod
+    def let_go(stream):
+        path = os.path.join(stream.root, to_bytes(stream.stop_file))
+        if os.path.lexists(path) and is_monitors(path):
+            os.unlink(path)
+            log.info('%s: %s of the disk space monitor removed' % (stream.name, show(path)))
 
     def look(self, stream, levels):
         import shutil
@@ -5281,9 +5386,7 @@ class DiskMonitor:
             self.alerts.turn(key, True, 'warning', '%s: the disk of %s is low: %s free' % (
                 stream.name, show(stream.directory), format_size(shutil_free(stream.directory))))
         elif not below(levels.level_good):
-            if os.path.lexists(path) and is_monitors(path):
-                os.unlink(path)
-                log.info('%s: the disk has room again; %s removed' % (stream.name, show(path)))
+            self.let_go(stream)
             self.alerts.turn(key, False, 'info', '%s: the disk of %s has room again' % (
                 stream.name, show(stream.directory)))
         very_low = below(levels.level_vlow)
@@ -5297,15 +5400,24 @@ class DiskMonitor:
 
     @staticmethod
     def hold(stream, path):
-        """A stop file for senders; one that is there already stays whose it is."""
-        with contextlib.suppress(FileExistsError):
-            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-            try:
-                os.write(fd, MONITOR_LINE)
-            finally:
-                os.close(fd)
-            log.warning('%s: the disk is low; %s stops those who deliver into it' % (
-                stream.name, show(path)))
+        """A stop file for senders, never half written; one that is there stays whose it is."""
+        if os.path.lexists(path):
+            return
+        temp = os.path.join(stream.root, OWN_PREFIX + b'-monitor')
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temp)         # a crash left it
+        fd = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        try:
+            os.write(fd, MONITOR_LINE)
+            os.fsync(fd)
+            os.link(temp, path)
+        except FileExistsError:
+            return
+        finally:
+            os.close(fd)
+            os.unlink(temp)
+        log.warning('%s: the disk is low; %s stops those who deliver into it' % (
+            stream.name, show(path)))
 
 
 # ----------------------------------------------------------------------------------------
@@ -5509,8 +5621,8 @@ class Caretaker:
                 self.due[duty] = time.monotonic() + pause
                 try:
                     duty()
-                except (OSError, MoverError) as error:
-                    log.once('%s: %s' % (duty.__name__.replace('_', ' '), error))
+                except Exception as error:      # one duty never keeps another from being done
+                    log.once('%s: %r' % (duty.__name__.replace('_', ' '), error))
         self.state.alerts.send_due(everything)
 
     def run(self, stop):
@@ -5544,9 +5656,9 @@ class Caretaker:
         today = time.strftime('%Y-%m-%d', now)
         if alerts.states.get('heartbeat') == today:
             return
+        self.tally.update()
         alerts.states['heartbeat'] = today
         alerts.save('heartbeat', today)
-        self.tally.update()
         day = self.tally.last(24)
         bad = [row for row in stream_rows(self.config) if mood(row['state']) == 'bad']
         alerts.tell('error' if bad else 'info', '%s; %s delivered in the last day, %s' % (
@@ -5809,6 +5921,7 @@ class Worker:
             again = daemon
             try:
                 self.start()
+                self.exit_code = EXIT_OK
                 self.daemon() if daemon else self.once()
                 return
             except Interrupted:
@@ -5896,15 +6009,10 @@ class Notifier:
 
 
 def signature(config):
-    """What changes when one of the configuration files does."""
+    """What changes when one of the configuration files does: compare with config.stamps."""
     import glob
     paths = [config.path] + sorted(glob.glob(config.settings.stream_files or ''))
-    found = []
-    for path in paths:
-        with contextlib.suppress(OSError):
-            info = os.stat(path)
-            found.append((path, info.st_mtime_ns, info.st_size, info.st_ino))
-    return found
+    return [stamp for stamp in map(stamp_of, paths) if stamp]
 
 
 def start_log(config):
@@ -5932,7 +6040,9 @@ class Supervisor:
         self.caretaker = Caretaker(config, self.state)
         self.notifier = Notifier()
         self.running = {}               # name -> (Worker, its thread)
-        self.known = self.looked = signature(config)
+        self.held = False               # whether any stream ever had its lock
+        self.known = self.looked = config.stamps
+        self.state.alerts.turn('config', False, 'info', 'the configuration is in order again')
 
     @property
     def workers(self):
@@ -5971,16 +6081,30 @@ class Supervisor:
         terminal = sys.stderr.isatty() and not self.config.settings.log_file
         while self.goes_on():
             self.wait(0.2 if terminal or not self.daemon else 1)
-            self.tick()
+            try:
+                self.tick()
+            except Exception as error:      # whatever it is, somebody must go on watching
+                log.once('a bug in this program, or no room for it: %r' % error)
             if terminal:
                 draw_progress(self.workers)
         log.clear_line()
+        if not self.daemon and not self.stop.signal:
+            self.last_care()
+        self.state.alerts.stop.request()
         if self.stop.signal:
             return 128 + self.stop.signal
-        if not self.daemon:
-            self.caretaker.tick(everything=True)
         codes = {worker.exit_code for worker in self.workers}
         return next((code for code in (EXIT_FAILED, EXIT_LOCKED) if code in codes), EXIT_OK)
+
+    def last_care(self):
+        """Alerts, page and metrics of a single run, for which a signal does not wait."""
+        thread = threading.Thread(target=self.caretaker.tick, args=(True,), name='care', daemon=True)
+        thread.start()
+        end = time.monotonic() + Alerts.PATIENCE
+        while thread.is_alive() and not self.stop.signal and time.monotonic() < end:
+            self.wait(0.1)
+        self.state.alerts.stop.request()
+        thread.join(2 * KILL_GRACE)
 
     def goes_on(self):
         return any(thread.is_alive() for _, thread in self.running.values()) or \
@@ -5991,11 +6115,13 @@ class Supervisor:
             log.info('stopping: signal %d' % self.stop.signal)
             self.notifier.send('STOPPING=1')
             self.stop.request()
-        if any(worker.lock.fds for worker in self.workers):
+        self.held = self.held or any(worker.lock.fds for worker in self.workers)
+        if self.held or all(worker.exit_code == EXIT_FAILED for worker in self.workers):
             self.report(None)
         if not self.daemon or self.stop.event.is_set():
             return
-        if self.running and all(w.exit_code == EXIT_LOCKED for w in self.workers):
+        if self.running and not self.held and all(w.exit_code == EXIT_LOCKED for w in self.workers):
+            log.info('another process has every stream')
             self.stop.request()
             return
         self.follow_config()
@@ -6011,7 +6137,7 @@ class Supervisor:
         self.looked = now
         if not due:
             return
-        self.stop.reload, self.known = False, now
+        self.stop.reload, self.known = False, now       # if it is refused, only once
         self.notifier.reloading()
         try:
             self.adopt(self.load())
@@ -6026,9 +6152,9 @@ class Supervisor:
         """Put a new configuration in force.  Raises ConfigError."""
         if config.settings.state_dir != self.config.settings.state_dir:
             raise ConfigError('state_dir has changed', 'end the daemon and start it again')
-        old, self.config = self.config, config
-        if vars(old.settings) != vars(config.settings):
-            start_log(config)
+        if vars(self.config.settings) != vars(config.settings):
+            start_log(config)           # may refuse; until here nothing has changed
+        self.config, self.known = config, config.stamps
         self.state.alerts.configure(config)
         self.caretaker.config = config
         wanted = self.wanted()
@@ -6038,7 +6164,6 @@ class Supervisor:
                 worker.stop.leaving.set()
         for name in set(wanted) - set(self.running):
             log.info('%s: new' % name)
-        self.known = self.looked = signature(config)
         log.info('the configuration was read again')
 
 
@@ -6050,8 +6175,11 @@ def suspensions(stream):
     """What can be seen from here to hold a stream up."""
     if stream.status == 'stopped':
         yield 'status = stopped'
-    if stop_file_here(stream):
-        yield '%s in %s' % (stream.stop_file, show(stream.directory))
+    try:
+        if stop_file_here(stream):
+            yield '%s in %s' % (stream.stop_file, show(stream.directory))
+    except OSError as error:
+        yield 'cannot ask for %s: %s' % (stream.stop_file, error.strerror)
     if not in_window(stream.transfer_window, time.localtime()):
         yield 'outside of transfer_window'
 
@@ -6119,6 +6247,7 @@ def command_check(config, _args, stop):
         with tempfile.TemporaryDirectory(prefix='mistamover-') as scratch:
             config.settings.state_dir = scratch
             stream.spool = os.path.join(scratch, 'spool')
+            stream.control_dir = os.path.join(scratch, 'ssh')   # a running daemon keeps its own
             worker = Worker(stream, State(scratch, config))
             worker.transport = TRANSPORTS[stream.transfer_protocol](stream, stop, worker.progress)
             try:
@@ -6464,19 +6593,23 @@ def detach(config):
     def report(code):
         if not reported:
             if code is None:
-                atomic_write(path, b'%d\n' % os.getpid())
+                try:
+                    atomic_write(path, b'%d\n' % os.getpid())
+                except OSError as error:
+                    log.error('cannot write the pid file %s: %s' % (show(path), error.strerror))
             os.write(writer, bytes([code or EXIT_OK]))
             os.close(writer)
             reported.append(code)
         elif code is not None and reported == [None]:
-            os.unlink(path)
+            with contextlib.suppress(OSError):
+                os.unlink(path)
 
     return report
 
 
 def command_run(config, args, stop):
+    start_log(config)       # while there is still a terminal to complain to
     report = detach(config) if args.background else lambda code: None
-    start_log(config)
     with signals_recorded(stop, args.daemon) as wait:
         code = Supervisor(config, lambda: read_config(args), args.daemon, stop, wait, report).run()
     report(code)
