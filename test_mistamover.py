@@ -1075,6 +1075,26 @@ class KeepDelivered(Case):
         self.assertIn('a note of mine', os.listdir(kept))
         self.assertEqual(world.leftovers(), [])
 
+    def test_odd_names_and_links_among_the_copies(self):
+        world = self.world('local')
+        elsewhere = os.path.join(world.top, 'elsewhere')
+        write(os.path.join(elsewhere, '2020-01-01T00Z', 'precious'), b'not ours')
+        os.symlink(elsewhere, os.path.join(world.source, '.delivered'))
+        write(os.path.join(world.source, 'one'), b'one')
+        self.assert_run(world, 0)
+        self.assertEqual(contents(tree(elsewhere))[b'2020-01-01T00Z/precious'], b'not ours')
+        os.unlink(os.path.join(world.source, '.delivered'))
+        world.configure(keep_delivered='1h')
+        kept = os.path.join(world.source, '.delivered')
+        hour = time.strftime('%Y-%m-%dT%HZ', time.gmtime())
+        for odd in ('2024-99-99T99Z', '2020-01-01T00Z\n', hour):
+            os.makedirs(os.path.join(kept, odd))
+        os.symlink(elsewhere, os.path.join(kept, hour, 'day'))
+        write(os.path.join(world.source, 'day', 'file'), b'inside')
+        self.assert_run(world, 0)
+        self.assertEqual(sorted(tree(elsewhere)), [b'2020-01-01T00Z', b'2020-01-01T00Z/precious'])
+        self.assertIn(b'inside', contents(tree(kept)).values())
+
     def test_a_symlink_in_its_place_is_not_followed(self):
         world = self.world('local', keep_delivered='1h')
         write(os.path.join(world.source, 'run001'), b'run')
@@ -2721,7 +2741,67 @@ threading.Thread(target=watch, daemon=True).start()
             self.assertIn("a bug in this program: ZeroDivisionError('a doctored bug'", handle.read())
 
 
+    def test_alerts_of_a_process_that_is_gone_are_sent_and_those_of_a_living_one_left(self):
+        world = self.world('local')
+        out = os.path.join(world.top, 'heard')
+        world.configure('alert_command = tee -a %s\n' % out)
+        os.makedirs(world.state)
+        gone = subprocess.Popen(['true'])
+        gone.wait()
+        shared = mm.SharedJson(world.state, 'alerts.json')
+        for pid, text in ((gone.pid, 'of the dead'), (os.getpid(), 'of the living')):
+            shared.update('pending:%d' % pid, [dict(time='2026-01-01T00:00:00.000Z', level='error',
+                                                    text=text, left=['command'])])
+        self.assert_run(world, 0)
+        self.assertIn('of the dead', text_of(out))
+        self.assertNotIn('of the living', text_of(out))
+        self.assertEqual([k for k in shared.read() if 'pending' in k], ['pending:%d' % os.getpid()])
+
+    def test_a_signal_does_not_wait_for_an_alert_command(self):
+        world = self.world('local')
+        started = os.path.join(world.top, 'started')
+        world.configure("alert_command = sh -c 'touch %s; sleep 300'\n" % started)
+        os.rmdir(world.target)
+        write(os.path.join(world.source, 'item'), b'item')
+        process = world.start('--once')
+        wait_for(lambda: os.path.exists(started), 'the command')
+        process.terminate()
+        self.assertEqual(self.ended(process, 10), 143)
+
+    def test_an_odd_time_or_address_keeps_no_alert_back(self):
+        world = self.world('local')
+        out = os.path.join(world.top, 'heard')
+        program = 'alert_command = tee %s\nstatus_page = %s\n' % (out, os.path.join(world.top, 'page.html'))
+        world.configure(program)
+        os.rmdir(world.target)
+        os.rmdir(world.source)
+        os.mkdir(world.source)
+        path = os.path.join(world.source, 'far')
+        write(path, b'x')
+        os.utime(path, (15032385535, 15032385535))      # the last second that ext4 knows
+        self.assert_run(world, 1)
+        self.assertIn('is missing', text_of(out))
+        self.assert_run(world, 0, '--status')
+        progress = mm.Progress(mm.load_config(world.ini, mm.TRANSPORTS).streams[0],
+                               mm.SharedJson(world.state, 'status.json'))
+        progress.begin(1, 1, 300000000000 * 10 ** 9)    # the year 11476
+        progress.save()
+        self.assert_run(world, 0, '--status')
+        for bad in ('a@', 'foo <', 'a@['):
+            world.configure(program + '[email]\nsmarthost = h\nrecipient = a@b.org\nfrom = %s\n' % bad)
+            self.assertIn('is no mail address', self.assert_run(world, 2).output)
+
+
 class Hooks(Case):
+    def test_a_child_that_a_hook_leaves_behind_holds_nothing_up(self):
+        world = self.world('local', stall_timeout='30s')
+        pid_file = os.path.join(world.top, 'pid')
+        world.configure(after_delivery="sh -c 'setsid sleep 300 & echo $$! > %s'" % pid_file)
+        write(os.path.join(world.source, 'item'), b'item')
+        self.assert_run(world, 0)
+        self.assertEqual(tree(world.source), {})
+        os.kill(int(text_of(pid_file)), signal.SIGKILL)     # it lives: nobody waited for it
+
     def test_after_delivery_gets_the_names(self):
         names = [b'with\nnewline', b'plain', b'caf\xe9']
         for form in ('nul', 'json'):
@@ -2788,6 +2868,37 @@ class Reload(Case):
         self.assertEqual(self.ended(process), 143)
         self.assertEqual(world.said().count('the old one stays in force'), 1, world.said())
         self.assertNotIn('Traceback', world.said())
+
+    def test_a_stream_that_is_renamed_goes_on_and_a_bad_log_file_changes_nothing(self):
+        world = self.world('local')
+        process = self.daemon(world)
+        write(os.path.join(world.source, 'one'), b'one')
+        wait_for(lambda: not tree(world.source), 'the first item')
+        renamed = text_of(world.ini).replace('[stream:s]', '[stream:renamed]')
+        with open(world.ini, 'w') as handle:
+            handle.write(renamed.replace('[mistamover]', '[mistamover]\nlog_file = /dev/null/log'))
+        wait_for(lambda: 'the old one stays in force' in world.said(), 'the refusal')
+        self.assertNotIn('taken out', world.said())
+        with open(world.ini, 'w') as handle:
+            handle.write(renamed)
+        wait_for(lambda: 's: taken out' in world.said(), 'the old name to leave')
+        write(os.path.join(world.source, 'two'), b'two')
+        wait_for(lambda: not tree(world.source), 'the new name')
+        self.assertEqual(process.poll(), None, world.said())
+        process.terminate()
+        self.assertEqual(self.ended(process), 143)
+
+    def test_background_returns_when_nothing_can_start_yet(self):
+        world = self.world('local')
+        world.configure('log_file = %s' % os.path.join(world.top, 'the.log'))
+        os.rmdir(world.source)
+        self.assert_run(world, 0, '--daemon', '--background', limit=30)
+        pid = int(text_of(os.path.join(world.state, 'mistamover.pid')))
+        os.mkdir(world.source)
+        write(os.path.join(world.source, 'item'), b'item')
+        wait_for(lambda: contents(tree(world.target)) == {b'item': b'item'}, 'the delivery')
+        os.kill(pid, signal.SIGTERM)
+        wait_for(lambda: not os.path.exists(os.path.join(world.state, 'mistamover.pid')), 'the end')
 
     def test_systemd_is_told(self):
         world = self.world('local')
@@ -2882,6 +2993,16 @@ class DiskSpace(Case):
         self.assert_run(world, 0, '--stream', 'up')
         self.assertEqual(contents(tree(upstream)), {})
         self.assertEqual(contents(tree(world.source)), {b'more': b'more'})
+
+    def test_a_full_disk_gets_a_whole_stop_file_or_none(self):
+        world = self.world('local')
+        self.small_disk(world.source)
+        world.configure(self.LEVELS, status='stopped')
+        with contextlib.suppress(OSError):
+            write(os.path.join(world.source, 'full'), bytes(9 << 20))
+        self.assert_run(world, 0)
+        self.assertEqual(sorted(os.listdir(world.source)), ['full'])
+        os.unlink(os.path.join(world.source, 'full'))
 
     def test_a_persons_stop_file_stays_a_persons(self):
         world = self.world('local')
