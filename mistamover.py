@@ -620,6 +620,15 @@ def kind_words(text, _base):
     return shlex.split(text)
 
 
+def kind_command(text, base):
+    """The words of a command that no shell sees."""
+    import shlex
+    words = shlex.split(text)
+    if any(re.match(r'\d?[<>|&;]', word) for word in words[1:]):
+        raise ValueError("no shell reads this, so > | & ; mean nothing: use a script, or sh -c '...'")
+    return [kind_program(words[0], base)] + words[1:] if words else []
+
+
 def kind_globs(text, _base):
     return [part.strip() for part in text.split(',') if part.strip()]
 
@@ -726,8 +735,8 @@ OPTIONS = [Option(*row) for row in (
     ('mistamover', 'status_page', kind_path, '', 'an HTML page to look at, e.g. status.html'),
     ('mistamover', 'metrics_file', kind_path, '',
      "numbers for Prometheus's textfile collector, e.g. mistamover.prom"),
-    ('mistamover', 'alert_command', kind_words, '',
-     'a command that gets alerts on its standard input'),
+    ('mistamover', 'alert_command', kind_command, '',
+     'a command (no shell) that gets alerts on its standard input'),
     ('mistamover', 'stream_files', kind_path, '', 'more files with streams, e.g. streams.d/*.ini'),
 
     ('stream', 'directory', kind_path, '', 'the incoming directory to watch (required)'),
@@ -799,8 +808,8 @@ OPTIONS = [Option(*row) for row in (
      'in directory or target_dir, it suspends the stream until it is gone'),
     ('stream', 'mirror_delete', kind_flag, 'no',
      'mirror: delete at the target what is gone here; an empty directory deletes nothing'),
-    ('stream', 'after_delivery', kind_words, '',
-     'a command run after each batch, with the names on its standard input'),
+    ('stream', 'after_delivery', kind_command, '',
+     'a command (no shell) run after each batch, with the names on its standard input'),
     ('stream', 'after_delivery_format', one_of('nul', 'json'), 'nul',
      'nul: names, each ended by a NUL; json: the ledger line of each'),
     ('stream', 'priority', kind_number, '100',
@@ -887,7 +896,7 @@ class Config:
         self.sections = {}          # section -> {option: raw text}
         self.settings = self.email = self.monitor = None
         self.stamps = []            # of the files, as they were when they were read
-        self.streams = []
+        self.streams, self.every = [], []
 
     def fail(self, section, option, message, hint=''):
         path, line = self.origins.get((section, option)) or \
@@ -1016,7 +1025,7 @@ def read_section(config, section, kind, text_of, mode=None):
             text = default_of(option, mode)
         try:
             values[option.name] = option.kind(text, base) if text or \
-                option.kind in (kind_globs, kind_words) else None
+                option.kind in (kind_globs, kind_mails, kind_words, kind_command) else None
         except ValueError as error:
             config.fail(home, option.name, str(error))
         if kind == 'stream' and option.name in REQUIRED and not text:
@@ -1210,6 +1219,7 @@ def load_config(path, protocols, names=(), mode=None):
     check_places(config, config.settings.state_dir)
     check_email(config)
     check_monitor(config)
+    config.every = config.streams       # the page shows them all, whatever this run works on
     config.streams = [s for s in config.streams if not names or s.name in names]
     for stream in config.streams:
         check_stream(config, stream, protocols)
@@ -1651,6 +1661,11 @@ class Progress:
     def failed(self, message):
         self.last['last_error'] = message
         self.last['last_error_time'] = utc_stamp()
+
+    def mended(self):
+        """A whole pass went well: what was wrong before is history, for the log to tell."""
+        self.last.pop('last_error', None)
+        self.last.pop('last_error_time', None)
 
     def save(self):
         self.saved = time.monotonic()
@@ -5357,6 +5372,8 @@ class DiskMonitor:
     def poll(self, config):
         levels = config.monitor
         for stream in config.streams:
+            if not os.path.isdir(stream.root):
+                continue            # its worker says so
             try:
                 if levels.level_low:
                     self.look(stream, levels)
@@ -5430,11 +5447,11 @@ def died(entry):
         not alive(entry.get('pid'))
 
 
-def stream_rows(config):
+def stream_rows(config, streams):
     """What is known of each stream, as dicts: status.json, made ready to be shown."""
     content = SharedJson(config.settings.state_dir, 'status.json').read()
     rows = []
-    for stream in config.streams:
+    for stream in streams:
         row = dict(content.get(stream.name, {}), name=stream.name)
         row['state'] = 'died' if died(row) else row.get('state', 'never run')
         with contextlib.suppress(OSError):
@@ -5542,7 +5559,7 @@ def status_page(config, tally, now):
     """The whole page, self-contained; every name in it is escaped."""
     import html
     import socket
-    rows = stream_rows(config)
+    rows = stream_rows(config, config.every)
     lines = []
     for row in rows:
         cells = [html.escape(cell) for cell in row_cells(row, now)]
@@ -5552,7 +5569,7 @@ def status_page(config, tally, now):
     day, month = tally.last(24, now=now), tally.last(Tally.DAYS, 86400, now)
     failures = SharedJson(config.settings.state_dir, 'failures.json').read()
     failed = ['%s: %s: failed %s, last: %s' % (stream.name, name, count_of(f['count'], 'time'), f['error'])
-              for stream in config.streams
+              for stream in config.every
               for name, f in sorted(failures.get(stream.name, {}).items())]
     aside = ['%s: %s' % (row['name'], name) for row in rows for name in row.get('quarantine') or ()]
     bad = sum(mood(row['state']) == 'bad' for row in rows)
@@ -5588,7 +5605,7 @@ METRICS = (     # name, type, help, how to read it from a row
 
 def metrics_text(config, now):
     """Prometheus text exposition format 0.0.4, for node_exporter's textfile collector."""
-    rows = stream_rows(config)
+    rows = stream_rows(config, config.every)
     lines = ['# HELP mistamover_build_info The version that runs', '# TYPE mistamover_build_info gauge',
              'mistamover_build_info{version="%s"} 1' % __version__,
              '# HELP mistamover_written_timestamp_seconds Time at which this was written',
@@ -5660,7 +5677,7 @@ class Caretaker:
         alerts.states['heartbeat'] = today
         alerts.save('heartbeat', today)
         day = self.tally.last(24)
-        bad = [row for row in stream_rows(self.config) if mood(row['state']) == 'bad']
+        bad = [row for row in stream_rows(self.config, self.config.every) if mood(row['state']) == 'bad']
         alerts.tell('error' if bad else 'info', '%s; %s delivered in the last day, %s' % (
             'in trouble: ' + ', '.join(row['name'] for row in bad) if bad else 'all is well',
             count_of(sum(span[1] for span in day), 'item'),
@@ -5796,6 +5813,8 @@ class Worker:
             self.transport.close()
             self.asked = -STOP_FILE_AGE
             raise
+        if not (result.failed or result.waiting):
+            self.progress.mended()
         self.state.alerts.turn('target:' + self.stream.name, False, 'info', '%s: %s is back' % (
             self.stream.name, target_of(self.stream)))
         if result.items or result.failed or result.kept or not patient:
@@ -5833,7 +5852,7 @@ class Worker:
         again = pause is not None
         message = '%s: %s' % (self.stream.name, error)
         self.progress.failed(str(error))
-        self.progress.enter('down', str(error), bool(self.lock.fds), pause)
+        self.progress.enter('down', str(error), pause=pause)
         if self.daemonic or not again:
             self.state.alerts.turn('target:' + self.stream.name, True, 'error', message)
         if failures == 1:
@@ -6270,7 +6289,7 @@ COLOURS = {'good': '32', 'bad': '31', 'wait': '33'}
 
 def command_status(config, args, _stop):
     """What each stream is doing, from the state directory."""
-    rows = stream_rows(config)
+    rows = stream_rows(config, config.streams)
     if args.json:
         say(json.dumps({row['name']: row for row in rows}, indent=1, sort_keys=True))
         return EXIT_OK
@@ -6545,6 +6564,9 @@ def command_init(args, stop):
         raise ConfigError('%s is there already' % show(path), 'name another one with --config')
     say('This writes %s.  An empty answer takes what stands in [brackets].' % show(path))
     name = ask('a name for the stream', 'data')
+    while not re.match(r'[\w.-]+$', name):
+        say('it is made of letters, digits, _ . and -')
+        name = ask('a name for the stream', 'data')
     answers = ask_options()
     table = {option.name: option for option in OPTIONS if option.section == 'stream'}
     lines = ['# Written by mistamover.py --init.  Every other option: mistamover.ini.example.', '',
