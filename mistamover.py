@@ -218,12 +218,6 @@ def epoch(stamp):
     return calendar.timegm(time.strptime(stamp[:19], '%Y-%m-%dT%H:%M:%S')) + float(stamp[19:23])
 
 
-def calendar_time(name):
-    """The epoch seconds of b'2026-11-24T09Z'."""
-    import calendar
-    return calendar.timegm(time.strptime(name.decode(), '%Y-%m-%dT%HZ'))
-
-
 def stamped(name, now=None):
     """NAME.~20261124T031500.123Z~, with the stamp before the ending of a zip."""
     now = time.time() if now is None else now
@@ -622,8 +616,7 @@ def kind_words(text, _base):
 
 def kind_command(text, base):
     """The words of a command that no shell sees."""
-    import shlex
-    words = shlex.split(text)
+    words = kind_words(text, base)
     if any(re.match(r'\d?[<>|&;]', word) for word in words[1:]):
         raise ValueError("no shell reads this, so > | & ; mean nothing: use a script, or sh -c '...'")
     return [kind_program(words[0], base)] + words[1:] if words else []
@@ -2091,16 +2084,6 @@ class Scanner:
         return self.stream.move and not self.stream.remove_directories
 
 
-def stop_file_here(stream):
-    """Whether somebody's stop file suspends the stream.  The disk space monitor's is for those
-    who deliver into the directory, not for us who empty it.  Raises OSError."""
-    path = os.path.join(stream.root, to_bytes(stream.stop_file))
-    try:
-        return stat.S_ISDIR(os.lstat(path).st_mode) or not is_monitors(path)
-    except FileNotFoundError:
-        return False
-
-
 def is_monitors(path):
     """Whether a stop file is one that the disk space monitor made.  Raises OSError."""
     try:
@@ -2115,6 +2098,16 @@ def is_monitors(path):
         return stat.S_ISREG(os.fstat(fd).st_mode) and MONITOR_LINE in os.read(fd, 4096)
     finally:
         os.close(fd)
+
+
+def stop_file_here(stream):
+    """Whether somebody's stop file suspends the stream.  The disk space monitor's is for those
+    who deliver into the directory, not for us who empty it.  Raises OSError."""
+    path = os.path.join(stream.root, to_bytes(stream.stop_file))
+    try:
+        return stat.S_ISDIR(os.lstat(path).st_mode) or not is_monitors(path)
+    except FileNotFoundError:
+        return False
 
 
 def directory_clock(stream):
@@ -4509,7 +4502,7 @@ class Kept:
                 path = os.path.join(self.top, name)
                 with contextlib.suppress(ValueError):
                     if self.HOUR.match(name) and not os.path.islink(path):
-                        found.append((calendar_time(name) + 3600, path))
+                        found.append((epoch(to_text(name[:-1]) + ':00:00.000Z') + 3600, path))
         return found
 
     def purge(self, now, keep):
@@ -4953,6 +4946,7 @@ class Delivery:
         if os.path.exists(stream.spool):
             import shutil
             shutil.rmtree(stream.spool, ignore_errors=True)
+
     def tidy(self):
         """After a whole pass nothing that is staged is worth resuming."""
         if self.worker.dirty():
@@ -6190,6 +6184,19 @@ class Supervisor:
 # 18  commands
 # ----------------------------------------------------------------------------------------
 
+def default_config():
+    """Never in the working directory: a planted file could name its own commands."""
+    beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'mistamover.ini')
+    return beside if os.path.exists(beside) else '/etc/mistamover.ini'
+
+
+def read_config(args):
+    config = load_config(args.config or default_config(), TRANSPORTS, args.stream, args.mode)
+    if args.verbose or args.quiet:
+        config.settings.log_level = 'debug' if args.verbose else 'warning'
+    return config
+
+
 def suspensions(stream):
     """What can be seen from here to hold a stream up."""
     if stream.status == 'stopped':
@@ -6712,19 +6719,6 @@ def make_parser():
     group.add_argument('--version', action='version', version='MiStaMover ' + __version__,
                        help='show the version and exit')
     return parser
-
-
-def default_config():
-    """Never in the working directory: a planted file could name its own commands."""
-    beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'mistamover.ini')
-    return beside if os.path.exists(beside) else '/etc/mistamover.ini'
-
-
-def read_config(args):
-    config = load_config(args.config or default_config(), TRANSPORTS, args.stream, args.mode)
-    if args.verbose or args.quiet:
-        config.settings.log_level = 'debug' if args.verbose else 'warning'
-    return config
 
 
 def main(argv=None):
