@@ -413,13 +413,16 @@ class Program:
     feed: bytes for its standard input, or None to write() to it while it runs.
     keep_fds: descriptors it inherits (the locks: an orphan still counts as one of ours).
     secret: environment variables for this process alone.
+    signals: what ends it, the next one if it does not within KILL_GRACE.
     """
 
-    def __init__(self, argv, stop, feed=b'', keep_fds=(), secret=None):
+    POLITE, ABRUPT = ('SIGTERM', 'SIGKILL'), ('SIGKILL',)
+
+    def __init__(self, argv, stop, feed=b'', keep_fds=(), secret=None, signals=POLITE):
         import subprocess
         import tempfile
         stop.check()
-        self.stop = stop
+        self.stop, self.signals = stop, signals
         self.name = os.path.basename(to_text(argv[0]))
         self.chunks = queue.Queue()
         self.errors_file = tempfile.TemporaryFile()
@@ -517,7 +520,7 @@ class Program:
         """End the process and every child it started in its session."""
         import signal
         import subprocess
-        for name in ('SIGTERM', 'SIGKILL'):
+        for name in self.signals:
             with contextlib.suppress(OSError):
                 if WINDOWS:
                     self.process.terminate()
@@ -541,14 +544,15 @@ class Program:
         self.errors_file.close()
 
 
-def run(argv, stop, limit, feed=b'', on_output=None, keep_fds=(), secret=None, alive=None):
+def run(argv, stop, limit, feed=b'', on_output=None, alive=None, **more):
     """Run a program to its end and return Finished(code, output, errors).
 
     limit: seconds of silence after which it is ended, unless alive() says that it works.
     on_output: called with each piece.
+    more: as for Program.
     Raises TargetError (cannot start, hung), Interrupted.
     """
-    program = Program(argv, stop, feed, keep_fds, secret)
+    program = Program(argv, stop, feed, **more)
     pieces = []
     try:
         while True:
@@ -3192,9 +3196,11 @@ class RsyncTransport(Transport):
             argv += ['--checksum-choice=md5']       # a name for what the ledger holds
         argv += options + self.remote_shell() + ['--', os.path.join(root, b''), self.url(subdir)]
         feed = b''.join(b'./' + path + b'\0' for path in paths)
+        # a SIGTERM makes rsync flush what it has just sent once more, if --bwlimit let it sleep
+        # there: then files take the content of others (seen with 3.5.0 and a daemon)
         done = run(argv, self.stop, quiet_limit or stream.stall_timeout, feed,
-                   on_output=self.watcher() if watch else None, keep_fds=self.lock_fds,
-                   secret=self.secret())
+                   self.watcher() if watch else None, keep_fds=self.lock_fds,
+                   secret=self.secret(), signals=Program.ABRUPT)
         rows = {}
         for line in re.split(rb'[\r\n]+', done.output):
             match = self.ROW.match(line)
@@ -6470,6 +6476,7 @@ Wants=network-online.target
 Type=notify
 ExecStart=%(command)s
 ExecReload=/bin/kill -HUP $MAINPID
+KillMode=mixed
 Restart=always
 RestartSec=30
 WatchdogSec=10min

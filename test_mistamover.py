@@ -1893,6 +1893,23 @@ class BadNetwork(Invariants):
         self.assertEqual(len(held_at_target(world)), 21)
         self.assertEqual(mm.SharedJson(world.state, 'failures.json').read().get('s', {}), {})
 
+    @on_sites('rsync_ssh', 'rsync_native')
+    def test_a_stop_request_leaves_nothing_wrong_at_the_target(self, site):
+        """rsync on SIGTERM, while --bwlimit lets it sleep, would repeat what it has just sent."""
+        world = self.world(site, bandwidth_limit='1M')
+        originals = {b'file %03d' % n: os.urandom(8000) for n in range(400)}
+        for name, content in originals.items():
+            write(os.path.join(mm.to_bytes(world.source), name), content)
+        process = world.start('--once')
+        wait_for(lambda: len(held_at_target(world)) > 20, 'some files at the target')
+        process.terminate()
+        self.assertEqual(self.ended(process), 143)
+        self.assert_nothing_lost(world, originals, world.said())
+        world.configure()
+        done = wait_for(lambda: Kills.undisturbed(world), 'the stream to be free', 60)
+        self.assertEqual(done.code, 0, str(done))
+        self.assert_converged(world, originals, str(done))
+
 
 @spread
 class BadTarget(Invariants):
