@@ -35,17 +35,12 @@ Sections, each using only what stands above it:
 import collections
 import contextlib
 import errno
-import fnmatch
-import json
 import os
-import queue
-import random
 import re
 import stat
 import sys
 import threading
 import time
-from binascii import hexlify
 
 __version__ = '1.0.0'
 
@@ -160,6 +155,23 @@ def show(name):
     if text.isprintable():
         return text
     return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in text)
+
+
+def to_json(value, **layout):
+    """ASCII bytes."""
+    import json
+    return json.dumps(value, **layout).encode('ascii')
+
+
+def from_json(text):
+    """Raises ValueError."""
+    import json
+    return json.loads(text)
+
+
+def random_hex(count):
+    """2 * count hexadecimal digits, as bytes."""
+    return os.urandom(count).hex().encode()
 
 
 DURATION_UNITS = collections.OrderedDict([('d', 86400), ('h', 3600), ('m', 60), ('s', 1)])
@@ -419,6 +431,7 @@ class Program:
     POLITE, ABRUPT = ('SIGTERM', 'SIGKILL'), ('SIGKILL',)
 
     def __init__(self, argv, stop, feed=b'', keep_fds=(), secret=None, signals=POLITE):
+        import queue
         import subprocess
         import tempfile
         stop.check()
@@ -454,16 +467,22 @@ class Program:
                 return
 
     def read(self, limit, alive=None):
-        """The next piece of output, b'' at its end.
+        """The output since the last call, b'' at its end.
 
         alive: asked after `limit` seconds of silence, whether the work goes on all the same.
         Raises TargetError if it does not and Interrupted on a stop request; in both cases
         the process group is gone when it does.
         """
+        import queue
         since = time.monotonic()
         while True:
             try:
-                return self.chunks.get(timeout=0.1)
+                pieces = [self.chunks.get(timeout=0.1)]
+                while pieces[-1] and not self.chunks.empty():
+                    pieces.append(self.chunks.get())
+                if len(pieces) > 1 and not pieces[-1]:
+                    self.chunks.put(pieces.pop())       # the end is told by itself
+                return b''.join(pieces)
             except queue.Empty:
                 if self.process.poll() is not None and self.overdue(since, KILL_GRACE):
                     return b''          # it has ended; a child of its own keeps the pipe open
@@ -788,7 +807,7 @@ OPTIONS = [Option(*row) for row in (
     ('stream', 'target_chmod', kind_chmod, '', 'modes of what arrives: 640, or F640,D750'),
     ('stream', 'order', one_of('oldest', 'newest', 'name', 'smallest', 'largest'), 'oldest',
      'what goes first: oldest, newest, name, smallest or largest'),
-    ('stream', 'batch_files', kind_count, ('2000', '1000000'), 'most files in one push'),
+    ('stream', 'batch_files', kind_count, ('10000', '1000000'), 'most files in one push'),
     ('stream', 'batch_size', kind_size, ('2G', '1000T'), 'most bytes in one push (one item may be more)'),
     ('stream', 'parallel', kind_count, '4', 'connections at a time (ftp, scp)'),
     ('stream', 'retry_count', kind_count, '3', 'tries of --once; failures before quarantine'),
@@ -1286,8 +1305,8 @@ class Log:
                 if record.exc_info:
                     message += ' | ' + show(self.formatException(record.exc_info))
                 if form == 'json':
-                    return json.dumps({'time': utc_stamp(record.created), 'level': record.levelname,
-                                       'message': message})
+                    return to_json({'time': utc_stamp(record.created), 'level': record.levelname,
+                                    'message': message}).decode()
                 if form == 'journal' or journal and not path:
                     priority = {'DEBUG': 7, 'INFO': 6, 'WARNING': 4}.get(record.levelname, 3)
                     return '<%d>%s' % (priority, message)       # sd-daemon(3), logger --prio-prefix
@@ -1440,7 +1459,7 @@ class Ledger:
 
     def append(self, records):
         """Raises StateError if the lines are not safely on disk; then nothing may be released."""
-        lines = b''.join(json.dumps(r).encode('ascii') + b'\n' for r in records)
+        lines = b''.join(to_json(record) + b'\n' for record in records)
         if not lines:
             return
         path = os.path.join(self.state_dir, 'ledger-%s.jsonl' % time.strftime('%Y-%m', time.gmtime()))
@@ -1475,7 +1494,7 @@ class Ledger:
                 with open(path, encoding='ascii', errors='replace') as handle:
                     for line in handle:
                         with contextlib.suppress(ValueError):
-                            record = json.loads(line)
+                            record = from_json(line)
                             if isinstance(record, dict) and 'item' in record:
                                 yield record
             except OSError as error:
@@ -1506,7 +1525,7 @@ class Tally:
 
     def count(self, line, first):
         with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
-            record = json.loads(line.decode('ascii', 'replace'))
+            record = from_json(line.decode('ascii', 'replace'))
             if record['time'][:13] >= first and record['outcome'] == 'delivered':
                 sums = self.hours.setdefault(record['time'][:13], [0, 0])
                 sums[0] += 1
@@ -1535,7 +1554,7 @@ class SharedJson:
     def read(self):
         try:
             with open(self.path, encoding='ascii') as handle:
-                content = json.load(handle)
+                content = from_json(handle.read())
             return content if isinstance(content, dict) else {}
         except (FileNotFoundError, ValueError):
             return {}
@@ -1566,7 +1585,7 @@ class SharedJson:
                 content[key] = value
                 if value is None:
                     del content[key]
-                atomic_write(self.path, json.dumps(content, indent=1, sort_keys=True).encode('ascii'))
+                atomic_write(self.path, to_json(content, indent=1, sort_keys=True))
         except OSError as error:
             raise StateError('cannot write %s: %s' % (show(self.path), error.strerror))
 
@@ -1894,12 +1913,14 @@ class Item:
     @property
     def mtime_ns(self):
         """Of its newest file, or its own."""
+        if len(self.entries) == 1:
+            return self.entries[0].mtime_ns
         return max([e.mtime_ns for e in self.entries if e.kind == 'f'] or
                    [e.mtime_ns for e in self.entries] or [0])
 
     @property
     def youngest_ns(self):
-        return max([max(e.mtime_ns, e.ctime_ns) for e in self.entries] or [0])
+        return max([e.mtime_ns for e in self.entries] + [e.ctime_ns for e in self.entries] + [0])
 
     @property
     def snapshot(self):
@@ -1914,6 +1935,7 @@ class Item:
 
 def compile_globs(patterns):
     """A match function over bytes names for a list of shell globs; None for an empty list."""
+    import fnmatch
     if not patterns:
         return None
     translated = (fnmatch.translate(to_bytes(p).decode('latin-1')).encode('latin-1')
@@ -1927,6 +1949,7 @@ class Scanner:
     def __init__(self, stream, stop):
         self.stream = stream
         self.stop = stop
+        self.root = os.path.join(stream.root, b'')
         self.ignored = compile_globs(stream.ignore)
         self.wanted = compile_globs(stream.only) or (lambda name: True)
         self.follow_links = stream.symlinks == 'keep'
@@ -1947,8 +1970,7 @@ class Scanner:
 
     def listing(self, relative):
         """Yield (name, stat_result) of what a directory holds; raises OSError."""
-        path = os.path.join(self.stream.root, relative) if relative else self.stream.root
-        with os.scandir(path) as entries:
+        with os.scandir(self.root + relative) as entries:
             for entry in entries:
                 try:
                     # on Windows what scandir caches is stale while a file is open
@@ -2013,7 +2035,7 @@ class Scanner:
     def look(self, name):
         """The Item of one name as it is now, or None."""
         try:
-            return self.item(name, os.lstat(os.path.join(self.stream.root, name)))
+            return self.item(name, os.lstat(self.root + name))
         except OSError:
             return None
 
@@ -2167,16 +2189,18 @@ class Settler:
         return monotonic - known[1] >= self.settle_time
 
 
+OPEN_FLAGS = os.O_RDONLY | getattr(os, 'O_NOFOLLOW', 0) | getattr(os, 'O_NONBLOCK', 0) | \
+    getattr(os, 'O_BINARY', 0) | getattr(os, 'O_CLOEXEC', 0)
+
+
 def open_entry(root, entry):
     """Open a file of a snapshot for reading, if it still is that file.
 
     Neither a symlink nor a FIFO put in its place is followed or waited for.  Returns a
     descriptor; raises Changed, ItemError.
     """
-    flags = os.O_RDONLY | getattr(os, 'O_NOFOLLOW', 0) | getattr(os, 'O_NONBLOCK', 0) | \
-        getattr(os, 'O_BINARY', 0) | getattr(os, 'O_CLOEXEC', 0)
     try:
-        fd = os.open(os.path.join(root, entry.path), flags)
+        fd = os.open(os.path.join(root, entry.path), OPEN_FLAGS)
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ELOOP, errno.ENOTDIR, errno.ENXIO):
             raise Changed('%s is gone' % show(entry.path))
@@ -2192,6 +2216,7 @@ def open_entry(root, entry):
 
 def open_for_writing(fd):
     """Whether somebody has this file open for writing: True, or False (also: cannot tell).
+    Our lease ends when the descriptor is closed.
 
     A read lease (fcntl(2), F_SETLEASE) is refused with EAGAIN while there is a writer.
     EACCES and EINVAL mean that the file system or the owner does not let us ask.
@@ -2199,7 +2224,6 @@ def open_for_writing(fd):
     try:
         import fcntl
         fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
-        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
     except OSError as error:
         return error.errno == errno.EAGAIN
     except (ImportError, AttributeError):
@@ -2342,13 +2366,28 @@ Outcome = collections.namedtuple('Outcome', 'error checksum target linked sent')
 
 
 class Batch:
-    """The parcels of one push; transports keep their notes about it in `jobs`."""
+    """The parcels of one push, or a part of them; transports keep their notes in `jobs`."""
 
-    def __init__(self, root, subdir, parcels):
+    def __init__(self, root, subdir, parcels, jobs=None):
         self.root = root
         self.subdir = subdir
         self.parcels = parcels
-        self.jobs = None
+        self.jobs = jobs
+        self.biggest = max([e.size for parcel in parcels for e in parcel.entries] or [0])
+
+    def part(self, parcels):
+        return Batch(self.root, self.subdir, parcels, self.jobs)
+
+    def parts(self, most_files, most_bytes):
+        """Yield it in parts, none of them larger, unless a single parcel is."""
+        chosen, files, size = [], 0, 0
+        for parcel in self.parcels:
+            if chosen and (files + len(parcel.entries) > most_files or size + parcel.item.size > most_bytes):
+                yield self.part(chosen)
+                chosen, files, size = [], 0, 0
+            chosen.append(parcel)
+            files, size = files + len(parcel.entries), size + parcel.item.size
+        yield self.part(chosen)
 
     @property
     def entries(self):
@@ -2389,12 +2428,14 @@ class Transport:
         """Which of these names stand in target_dir.  Raises TargetError if it is missing."""
         raise NotImplementedError
 
-    def send(self, batch):
-        """Bring the bytes to the target under names nobody reads."""
+    def send(self, batch, ready):
+        """Bring the bytes to the target under names nobody reads; ready(part) is called with
+        each part of the batch that can be finished, the last time with all that is left."""
         raise NotImplementedError
 
     def finish(self, batch):
-        """Verify what was sent, publish it; an Outcome for each parcel, in order."""
+        """Verify what was sent, publish it; an Outcome for each parcel, in order.  Called for
+        one part after the other, in another thread than send()."""
         raise NotImplementedError
 
     def remove(self, name):
@@ -2415,7 +2456,7 @@ class Transport:
 
     def refusal(self, parcel):
         """An ItemError if the protocol cannot carry a name of this parcel."""
-        for entry in parcel.entries:
+        for entry in parcel.entries if self.forbidden else ():
             bad = [c for c in self.forbidden if c in entry.path]
             if bad:
                 return ItemError('%s cannot be sent by %s: its name holds %s' % (
@@ -2449,7 +2490,7 @@ def staging_id(stream):
             return name
     except FileNotFoundError:
         pass
-    name = hexlify(os.urandom(8))
+    name = random_hex(8)
     make_private_directory(os.path.dirname(path))
     atomic_write(path, name, True)
     return name
@@ -2482,15 +2523,17 @@ class Staging(Transport):
     """
 
     stages = True
+    PART_FILES = 1000           # one part is verified, published and released while the next is staged
+    PART_SIZE = 1 << 30         # or as many bytes
 
     class Job:
         """One file on its way: where it is staged, what it should be, how it fares."""
 
         __slots__ = ('entry', 'staged', 'final', 'digest', 'error', 'equal', 'linked', 'hashed')
 
-        def __init__(self, entry, staged, final, hashed):
-            self.entry, self.staged, self.final, self.hashed = entry, staged, final, hashed
-            self.digest = self.error = None
+        def __init__(self, entry, final, hashed):
+            self.entry, self.final, self.hashed = entry, final, hashed
+            self.staged = self.digest = self.error = None
             self.equal = self.linked = False
 
     def __init__(self, *args, **kwargs):
@@ -2528,6 +2571,10 @@ class Staging(Transport):
         """Make directories and their parents where they are missing.  Raises ItemError."""
         raise NotImplementedError
 
+    def can_link(self, _batch, _entry):
+        """Whether the source itself can be given its final name: nothing is staged then."""
+        return False
+
     def staged_name(self, entry):
         """The same snapshot has the same temporary name, so that a later run can resume it."""
         import hashlib
@@ -2536,22 +2583,30 @@ class Staging(Transport):
 
     # -- the one way to do it
 
-    def send(self, batch):
-        checksum = self.stream.verify == 'checksum'
-        batch.jobs = []
-        for parcel in batch.parcels:
-            refusal = self.refusal(parcel)
-            for entry in parcel.entries:
-                if entry.kind == 'f':
-                    job = self.Job(entry, self.staged_name(entry),
-                                   os.path.join(batch.subdir, entry.path), checksum)
-                    job.error = refusal
-                    batch.jobs.append(job)
+    def send(self, batch, ready):
         try:
             self.ensure([self.area])
         except ItemError as error:
             raise TargetError(error.message, error.hint)
-        self.stage(batch, [job for job in batch.jobs if not job.error])
+        for part in batch.parts(self.PART_FILES, self.PART_SIZE):
+            part.jobs = self.make_jobs(part)
+            self.stage(part, [job for job in part.jobs if not job.error])
+            ready(part)
+
+    def make_jobs(self, batch):
+        jobs = []
+        for parcel in batch.parcels:
+            refusal = self.refusal(parcel)
+            for entry in parcel.entries:
+                if entry.kind == 'f':
+                    job = self.Job(entry, os.path.join(batch.subdir, entry.path),
+                                   self.stream.verify == 'checksum')
+                    job.error = refusal
+                    job.linked = self.can_link(batch, entry)
+                    if not job.linked:
+                        job.staged = self.staged_name(entry)
+                    jobs.append(job)
+        return jobs
 
     def ensure(self, paths):
         """Directories, made once."""
@@ -2579,7 +2634,7 @@ class Staging(Transport):
             if sizes.get(job.final, (None,))[0] != job.entry.size:
                 job.error = ItemError('%s does not stand at the target under its name'
                                       % show(job.final), 'can the target hold such a name?')
-        self.delete([job.staged for job in jobs if job.error and not job.linked])
+        self.delete([job.staged for job in jobs if job.error and job.staged and not job.linked])
         return self.outcomes(batch)
 
     def ensure_parents(self, jobs):
@@ -2698,8 +2753,13 @@ class LocalTransport(Staging):
     keeps_directories = True
     needs_host = False
 
+    def __init__(self, *args, **kwargs):
+        Staging.__init__(self, *args, **kwargs)
+        self.base = os.path.join(to_bytes(self.stream.target_base), b'')
+        self.root = os.path.join(self.stream.root, b'')
+
     def path(self, relative):
-        return os.path.join(to_bytes(self.stream.target_base), relative)
+        return self.base + relative
 
     def open(self):
         self.made.clear()
@@ -2745,18 +2805,15 @@ class LocalTransport(Staging):
             except OSError as error:
                 raise ItemError('cannot make %s: %s' % (show(self.path(path)), error.strerror))
 
-    def send(self, batch):
+    def send(self, batch, ready):
         self.device = os.lstat(self.path(b'')).st_dev
-        Staging.send(self, batch)
+        Staging.send(self, batch, ready)
 
     def stage(self, batch, jobs):
         for job in jobs:
             self.stop.check()
-            if self.stream.mirror and self.stands(job):
-                job.equal = True
-                self.progress.sent(job.entry.size)
-            elif self.can_link(batch, job):
-                job.linked = True
+            job.equal = self.stream.mirror and self.stands(job)
+            if job.equal or job.linked:
                 self.progress.sent(job.entry.size)
             else:
                 try:
@@ -2772,9 +2829,9 @@ class LocalTransport(Staging):
                 info.st_mtime_ns // 10 ** 9 == job.entry.mtime_ns // 10 ** 9
         return False
 
-    def can_link(self, batch, job):
+    def can_link(self, batch, entry):
         return self.stream.move and batch.root == self.stream.root and \
-            job.entry.dev == self.device and not self.stream.target_chmod
+            entry.dev == self.device and not self.stream.target_chmod
 
     def copy(self, batch, job):
         """Copy to the staged name, fsync, set time and mode; job.digest is what was read."""
@@ -2868,8 +2925,7 @@ class LocalTransport(Staging):
     def place(self, jobs):
         done = set()
         for job in jobs:
-            source = os.path.join(self.stream.root, job.entry.path) if job.linked \
-                else self.path(job.staged)
+            source = self.root + job.entry.path if job.linked else self.path(job.staged)
             try:
                 os.link(source, self.path(job.final), follow_symlinks=False)
                 if not job.linked:
@@ -2904,7 +2960,7 @@ class LocalTransport(Staging):
             return True
         try:
             if job.linked:
-                job.linked = False
+                job.linked, job.staged = False, self.staged_name(job.entry)
                 batch = Batch(self.stream.root, b'', ())
                 self.copy(batch, job)
                 self.verify(batch, [job])
@@ -2948,6 +3004,7 @@ class LocalTransport(Staging):
 
     def overwrite(self, job):
         if job.linked:
+            job.staged = self.staged_name(job.entry)
             try:
                 os.link(os.path.join(self.stream.root, job.entry.path), self.path(job.staged))
             except OSError as error:
@@ -3104,7 +3161,7 @@ class SshConnection:
         self.directory = self.stream.control_dir
         # a name of its own: an ssh that a kill -9 orphaned while it logged in would otherwise
         # find the name taken, be no master, and never end
-        self.socket = hexlify(os.urandom(3)).decode()
+        self.socket = to_text(random_hex(3))
         if len(self.control_path()) > CONTROL_PATH_MAX:
             import tempfile
             self.directory = tempfile.mkdtemp(prefix='mistamover-')
@@ -3138,6 +3195,85 @@ class SshConnection:
         self.directory = self.pid = None
 
 
+def unescaped(name):
+    """A name as rsync prints it in the C locale, with its bytes again (rsync(1), -8)."""
+    return re.sub(rb'\\#([0-7]{3})', lambda m: bytes([int(m.group(1), 8)]), name)
+
+
+class Rows(dict):
+    """{path: (row, checksum)} of what an rsync with --out-format=%i|%C|%n says, as it says it."""
+
+    ROW = re.compile(rb'([<>ch.*][fdLDS].{9}|\*\w+ *)\|([0-9a-f ]*)\|(.*)$')
+    PROGRESS = re.compile(rb' *(\d[\d,.]*) +\d+%')       # of --info=progress2: bytes so far
+
+    def __init__(self, progress=None):
+        dict.__init__(self)
+        self.progress = progress
+        self.before = progress and progress.sent_bytes
+        self.rest = b''
+
+    def hear(self, piece):
+        *lines, self.rest = re.split(rb'[\r\n]+', self.rest + piece)
+        for line in lines:
+            match = self.ROW.match(line)
+            if match:
+                name = unescaped(match.group(3)).rstrip(b'/') or b'.'
+                self[name] = match.group(1), match.group(2).strip()
+                self.told(name)
+                continue
+            match = self.progress and self.PROGRESS.match(line)
+            if match:
+                self.progress.sent_bytes = self.before + int(re.sub(rb'\D', b'', match.group(1)))
+
+    def told(self, name):
+        """A name has just been heard of."""
+
+
+class Push(Rows):
+    """The rows of an rsync that sends a batch.  It tells a name when its bytes have gone, so
+    that what has gone is proven and released while the rest is under way: in parts, of which
+    each is whatever went while the one before was proven."""
+
+    PART_FILES = 2500           # at least, for each part costs a login of rsync
+    PART_SIZE = 1 << 30         # or as many bytes
+
+    def __init__(self, batch, ready, progress):
+        Rows.__init__(self, progress)
+        self.batch, self.ready = batch, ready
+        self.owner = {e.path: id(parcel) for parcel in batch.parcels for e in parcel.entries}
+        self.left = {id(parcel): [parcel, len(parcel.entries)] for parcel in batch.parcels}
+        self.gone = []              # parcels that were told to the last name, for the next part
+        self.files = self.size = 0  # of these
+        self.late = []              # parcels that were not there yet when their part was proven
+        self.last = None            # the part that holds all that was left at the end
+        self.done = None            # how rsync ended
+        batch.parcels, batch.jobs = (), self    # each part is forgotten when it is done
+
+    def told(self, name):
+        key = self.owner.pop(name, None)
+        if key in self.left:
+            self.left[key][1] -= 1
+            if not self.left[key][1]:
+                parcel, _ = self.left.pop(key)
+                self.gone.append(parcel)
+                self.files += len(parcel.entries)
+                self.size += parcel.item.size
+
+    def hear(self, piece):
+        Rows.hear(self, piece)
+        if self.ready and (self.files >= self.PART_FILES or self.size >= self.PART_SIZE):
+            part, self.gone, self.files, self.size = self.batch.part(self.gone), [], 0, 0
+            self.ready(part)
+
+    def end(self, done):
+        self.done = done
+        self.last = self.batch.part(self.gone + [parcel for parcel, _ in self.left.values()])
+        return self.last
+
+    def sent(self, paths):
+        return {path for path in paths if self.get(path, (b'',))[0][:1] in (b'<', b'c')}
+
+
 class RsyncTransport(Transport):
     """What rsync over ssh and an rsync daemon have in common (rsync(1)).
 
@@ -3148,7 +3284,6 @@ class RsyncTransport(Transport):
     mirrors = True
     keeps_directories = True
 
-    ROW = re.compile(rb'^([<>ch.*][fdLDS].{9}|\*\w+ *)\|([0-9a-f ]*)\|(.*)$')
     CONNECTION_LOST = (2, 5, 10, 12, 14, 20, 22, 30, 35, 255)
 
     def __init__(self, *args, **kwargs):
@@ -3179,8 +3314,8 @@ class RsyncTransport(Transport):
             raise TargetError('rsync %d.%d.%d would let a shell see target_dir' % self.version,
                               'install rsync 3.2.4 or newer, or use plain characters')
 
-    def rsync(self, root, paths, options, subdir=b'', quiet_limit=None, watch=False):
-        """One rsync over a list of relative names: (Finished, {path: (row, checksum)})."""
+    def rsync(self, root, paths, options, subdir=b'', quiet_limit=None, rows=None):
+        """One rsync over a list of relative names: (Finished, its Rows)."""
         stream = self.stream
         argv = [stream.rsync_command] + stream.rsync_options + [
             '--times', '--no-recursive', '--dirs', '--no-implied-dirs', '--from0',
@@ -3196,28 +3331,12 @@ class RsyncTransport(Transport):
             argv += ['--checksum-choice=md5']       # a name for what the ledger holds
         argv += options + self.remote_shell() + ['--', os.path.join(root, b''), self.url(subdir)]
         feed = b''.join(b'./' + path + b'\0' for path in paths)
+        rows = Rows() if rows is None else rows
         # a SIGTERM makes rsync flush what it has just sent once more, if --bwlimit let it sleep
         # there: then files take the content of others (seen with 3.5.0 and a daemon)
-        done = run(argv, self.stop, quiet_limit or stream.stall_timeout, feed,
-                   self.watcher() if watch else None, keep_fds=self.lock_fds,
-                   secret=self.secret(), signals=Program.ABRUPT)
-        rows = {}
-        for line in re.split(rb'[\r\n]+', done.output):
-            match = self.ROW.match(line)
-            if match:
-                name = re.sub(rb'\\#([0-7]{3})', lambda m: bytes([int(m.group(1), 8)]), match.group(3))
-                rows[name.rstrip(b'/') or b'.'] = match.group(1), match.group(2).strip()
+        done = run(argv, self.stop, quiet_limit or stream.stall_timeout, feed, rows.hear,
+                   keep_fds=self.lock_fds, secret=self.secret(), signals=Program.ABRUPT)
         return done, rows
-
-    def watcher(self):
-        """Follows --info=progress2: its first number on a line is the bytes sent so far."""
-        before = self.progress.sent_bytes
-
-        def watch(piece):
-            numbers = re.findall(rb'[\r\n] *(\d[\d,.]*) +\d+%', piece)
-            if numbers:
-                self.progress.sent_bytes = before + int(re.sub(rb'\D', b'', numbers[-1]))
-        return watch
 
     def fail(self, done, what):
         hints = {5: 'is the module name right, and the password?', 12: 'is rsync installed there?',
@@ -3274,37 +3393,38 @@ class RsyncTransport(Transport):
 
     def patience(self, batch):
         """Seconds of silence to allow while both sides read the biggest file."""
-        biggest = max([entry.size for entry in batch.entries] or [0])
-        return self.stream.stall_timeout + biggest / CHECK_RATE
+        return self.stream.stall_timeout + batch.biggest / CHECK_RATE
 
     @staticmethod
     def reporting(batch):
         """Small files report in blocks of 4 KB, about sixty names: a write for each would cost
         as much as the file.  Large ones report while they are under way."""
-        if all(entry.size < SMALL for entry in batch.entries):
+        if batch.biggest < SMALL:
             return ['--outbuf=B']
         return ['--outbuf=L', '--info=progress2', '--no-human-readable']
 
-    def push(self, batch, paths, options):
+    def push(self, batch, paths, options, rows=None):
         if self.stream.bandwidth_limit:
             options = options + ['--bwlimit=%d' % max(1, self.stream.bandwidth_limit // 1024)]
         done, rows = self.rsync(
             batch.root, paths, ['--partial-dir=' + PARTIAL_DIR] + self.reporting(batch) + options,
-            batch.subdir, self.patience(batch), watch=True)
+            batch.subdir, self.patience(batch), Rows(self.progress) if rows is None else rows)
         if done.code in self.CONNECTION_LOST:
             self.fail(done, 'the transfer to %s broke off' % target_of(self.stream))
         return done, rows
 
-    def send(self, batch):
-        """batch.jobs: (names sent just now, names that were equal, what rsync said)."""
+    @property
+    def quick(self):
+        """Only a mirror may believe rsync's own look at size and time."""
+        return self.stream.mirror and self.stream.on_conflict == 'overwrite'
+
+    def send(self, batch, ready):
         self.ensure(batch.subdir)
-        quick = self.stream.mirror and self.stream.on_conflict == 'overwrite'
-        options = ['-i', '-i'] + ([] if quick else ['--ignore-existing'])
-        done, rows = self.push(batch, [e.path for e in batch.entries], options)
-        # only a mirror may believe rsync's own look at size and time
-        believed = (b'.d', b'.f', b'.L') if quick else (b'.d',)
-        batch.jobs = ({p for p, (row, _) in rows.items() if row[:1] in (b'<', b'c')},
-                      {p for p, (row, _) in rows.items() if row[:2] in believed}, done)
+        paths = [entry.path for entry in batch.entries]
+        push = Push(batch, ready if self.stream.move else None, self.progress)
+        done, _ = self.push(batch, paths,
+                            ['-i', '-i'] + ([] if self.quick else ['--ignore-existing']), push)
+        ready(push.end(done))
 
     def prove(self, batch, paths, options):
         """{path: checksum} of those that stand at the target as they are here, and all rows."""
@@ -3320,13 +3440,17 @@ class RsyncTransport(Transport):
         return equal, rows
 
     def finish(self, batch):
-        sent, quick, done = batch.jobs
+        push = batch.jobs
+        batch.parcels[:0], push.late = push.late, []
         everything = {e.path for e in batch.entries}
+        sent = push.sent(everything)
+        believed = (b'.d', b'.f', b'.L') if self.quick else (b'.d',)
+        quick = {path for path in everything if push.get(path, (b'',))[0][:2] in believed}
         by_size = sent if self.stream.verify == 'size' else set()
         equal = dict.fromkeys(quick)
         known = {}
         # what was not sent stood there before: only its content can tell whether it is ours
-        for paths, option in ((by_size, '--size-only'), (everything - by_size - set(quick), '--checksum')):
+        for paths, option in ((by_size, '--size-only'), (everything - by_size - quick, '--checksum')):
             if self.stream.mirror and option == '--checksum' and paths - sent:
                 before, _ = self.prove(batch, paths - sent, [])
                 equal.update(before)
@@ -3335,10 +3459,16 @@ class RsyncTransport(Transport):
                 proven, rows = self.prove(batch, paths, [option])
                 equal.update(proven)
                 known.update(rows)
-        problems = self.send_again(batch, everything - set(equal), sent, known, equal)
-        broken = done.code == 11
-        return [self.outcome(batch, parcel, equal, problems, sent, done, broken)
-                for parcel in batch.parcels]
+        problems = {}
+        if batch is push.last:
+            problems = self.send_again(batch, everything - set(equal), sent, known, equal)
+        else:
+            push.late = [p for p in batch.parcels if any(e.path not in equal for e in p.entries)]
+            late = set(map(id, push.late))
+            batch.parcels = [p for p in batch.parcels if id(p) not in late]
+            for path in equal:
+                push.pop(path, None)
+        return [self.outcome(batch, parcel, equal, problems, sent) for parcel in batch.parcels]
 
     def send_again(self, batch, missing, sent, rows, equal):
         """What differs at the target is ours and damaged, or somebody else's: on_conflict."""
@@ -3382,14 +3512,14 @@ class RsyncTransport(Transport):
                 equal.update(self.prove(batch, [new], ['--checksum'])[0])
         return set(paths)
 
-    def outcome(self, batch, parcel, equal, problems, sent, done, broken):
-        error = None
+    def outcome(self, batch, parcel, equal, problems, sent):
+        error, done = None, batch.jobs.done
         for entry in parcel.entries:
             if entry.path in equal:
                 continue
             error = problems.get(entry.path) or (
                 TargetError('%s was not taken: %s' % (show(entry.path), done.errors),
-                            'is the disk full, or the quota?') if broken else
+                            'is the disk full, or the quota?') if done.code == 11 else
                 ItemError('%s was not taken by the target: %s' % (
                     show(entry.path), done.errors or 'no reason given')))
             break
@@ -3419,7 +3549,7 @@ class RsyncTransport(Transport):
             match = re.match(rb'(.)\S{9} +[\d,.]+ \d{4}/\d\d/\d\d \d\d:\d\d:\d\d (.*)$', line)
             if match:
                 name = match.group(2).split(b' -> ')[0] if match.group(1) == b'l' else match.group(2)
-                name = re.sub(rb'\\#([0-7]{3})', lambda m: bytes([int(m.group(1), 8)]), name)
+                name = unescaped(name)
                 if name != b'.' and name not in kept and not protected(name, stream):
                     extra.append((name, match.group(1) == b'd'))
         gone = [name for name, is_directory in extra if not is_directory]
@@ -3470,9 +3600,9 @@ class RsyncNative(RsyncTransport):
     def secret(self):
         return {'RSYNC_PASSWORD': self.stream.password} if self.stream.password else {}
 
-    def rsync(self, root, paths, options, subdir=b'', quiet_limit=None, watch=False):
+    def rsync(self, root, paths, options, *more):
         options = options + ['--contimeout=%d' % max(1, self.stream.connect_timeout)]
-        return RsyncTransport.rsync(self, root, paths, options, subdir, quiet_limit, watch)
+        return RsyncTransport.rsync(self, root, paths, options, *more)
 
     def url(self, subdir=b''):
         stream = self.stream
@@ -3503,7 +3633,7 @@ class Dialogue:
         limit = limit or self.limit
         with self.lock:
             self.asked += 1
-            command, trace = self.marker(b'%d-%s' % (self.asked, hexlify(os.urandom(12))))
+            command, trace = self.marker(b'%d-%s' % (self.asked, random_hex(12)))
             self.program.write(script + command, limit)
             while trace not in self.rest:
                 piece = self.program.read(limit, alive)
@@ -3589,7 +3719,7 @@ class ScpTransport(SshStaging):
                         self.stream.stall_timeout, lambda t: (b'echo %s\n' % t, t + b'\n'),
                         self.lock_fds)
         self.batches, self.arrived, self.batch_patience = 0, None, 0
-        self.run_id = hexlify(os.urandom(4))    # what an older run staged is never taken for ours
+        self.run_id = random_hex(4)    # what an older run staged is never taken for ours
         talk.ask(b'LC_ALL=C; export LC_ALL; umask 022\n' + self.HASH)
         return talk
 
@@ -3626,9 +3756,9 @@ class ScpTransport(SshStaging):
     def batch_name(self):
         return b'%s-%d' % (self.run_id, self.batches)
 
-    def send(self, batch):
+    def make_jobs(self, batch):
         self.batches += 1
-        SshStaging.send(self, batch)
+        return SshStaging.make_jobs(self, batch)
 
     def stage(self, batch, jobs):
         import shutil
@@ -4021,28 +4151,41 @@ class FtpTransport(Staging):
         self.ahead = 1                  # until the server has shown that it takes more
         self.idle = []                  # logged-in connections nobody uses just now
         self.used = 0                   # connections in all
-        self.allowed = self.stream.parallel
+        self.allowed = self.most()
         self.lock = threading.Lock()    # guards these three
         self.features = ''
 
     def connect(self):
         """A logged-in connection in target_dir.  Raises TargetError."""
         import ftplib
+        import socket
         import ssl
 
         class Plain(ftplib.FTP):
             encoding = 'latin-1'        # names are bytes; every byte has its character
+            asked = False               # whether a port was asked for whose answer is to come
+
+            @property
+            def port_question(self):
+                return 'EPSV' if self.af == socket.AF_INET6 else 'PASV'
 
             def makepasv(self):
                 # never where the answer says: that may be another host (CVE-2021-4189)
                 return self.sock.getpeername()[0], ftplib.FTP.makepasv(self)[1]
 
+            @staticmethod
+            def secured(conn):
+                return conn
+
         class Secure(Plain, ftplib.FTP_TLS):
-            def ntransfercmd(self, cmd, rest=None):
+            def secured(self, conn):
                 # servers want the session of the control connection again (gh-63699)
-                conn, size = ftplib.FTP.ntransfercmd(self, cmd, rest)
                 return self.context.wrap_socket(conn, server_hostname=self.host,
-                                                session=self.sock.session), size
+                                                session=self.sock.session)
+
+            def ntransfercmd(self, cmd, rest=None):
+                conn, size = ftplib.FTP.ntransfercmd(self, cmd, rest)
+                return self.secured(conn), size
 
         stream = self.stream
         ftp = Secure(context=ssl.create_default_context()) if stream.tls else Plain()
@@ -4134,14 +4277,15 @@ class FtpTransport(Staging):
     def connection(self):
         """A connection for one thread; after an error that leaves it unclear it is thrown away."""
         ftp = self.take()
-
         healthy = False
         try:
             with self.stop.on_stop(lambda: self.hang_up(ftp)):
                 yield ftp
+                with self.translated(ftp.port_question):
+                    self.forget_port(ftp)
             healthy = True
         except ItemError:
-            healthy = True
+            healthy = not ftp.asked
             raise
         finally:
             if not healthy:
@@ -4151,6 +4295,17 @@ class FtpTransport(Staging):
                     self.idle.append(ftp)
                 else:
                     self.used -= 1
+
+    @staticmethod
+    def forget_port(ftp):
+        """Hear the answer to a question that nobody will use, before another is asked."""
+        if ftp.asked:
+            ftp.asked = False
+            ftp.getresp()
+
+    def most(self):
+        """Connections: `parallel` for the bytes, and one that asks about the part before."""
+        return self.stream.parallel + 1
 
     def open(self):
         self.made.clear()
@@ -4164,7 +4319,7 @@ class FtpTransport(Staging):
             except MoverError:
                 self.drop(ftp)
         if not self.idle:
-            self.allowed = self.stream.parallel
+            self.allowed = self.most()
             with self.connection() as ftp, contextlib.suppress(ItemError), self.translated('FEAT'):
                 self.features = ftp.sendcmd('FEAT').upper()
             self.learn_ahead()
@@ -4208,13 +4363,21 @@ class FtpTransport(Staging):
         found = []
         for chunk in in_chunks(commands, self.ahead):
             with self.translated(chunk[0]):
-                # one write: small ones would wait for each other's ACK (RFC 896)
-                ftp.sock.sendall(''.join(c + ftplib.CRLF for c in chunk).encode('latin-1'))
+                self.tell(ftp, chunk)
                 found += [ftp.getmultiline() for _ in chunk]
                 for reply in found[-len(chunk):]:
                     if reply[:1] == '4' or reply[:3] in self.TROUBLE:
                         raise ftplib.error_temp(reply)
         return found
+
+    def ask(self, paths, action):
+        """action(connection, chunk) for all paths, of which `ahead` go in one round trip."""
+        chunks = in_chunks(paths, self.ahead)
+        if chunks:
+            with self.connection() as ftp:
+                for chunk in chunks:
+                    self.stop.check()
+                    action(ftp, chunk)
 
     def each(self, values, action):
         """action(connection, value) for every value, on up to `parallel` connections."""
@@ -4306,13 +4469,15 @@ class FtpTransport(Staging):
             except (Changed, ItemError) as error:
                 job.error = error
         self.each(jobs, store)
-        self.each(in_chunks([job for job in jobs if not job.error], self.ahead), self.dress)
+        self.ask([job for job in jobs if not job.error], self.dress)
 
     def store(self, ftp, batch, job):
         """STOR to the temporary name, or REST and STOR for the rest of a big file."""
         import hashlib
         start = 0
         if job.entry.size >= RESUME_FROM:
+            with self.translated(ftp.port_question):
+                self.forget_port(ftp)
             there = self.size(ftp, job.staged) or 0
             start = there if 0 < there <= job.entry.size else 0
             job.hashed = job.hashed or start > 0    # only the whole proves what a resume made
@@ -4324,25 +4489,69 @@ class FtpTransport(Staging):
         job.digest = digest.hexdigest()
 
     def transfer(self, ftp, batch, job, start, digest):
-        """The bytes from `start` on, over a data connection of their own."""
+        """The bytes from `start` on, over a data connection of their own (RFC 959, RFC 2428)."""
+        commands = ['REST %d' % start] * bool(start) + ['STOR ' + self.name(job.staged)]
+
+        def write(block):
+            conn.sendall(block)
+            digest.update(block)
+            self.progress.sent(len(block))
+            self.throttle.spend(len(block))
+
         with self.translated('STOR %s' % show(job.entry.path)):
-            conn = ftp.transfercmd('STOR ' + self.name(job.staged), rest=start or None)
+            conn = self.connect_data(ftp, commands)
+            trouble = None
             try:
-                def write(block):
-                    conn.sendall(block)
-                    digest.update(block)
-                    self.progress.sent(len(block))
-                    self.throttle.spend(len(block))
+                conn = ftp.secured(conn)
                 copy_entry(batch.root, job.entry, write, self.stop, start)
                 if self.stream.tls:
                     conn.unwrap()
-            except (Changed, ItemError):
-                conn.close()
-                ftp.getmultiline()      # whatever it says of the half it got
-                raise
+            except (Changed, ItemError, OSError) as error:
+                trouble = error
             finally:
                 conn.close()
-            ftp.voidresp()
+            self.hear_out(ftp, commands, trouble)
+
+    def hear_out(self, ftp, commands, trouble):
+        """The replies to the commands of a transfer, and to its end; trouble: what we know
+        already.  The next port is asked for in the same round trip."""
+        if self.ahead > 1 and not trouble:
+            self.tell(ftp, [ftp.port_question])
+            ftp.asked = True
+        if isinstance(trouble, MoverError):         # whatever it says of the half it got
+            while ftp.getmultiline()[0] in '13':
+                pass
+            raise trouble
+        for _ in commands:
+            ftp.getresp()
+        ftp.voidresp()                              # if it hung up, this says why
+        if trouble:
+            raise trouble
+
+    def connect_data(self, ftp, commands):
+        """A data connection for the last of some commands, which are told once it stands: a
+        server may hold a lock while it waits for it.  Their replies come later, so that the
+        bytes follow at once.  Raises TargetError."""
+        import ftplib
+        import socket
+        try:
+            peer = ftp.sock.getpeername()
+            if not ftp.asked:
+                self.tell(ftp, [ftp.port_question])
+            ftp.asked = False
+            reply = ftp.getresp()
+            _, port = ftplib.parse227(reply) if reply[:3] == '227' else ftplib.parse229(reply, peer)
+            # never to the host that the answer names: it may be another one (CVE-2021-4189)
+            conn = socket.create_connection((peer[0], port), ftp.timeout, ftp.source_address)
+            self.tell(ftp, commands)
+            return conn
+        except ftplib.all_errors as error:
+            raise TargetError('%s: %s' % (ftp.port_question, show(str(error).strip())))
+
+    @staticmethod
+    def tell(ftp, commands):
+        """Some commands by one write: small ones would wait for each other's ACK (RFC 896)."""
+        ftp.sock.sendall(''.join(c + '\r\n' for c in commands).encode('latin-1'))
 
     def dress(self, ftp, jobs):
         """Time by MFMT (draft-somers-ftp-mfxx) or MDTM; mode by SITE CHMOD, where offered."""
@@ -4367,7 +4576,7 @@ class FtpTransport(Staging):
 
         def read(ftp, path):
             found[path] = found[path][0], self.remote_hash(ftp, path)
-        self.each(in_chunks(paths, self.ahead), look)
+        self.ask(paths, look)
         if hashed:
             self.each(list(found), read)
         return found
@@ -4400,7 +4609,7 @@ class FtpTransport(Staging):
                 if found[:1] != '3' or reply[:1] != '2':
                     job.error = ItemError('RNTO %s: %s' % (show(job.final), show(reply)))
             done.update(free)
-        self.each(in_chunks(jobs, self.ahead), publish)
+        self.ask(jobs, publish)
         return done
 
     def rename(self, old, new):
@@ -4408,7 +4617,7 @@ class FtpTransport(Staging):
             ftp.rename(self.name(old), self.name(new))
 
     def delete(self, paths):
-        self.each(in_chunks(paths, self.ahead), lambda ftp, chunk: self.answers(
+        self.ask(paths, lambda ftp, chunk: self.answers(
             ftp, ['DELE ' + self.name(path) for path in chunk]))
 
     def delete_area(self):
@@ -4723,7 +4932,7 @@ class Releaser:
     def release_tree(self, item, scanner):
         """Rename the tree aside in one step, look at it, delete it; return why it stays."""
         content = [[to_text(e.path), e.kind] + list(e.identity) for e in item.entries]
-        atomic_write(self.journal, json.dumps([to_text(item.name), content]).encode('ascii'), True)
+        atomic_write(self.journal, to_json([to_text(item.name), content]), True)
         top = os.path.join(self.root, RELEASE_DIR)
         try:
             os.makedirs(top, 0o700, exist_ok=True)
@@ -4804,7 +5013,7 @@ class Releaser:
     def finish_journal(self, top):
         try:
             with open(self.journal, encoding='ascii') as handle:
-                name, content = json.load(handle)
+                name, content = from_json(handle.read())
         except (OSError, ValueError):
             return
         entries = [Entry(to_bytes(path), kind, size, mtime, ctime, dev, ino, 0)
@@ -4832,10 +5041,12 @@ class Releaser:
 
 
 class Pipeline:
-    """Runs `work` for one value in the background while the next one is prepared."""
+    """Runs `work` for one value in the background while the next one is prepared; what it
+    hands on to `after`, another Pipeline, belongs to it."""
 
-    def __init__(self, work):
+    def __init__(self, work, after=None):
         self.work = work
+        self.after = after
         self.thread = None
         self.error = None
 
@@ -4847,17 +5058,25 @@ class Pipeline:
 
     def put(self, value):
         """Wait for the value before, then start with this one.  Raises what that one raised."""
-        self.drain()
-        self.thread = threading.Thread(target=self._run, args=(value,), name='finish')
+        self.join()
+        self.thread = threading.Thread(target=self._run, args=(value,), name='pipeline')
         self.thread.start()
 
-    def drain(self):
+    def join(self):
         if self.thread:
             self.thread.join()
             self.thread = None
         if self.error:
             error, self.error = self.error, None
             raise error
+
+    def drain(self):
+        """Wait until nothing is under way here or after it.  Raises what went wrong first."""
+        try:
+            self.join()
+        finally:
+            if self.after:
+                self.after.drain()
 
 
 class Result:
@@ -4907,7 +5126,9 @@ class Delivery:
         self.result = Result()
         self.ready = []                 # ready files whose item has been delivered
         self.connected = False
-        self.pipeline = Pipeline(self.finish)
+        self.connecting = Pipeline(self.connect)
+        self.releasing = Pipeline(self.finish)      # while one part is recorded and released,
+        self.proving = Pipeline(self.prove, self.releasing)     # the next is proven, the third sent
         self.suspects = []              # (parcel, error): its own fault or the target's?
         self.delivered = 0
 
@@ -4923,14 +5144,14 @@ class Delivery:
             for source in (lambda: self.look_again(due), lambda: self.take_ready()):
                 for batch in self.batches(source()):
                     self.ask_stop_files()
-                    self.transport.send(batch)
-                    self.pipeline.put(batch)
-                self.pipeline.drain()
+                    self.transport.send(batch, self.proving.put)
+                self.proving.drain()
             self.judge_suspects()
             self.tidy()
         finally:
             try:
-                self.pipeline.drain()
+                self.proving.drain()
+                self.connecting.drain()
             finally:
                 if self.stream.move:
                     self.releaser.clean()
@@ -5080,9 +5301,10 @@ class Delivery:
                 pending.clear()
                 files = size = 0
             if name in before:
-                self.pipeline.drain()       # the other one stands there when this one comes
+                self.proving.drain()       # the other one stands there when this one comes
             folded.add(name)
             files, size = files + count, size + item.size
+            self.approach()
             root = self.stream.root if parcel.entries is item.entries else to_bytes(self.stream.spool)
             key = root, self.dated(item)
             if key not in pending:
@@ -5104,7 +5326,7 @@ class Delivery:
             # the ledger says that this very tree was delivered before a crash
             log.info('%s: %s was delivered before; its release is finished' % (
                 self.stream.name, show(item.name)))
-            self.pipeline.drain()       # one release at a time
+            self.proving.drain()       # one release at a time
             for reason in self.releaser.release_tree(item, self.scanner):
                 log.info('%s: %s' % (self.stream.name, reason))
             return None
@@ -5134,10 +5356,9 @@ class Delivery:
 
     # -- stop files
 
-    def ask_stop_files(self):
-        """Connect if need be; raises Suspended, or TargetError if it cannot be known."""
+    def ask_here(self):
+        """Raises Suspended, or StateError if it cannot be known."""
         stream = self.stream
-        self.stop.rest()
         if not in_window(stream.transfer_window, time.localtime(self.worker.wall())):
             raise Suspended('outside of transfer_window')
         try:
@@ -5145,12 +5366,23 @@ class Delivery:
                 raise Suspended('%s in %s' % (stream.stop_file, show(stream.directory)))
         except OSError as error:
             raise StateError('cannot ask for %s: %s' % (stream.stop_file, error.strerror))
+
+    def approach(self):
+        """There is something to send: connect and ask while more of it is looked at."""
         if not self.connected:
-            self.progress.enter('connecting')
-            self.transport.open()
             self.connected = True
+            self.ask_here()
+            self.connecting.put(None)
+
+    def connect(self, _):
+        self.progress.enter('connecting')
+        self.transport.open()
+        self.ask_there()
+
+    def ask_there(self):
+        """Raises Suspended, or TargetError if it cannot be known."""
+        stream = self.stream
         if time.monotonic() - self.worker.asked < STOP_FILE_AGE:
-            self.begin_transfer()
             return
         names = {to_bytes(stream.stop_file), to_bytes(stream.target_marker or stream.stop_file)}
         found = self.worker.ask_for_marker(names)
@@ -5160,19 +5392,26 @@ class Delivery:
             raise TargetError('%s is missing in %s' % (stream.target_marker, target_of(stream)),
                               'is the disk mounted there?')
         self.worker.asked = time.monotonic()
-        self.begin_transfer()
 
-    def begin_transfer(self):
-        """From here on a crash may leave temporary files at the target."""
+    def ask_stop_files(self):
+        """Before each batch.  Raises Suspended, or TargetError if it cannot be known."""
+        self.stop.rest()
+        self.ask_here()
+        self.connecting.drain()
+        self.ask_there()
+        # from here on a crash may leave temporary files at the target
         if self.transport.stages and not self.worker.dirty():
             self.worker.set_dirty(True)
         self.progress.enter('transferring')
 
     # -- verify, publish, record, release
 
-    def finish(self, batch):
+    def prove(self, batch):
         answers = self.transport.finish(batch)
-        outcomes = list(zip(batch.parcels, answers))
+        self.releasing.put((batch, list(zip(batch.parcels, answers))))
+
+    def finish(self, proven):
+        batch, outcomes = proven
         good = [pair for pair in outcomes if pair[1].error is None]
         self.record(batch, good)
         released = sum(self.release(batch, parcel, outcome) for parcel, outcome in good)
@@ -5193,7 +5432,7 @@ class Delivery:
         if not sent or not stream.after_delivery:
             return
         feed = b''.join(parcel.item.name + b'\0' if stream.after_delivery_format == 'nul' else
-                        json.dumps(self.line(parcel, outcome, 'delivered')).encode() + b'\n'
+                        to_json(self.line(parcel, outcome, 'delivered')) + b'\n'
                         for parcel, outcome in sent)
         try:
             done = run(stream.after_delivery, self.stop, stream.stall_timeout, feed)
@@ -5734,7 +5973,7 @@ class Worker:
         """transport.present(names); the first time also whether target and source are one."""
         if self.told_apart:
             return self.transport.present(names)
-        marker = HERE_NAME + b'%d-%d' % (os.getpid(), random.randrange(10 ** 9))
+        marker = HERE_NAME + b'%d-%s' % (os.getpid(), random_hex(4))
         path = os.path.join(self.stream.root, marker)
         try:
             os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
@@ -5759,10 +5998,11 @@ class Worker:
         entry = Entry.of(name, os.lstat(os.path.join(spool, name)))
         batch = Batch(spool, b'', [Parcel(Item(name, [entry]), [entry])])
         try:
-            self.transport.send(batch)
-            outcome = self.transport.finish(batch)[0]
-            if outcome.error:
-                raise outcome.error
+            parts = []
+            self.transport.send(batch, parts.append)
+            for outcome in self.transport.finish(parts[-1]):
+                if outcome.error:
+                    raise outcome.error
             self.transport.remove(name)
         finally:
             os.unlink(os.path.join(spool, name))
@@ -5843,6 +6083,7 @@ class Worker:
 
     def pause_after(self, failures):
         """Seconds: doubled with each failure, with jitter, so that streams do not march in step."""
+        import random
         pause = min(self.stream.retry_pause * 2 ** min(failures - 1, 30), self.stream.retry_pause_max)
         return pause * random.uniform(0.75, 1.0)
 
@@ -6304,7 +6545,7 @@ def command_status(config, args, _stop):
     """What each stream is doing, from the state directory."""
     rows = stream_rows(config, config.streams)
     if args.json:
-        say(json.dumps({row['name']: row for row in rows}, indent=1, sort_keys=True))
+        say(to_json({row['name']: row for row in rows}, indent=1, sort_keys=True).decode())
         return EXIT_OK
     table = [[title.upper() for title in STATUS_TITLES]]
     table += [row_cells(row, time.time()) for row in rows]
@@ -6333,6 +6574,7 @@ def parse_moment(text):
 
 def command_history(config, args, _stop):
     """Search the ledger for items by a shell glob: what went where, when, and how much in all."""
+    import fnmatch
     names = {stream.name for stream in config.streams}
     match = re.compile(fnmatch.translate(args.history)).match
     since, until = (utc_stamp(parse_moment(moment)) if moment else None
@@ -6346,7 +6588,7 @@ def command_history(config, args, _stop):
         if record.get('outcome') == 'delivered':
             items, size = items + 1, size + record.get('size', 0)
         if args.json:
-            say(json.dumps(record))
+            say(to_json(record).decode())
         else:
             say('%s  %s  %s  %s -> %s  %s' % (
                 when, record.get('stream'), record.get('outcome'), show(record['item']),

@@ -3,7 +3,7 @@
 
     python3 test_mistamover.py              everything this machine can run
     python3 test_mistamover.py NAME ...     single tests, as unittest names them
-    python3 test_mistamover.py --bench [S M L I] [--json FILE]
+    python3 test_mistamover.py --bench [S M L I D] [--json FILE]
 
 Servers that are not installed are named in the last lines; with MISTAMOVER_TEST_ALL=1 a
 missing one fails the run.  Order and names follow the sections of mistamover.py:
@@ -30,6 +30,7 @@ import html.parser
 import itertools
 import json
 import os
+import queue
 import random
 import re
 import shutil
@@ -939,7 +940,7 @@ class Verifying(Doctored):
         write(os.path.join(world.source, 'precious'), b'exists once')
         before = tree(world.source)
         done = self.doctored(world, FLIP + """
-verb = 'push' if hasattr(mm.TRANSPORTS[%r], 'push') else 'send'
+verb = 'push' if hasattr(mm.TRANSPORTS[%r], 'push') else 'stage'
 cls = mm.TRANSPORTS[%r]
 real = getattr(cls, verb)
 def damaging(self, *args, **kwargs):
@@ -1746,11 +1747,11 @@ class Proxy:
 
     fault: 'pass', 'refuse', 'silent', or (what, n): after n bytes to the server 'cut',
     'stall', 'trickle' one byte at a time, or 'flip' one byte once.  FTP's passive ports are
-    proxied as well.
+    proxied as well.  delay: seconds that every byte takes, each way.
     """
 
-    def __init__(self, port, ftp=False):
-        self.aim, self.ftp, self.fault = port, ftp, 'pass'
+    def __init__(self, port, ftp=False, delay=0):
+        self.aim, self.ftp, self.fault, self.delay = port, ftp, 'pass', delay
         self.sent = 0
         self.open = True
         self.sockets = []
@@ -1777,21 +1778,41 @@ class Proxy:
                 server = socket.socket()
                 self.sockets.append(server)
                 server.connect(('127.0.0.1', aim))
+                for end in (client, server):        # no pauses but the ones that are wanted
+                    end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 for one, other, forth in ((client, server, True), (server, client, False)):
                     threading.Thread(target=self.carry, args=(one, other, forth), daemon=True).start()
 
+    def later(self, other):
+        """A send() whose bytes arrive `delay` seconds later; b'' is the end."""
+        line = queue.Queue()
+
+        def pump():
+            data = True
+            while data:
+                due, data = line.get()
+                time.sleep(max(0, due - time.monotonic()))      # the distance itself
+                with contextlib.suppress(OSError):
+                    other.sendall(data) if data else other.shutdown(socket.SHUT_WR)
+        threading.Thread(target=pump, daemon=True).start()
+        return lambda data: line.put((time.monotonic() + self.delay, data))
+
     def carry(self, one, other, forth):
+        send = self.later(other) if self.delay else other.sendall
         try:
             while True:
-                data = one.recv(4096)
+                data = one.recv(65536 if self.delay else 4096)
                 if not data:
                     break
                 if forth:
                     data = self.harm(data, one, other)
                 elif self.ftp:
                     data = re.sub(rb'(227 .*\(127,0,0,1,)(\d+),(\d+)\)', self.passive, data)
-                other.sendall(data)
-            other.shutdown(socket.SHUT_WR)
+                send(data)
+            if self.delay:
+                send(b'')
+            else:
+                other.shutdown(socket.SHUT_WR)
         except (OSError, Interrupted):
             for end in (one, other):
                 with contextlib.suppress(OSError):
@@ -1893,13 +1914,45 @@ class BadNetwork(Invariants):
         self.assertEqual(len(held_at_target(world)), 21)
         self.assertEqual(mm.SharedJson(world.state, 'failures.json').read().get('s', {}), {})
 
+
+@spread
+class Parts(Invariants):
+    """What has gone is proven, recorded and released while the rest is still being sent."""
+
+    def many(self, world, number=400, size=8000):
+        originals = {b'file %03d' % n: os.urandom(size) for n in range(number)}
+        for name, content in originals.items():
+            write(os.path.join(mm.to_bytes(world.source), name), content)
+        return originals
+
+    def assert_all_delivered(self, world, originals, done):
+        self.assertEqual(done.code, 0, str(done))
+        self.assertNotIn('ERROR', done.output)
+        self.assert_converged(world, originals, str(done))
+        self.assertEqual(sorted(r['item'].encode() for r in world.ledger()), sorted(originals), str(done))
+
+    @on_sites('rsync_ssh', 'rsync_native')
+    def test_released_while_the_rest_is_sent(self, site):
+        world = self.world(site, bandwidth_limit='1M')
+        originals = self.many(world)
+        done = self.doctored(world, """
+import os
+mm.Push.PART_FILES = 20
+real = mm.Push.end
+def end(self, done):
+    print('still here at the end of the push: %d' % len(os.listdir(SOURCE)))
+    return real(self, done)
+mm.Push.end = end
+""")
+        self.assert_all_delivered(world, originals, done)
+        left = int(re.search(r'end of the push: (\d+)', done.output).group(1))
+        self.assertLess(left, 350, str(done))
+
     @on_sites('rsync_ssh', 'rsync_native')
     def test_a_stop_request_leaves_nothing_wrong_at_the_target(self, site):
         """rsync on SIGTERM, while --bwlimit lets it sleep, would repeat what it has just sent."""
         world = self.world(site, bandwidth_limit='1M')
-        originals = {b'file %03d' % n: os.urandom(8000) for n in range(400)}
-        for name, content in originals.items():
-            write(os.path.join(mm.to_bytes(world.source), name), content)
+        originals = self.many(world)
         process = world.start('--once')
         wait_for(lambda: len(held_at_target(world)) > 20, 'some files at the target')
         process.terminate()
@@ -1909,6 +1962,142 @@ class BadNetwork(Invariants):
         done = wait_for(lambda: Kills.undisturbed(world), 'the stream to be free', 60)
         self.assertEqual(done.code, 0, str(done))
         self.assert_converged(world, originals, str(done))
+
+    @on_sites('rsync_ssh', 'rsync_native')
+    def test_what_is_late_goes_with_the_next_part(self, site):
+        world = self.world(site, bandwidth_limit='1M')
+        originals = self.many(world)
+        done = self.doctored(world, """
+import os
+mm.Push.PART_FILES = 20
+real, moved = mm.RsyncTransport.finish, []
+def finish(self, batch):
+    path = os.path.join(TARGET, mm.to_text(batch.entries[0].path)) if not moved else ''
+    first = os.path.exists(path)
+    if first:
+        moved.append(path)
+        os.rename(path, TARGET + '/../away')
+    answer = real(self, batch)
+    if first:
+        os.rename(TARGET + '/../away', path)
+        print('late: %d' % len(batch.jobs.late))
+    return answer
+mm.RsyncTransport.finish = finish
+""")
+        self.assertRegex(done.output, 'late: [1-9]')
+        self.assert_all_delivered(world, originals, done)
+
+    @on_sites('rsync_ssh', 'rsync_native')
+    def test_what_arrives_damaged_is_sent_again_at_the_end(self, site):
+        world = self.world(site, bandwidth_limit='1M')
+        originals = self.many(world)
+        done = self.doctored(world, """
+import os
+mm.Push.PART_FILES = 20
+real, harmed = mm.RsyncTransport.finish, []
+def finish(self, batch):
+    path = os.path.join(TARGET, mm.to_text(batch.entries[0].path)) if not harmed else ''
+    if os.path.exists(path):
+        harmed.append(path)
+        with open(path, 'r+b') as handle:
+            handle.write(b'#')
+    return real(self, batch)
+mm.RsyncTransport.finish = finish
+""")
+        self.assertEqual(done.code, 0, str(done))
+        self.assertEqual(tree(world.source), {})
+        target = held_at_target(world)
+        damaged = [name for name in target if b'.~' in name]
+        self.assertEqual(len(damaged), 1, str(done))
+        self.assertEqual(target.pop(damaged[0])[:1], b'#')
+        self.assertEqual(target, originals)
+
+    @on_sites('local', 'rsync_ssh', 'rsync_native', 'scp', 'sftp', 'ftp')
+    def test_a_kill_between_two_parts(self, site):
+        for moment in ('Ledger.append', 'Releaser.release'):
+            world = self.world(site, target_chmod='644' if site == 'local' else None)
+            originals = self.many(world, 60, 3000)
+            done = self.doctored(world, """
+import os, signal
+mm.Push.PART_FILES = mm.Staging.PART_FILES = 10
+real, calls = mm.%s, []
+def dying(self, *args):
+    calls.append(args)
+    if len(calls) == (2 if real.__name__ == 'append' else 25):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(self, *args)
+mm.%s = dying
+""" % (moment, moment))
+            self.assertEqual(done.code, -9, str(done))
+            self.assert_nothing_lost(world, originals, str(done))
+            done = wait_for(lambda: Kills.undisturbed(world), 'the stream to be free', 60)
+            self.assertEqual(done.code, 0, str(done))
+            self.assert_converged(world, originals, str(done))
+            self.assertEqual({r['item'].encode() for r in world.ledger()}, set(originals))
+
+    @on_sites('rsync_ssh', 'rsync_native')
+    def test_a_line_cut_in_the_middle_keeps_what_was_not_proven(self, site):
+        world = self.world(site)
+        proxy = Proxy(int(world.options['target_port']))
+        self.addCleanup(proxy.close)
+        world.configure(target_port=proxy.port, retry_count='1', bandwidth_limit='1M')
+        originals = self.many(world)
+        proxy.set(('cut', 2500000))
+        done = self.doctored(world, 'mm.Push.PART_FILES = 20')
+        self.assertEqual(done.code, 1, str(done))
+        self.assert_nothing_lost(world, originals, str(done))
+        left = held_at_source(world)
+        self.assertLess(len(left), 350, str(done))
+        self.assertEqual({r['item'].encode() for r in world.ledger()}, set(originals) - set(left))
+        proxy.set('pass')
+        done = wait_for(lambda: Kills.undisturbed(world), 'the stream to be free', 60)
+        self.assert_all_delivered(world, originals, done)
+
+    @on_sites(*ONE_EACH)
+    def test_whole_items_in_every_part(self, site):
+        world = self.world(site, target_chmod='644' if site == 'local' else None)
+        originals = self.many(world, 25, 100)
+        for number in range(6):
+            for inner in range(5):
+                originals[b'day %d/%d' % (number, inner)] = b'%d in %d' % (inner, number)
+        for name, content in originals.items():
+            write(os.path.join(mm.to_bytes(world.source), name), content)
+        done = self.doctored(world, 'mm.Push.PART_FILES = mm.Staging.PART_FILES = 7')
+        self.assertEqual(done.code, 0, str(done))
+        self.assert_converged(world, originals, str(done))
+        self.assertEqual(len(world.ledger()), 31)
+
+
+class FtpLines(Doctored):
+    """Commands that are under way together, and answers that stay in step with them."""
+
+    def run_with(self, code, names):
+        world = self.world('ftp')
+        for name in names:
+            write(os.path.join(world.source, name), name.encode() * 1000)
+        return world, self.doctored(world, code)
+
+    def test_a_refused_file_does_not_put_the_others_out_of_step(self):
+        names = ['bad %d' % n if n % 3 == 0 else 'good %d' % n for n in range(30)]
+        for ahead in ('', '\nmm.FtpTransport.learn_ahead = lambda self: setattr(self, "ahead", 1)'):
+            world, done = self.run_with("""
+real = mm.FtpTransport.staged_name
+mm.FtpTransport.staged_name = lambda self, entry: (
+    b'no such directory/x' if entry.path.startswith(b'bad') else real(self, entry))""" + ahead, names)
+            self.assertEqual(done.code, 1, str(done))
+            self.assertIn('STOR bad 0: 553', done.output)
+            self.assertEqual(contents(tree(world.target)), {
+                n.encode(): n.encode() * 1000 for n in names if n.startswith('good')}, str(done))
+            self.assertEqual(contents(tree(world.source)), {
+                n.encode(): n.encode() * 1000 for n in names if n.startswith('bad')}, str(done))
+
+    def test_a_server_that_takes_one_command_at_a_time(self):
+        names = ['file %d' % n for n in range(30)]
+        world, done = self.run_with(
+            'mm.FtpTransport.learn_ahead = lambda self: setattr(self, "ahead", 1)', names)
+        self.assertEqual(done.code, 0, str(done))
+        self.assertEqual(contents(tree(world.target)), {n.encode(): n.encode() * 1000 for n in names})
+        self.assertEqual((tree(world.source), world.leftovers()), ({}, []))
 
 
 @spread
@@ -2183,9 +2372,8 @@ class MovingSource(Invariants):
         write(os.path.join(world.source, 'day', 'x'), b'x')
         done = self.doctored(world, """
 import os
-real = mm.TRANSPORTS[%r].send
-def send(self, batch):
-    real(self, batch)
+real = mm.TRANSPORTS[%r].finish
+def finish(self, batch):
     at = lambda name: os.path.join(SOURCE, name)
     if os.path.exists(at('deleted')):
         open(at('appended'), 'a').write(' and more')
@@ -2198,7 +2386,8 @@ def send(self, batch):
         os.rename(at('renamed'), at('renamed to'))
         os.unlink(at('deleted'))
         open(at('day/late'), 'w').write('late')
-mm.TRANSPORTS[%r].send = send
+    return real(self, batch)
+mm.TRANSPORTS[%r].finish = finish
 """ % ((world.options['transfer_protocol'],) * 2))
         self.assertNotIn('a bug', done.output)
         latest = {b'appended': b'content of appended and more', b'truncated': b'con',
@@ -2223,10 +2412,10 @@ mm.TRANSPORTS[%r].send = send
             done = self.doctored(world, """
 import os
 real = mm.TRANSPORTS[%r].send
-def send(self, batch):
+def send(self, *args):
     os.rename(SOURCE + '/day', TARGET + '/../day')
     os.symlink(%r, SOURCE + '/day')
-    real(self, batch)
+    real(self, *args)
 mm.TRANSPORTS[%r].send = send
 """ % (world.options['transfer_protocol'], secret, world.options['transfer_protocol']))
             self.assertNotIn('a bug', done.output)
@@ -3261,13 +3450,15 @@ class Documents(Case):
 WORKLOADS = {'S': ('10,000 files of 10 KB, flat', 0, 10000, 10 << 10),
              'M': ('200 directories of 50 files of 20 KB', 200, 50, 20 << 10),
              'L': ('4 files of 512 MB', 0, 4, 512 << 20),
-             'I': ('100,000 files, nothing to do', 0, 100000, 10)}
+             'I': ('100,000 files, nothing to do', 0, 100000, 10),
+             'D': ('1,000 files of 10 KB over a line of 10 ms each way', 0, 1000, 10 << 10)}
+DELAY = 0.01        # seconds, of workload D
 
 
 def rsync_words(world):
     sshd = server('sshd')
     return ['-e', 'ssh -F none -o HostKeyAlias=mover-test -o UserKnownHostsFile=%s -i %s -p %d' % (
-        sshd.known_hosts, sshd.key, sshd.port), world.source + '/', '127.0.0.1:' + world.target + '/']
+        sshd.known_hosts, sshd.key, world.options['target_port']), world.source + '/', '127.0.0.1:' + world.target + '/']
 
 
 def peer_rsync(world):
@@ -3290,7 +3481,7 @@ def peer_scp(world):
     names = [os.path.join(world.source, name) for name in sorted(os.listdir(world.source))]
     subprocess.check_call(['scp', '-q', '-p', '-r', '-F', 'none', '-o', 'HostKeyAlias=mover-test', '-o',
                            'UserKnownHostsFile=' + sshd.known_hosts, '-i', sshd.key, '-P',
-                           str(sshd.port)] + names + ['127.0.0.1:' + world.target + '/'])
+                           str(world.options['target_port'])] + names + ['127.0.0.1:' + world.target + '/'])
     peer_delete(world)
 
 
@@ -3298,7 +3489,7 @@ def peer_lftp(world):
     ftpd = server('ftp')
     subprocess.check_call(['lftp', '-e', 'mirror -R --Remove-source-files -P 4 %s %s; bye' % (
         world.source, os.path.relpath(world.target, BASE)), '-u', 'anonymous,' + ftpd.password,
-        '-p', str(ftpd.port), '127.0.0.1'], stdout=subprocess.DEVNULL)
+        '-p', str(world.options['target_port']), '127.0.0.1'], stdout=subprocess.DEVNULL)
 
 
 def peer_rename(world):
@@ -3325,6 +3516,9 @@ CONTESTS = [
     ('L', 'rsync_ssh', {'verify': 'size'}, 'rsync --remove-source-files', peer_rsync, ('rsync',), 1.05),
     ('S', 'ftp', {'verify': 'size'}, 'lftp mirror -R -P 4', peer_lftp, ('lftp',), 1.0),
     ('S', 'scp', {}, 'scp -r + delete', peer_scp, ('scp',), 1.0),
+    ('D', 'rsync_ssh', {}, 'rsync + checksum pass + delete', peer_rsync_checksum, ('rsync',), None),
+    ('D', 'ftp', {'verify': 'size'}, 'lftp mirror -R -P 4', peer_lftp, ('lftp',), 1.0),
+    ('D', 'scp', {}, 'scp -r + delete', peer_scp, ('scp',), None),
     ('S', 'local', {}, 'os.rename in Python', peer_rename, (), 3.0),
     ('M', 'local', {'target_chmod': '644'}, 'cp -a + delete (mover: fsync, read back)', peer_cp, (), None),
     ('I', 'local', {'transfer_mode': 'mirror'}, 'rsync -a, nothing to do', peer_rsync_idle, ('rsync',), None),
@@ -3356,9 +3550,17 @@ class Bench:
         return self.masters[workload]
 
     def timed(self, contest, how):
-        """Seconds and peak memory (KB) of one run, with both ends checked."""
+        """Seconds of one run, with both ends checked."""
         workload, site, options, _, peer, _, _ = contest
         world = World(SITES[site]).configure(**options)
+        with contextlib.ExitStack() as stack:
+            if workload == 'D':
+                proxy = Proxy(int(world.options['target_port']), site == 'ftp', DELAY)
+                stack.callback(proxy.close)
+                world.configure(target_port=proxy.port, **options)
+            return self.timed_in(world, workload, peer, how)
+
+    def timed_in(self, world, workload, peer, how):
         subprocess.check_call(['cp', '-a', self.master(workload) + '/.', world.source])
         if workload == 'I':
             subprocess.check_call(['cp', '-a', world.source + '/.', world.target])
@@ -3374,7 +3576,7 @@ class Bench:
         differ = subprocess.call(['diff', '-rq', self.master(workload), world.target])
         left = [] if workload == 'I' else [n for n, v in tree(world.source).items() if v != 'directory']
         if differ or left:
-            raise AssertionError('%s of %s left the wrong trees' % (how, contest[:2]))
+            raise AssertionError('%s left the wrong trees after %s' % (how, workload))
         shutil.rmtree(world.top)
         return seconds
 
