@@ -3458,7 +3458,8 @@ DELAY = 0.01        # seconds, of workload D
 def rsync_words(world):
     sshd = server('sshd')
     return ['-e', 'ssh -F none -o HostKeyAlias=mover-test -o UserKnownHostsFile=%s -i %s -p %d' % (
-        sshd.known_hosts, sshd.key, world.options['target_port']), world.source + '/', '127.0.0.1:' + world.target + '/']
+        sshd.known_hosts, sshd.key, world.options['target_port']),
+        world.source + '/', '127.0.0.1:' + world.target + '/']
 
 
 def peer_rsync(world):
