@@ -5139,23 +5139,18 @@ class Delivery:
         """
         started = time.monotonic()
         self.prepare()
-        try:
+        with contextlib.ExitStack() as stack:       # whatever happens, nothing goes on behind us
+            for duty in (self.leave, self.proving.drain, self.connecting.drain):
+                stack.callback(duty)
             due = self.scan_and_settle(patient)
             for source in (lambda: self.look_again(due), lambda: self.take_ready()):
                 for batch in self.batches(source()):
                     self.ask_stop_files()
-                    self.transport.send(batch, self.proving.put)
+                    self.begin_transfer()
+                    self.transport.send(batch, self.hand_on)
                 self.proving.drain()
             self.judge_suspects()
             self.tidy()
-        finally:
-            try:
-                self.proving.drain()
-                self.connecting.drain()
-            finally:
-                if self.stream.move:
-                    self.releaser.clean()
-                self.failures.save()
         self.result.seconds = time.monotonic() - started
         return self.result
 
@@ -5173,6 +5168,11 @@ class Delivery:
         if os.path.exists(stream.spool):
             import shutil
             shutil.rmtree(stream.spool, ignore_errors=True)
+
+    def leave(self):
+        if self.stream.move:
+            self.releaser.clean()
+        self.failures.save()
 
     def tidy(self):
         """After a whole pass nothing that is staged is worth resuming."""
@@ -5394,15 +5394,22 @@ class Delivery:
         self.worker.asked = time.monotonic()
 
     def ask_stop_files(self):
-        """Before each batch.  Raises Suspended, or TargetError if it cannot be known."""
+        """Raises Suspended, or TargetError if it cannot be known."""
         self.stop.rest()
         self.ask_here()
         self.connecting.drain()
         self.ask_there()
-        # from here on a crash may leave temporary files at the target
+
+    def begin_transfer(self):
+        """From here on a crash may leave temporary files at the target."""
         if self.transport.stages and not self.worker.dirty():
             self.worker.set_dirty(True)
         self.progress.enter('transferring')
+
+    def hand_on(self, part):
+        """A part has gone; a stop file that came meanwhile holds back the rest of its batch."""
+        self.proving.put(part)
+        self.ask_stop_files()
 
     # -- verify, publish, record, release
 

@@ -2053,6 +2053,34 @@ mm.%s = dying
         done = wait_for(lambda: Kills.undisturbed(world), 'the stream to be free', 60)
         self.assert_all_delivered(world, originals, done)
 
+    @on_sites('local', 'rsync_ssh', 'ftp')
+    def test_a_stop_file_holds_back_the_rest_of_a_batch(self, site):
+        rsync = site == 'rsync_ssh'
+        world = self.world(site, bandwidth_limit='1M' if rsync else None,
+                           target_chmod='644' if site == 'local' else None)
+        originals = self.many(world)
+        done = self.doctored(world, """
+mm.Push.PART_FILES = mm.Staging.PART_FILES = 20
+cls = mm.TRANSPORTS[%r]
+real = cls.finish
+def finish(self, batch):
+    open(SOURCE + '/.stop', 'w').close()
+    return real(self, batch)
+cls.finish = finish
+""" % world.options['transfer_protocol'])
+        self.assertEqual(done.code, 0, str(done))
+        self.assertIn('suspended: .stop in', done.output)
+        os.unlink(os.path.join(world.source, '.stop'))
+        self.assert_nothing_lost(world, originals, str(done))
+        left = held_at_source(world)
+        self.assertGreater(len(left), 50, str(done))
+        self.assertLess(len(left), 400, str(done))
+        self.assertEqual({r['item'].encode() for r in world.ledger()}, set(originals) - set(left))
+        world.configure(target_chmod='644' if site == 'local' else None)
+        done = wait_for(lambda: Kills.undisturbed(world), 'the stream to be free', 60)
+        self.assertEqual(done.code, 0, str(done))
+        self.assert_converged(world, originals, str(done))
+
     @on_sites(*ONE_EACH)
     def test_whole_items_in_every_part(self, site):
         world = self.world(site, target_chmod='644' if site == 'local' else None)
