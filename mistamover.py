@@ -2373,7 +2373,6 @@ class Batch:
         self.subdir = subdir
         self.parcels = parcels
         self.jobs = jobs
-        self.biggest = max([e.size for parcel in parcels for e in parcel.entries] or [0])
 
     def part(self, parcels):
         return Batch(self.root, self.subdir, parcels, self.jobs)
@@ -2396,6 +2395,10 @@ class Batch:
     @property
     def size(self):
         return sum(entry.size for entry in self.entries)
+
+    @property
+    def biggest(self):
+        return max([entry.size for entry in self.entries] or [0])
 
 
 class Transport:
@@ -2429,8 +2432,8 @@ class Transport:
         raise NotImplementedError
 
     def send(self, batch, ready):
-        """Bring the bytes to the target under names nobody reads; ready(part) is called with
-        each part of the batch that can be finished, the last time with all that is left."""
+        """Bring the bytes to the target under names nobody reads; ready(part, more) is called
+        with each part of the batch that can be finished, and whether another will come."""
         raise NotImplementedError
 
     def finish(self, batch):
@@ -2588,10 +2591,11 @@ class Staging(Transport):
             self.ensure([self.area])
         except ItemError as error:
             raise TargetError(error.message, error.hint)
-        for part in batch.parts(self.PART_FILES, self.PART_SIZE):
+        parts = list(batch.parts(self.PART_FILES, self.PART_SIZE))
+        for part in parts:
             part.jobs = self.make_jobs(part)
             self.stage(part, [job for job in part.jobs if not job.error])
-            ready(part)
+            ready(part, part is not parts[-1])
 
     def make_jobs(self, batch):
         jobs = []
@@ -3247,7 +3251,7 @@ class Push(Rows):
         self.late = []              # parcels that were not there yet when their part was proven
         self.last = None            # the part that holds all that was left at the end
         self.done = None            # how rsync ended
-        batch.parcels, batch.jobs = (), self    # each part is forgotten when it is done
+        batch.jobs = self
 
     def told(self, name):
         key = self.owner.pop(name, None)
@@ -3263,7 +3267,7 @@ class Push(Rows):
         Rows.hear(self, piece)
         if self.ready and (self.files >= self.PART_FILES or self.size >= self.PART_SIZE):
             part, self.gone, self.files, self.size = self.batch.part(self.gone), [], 0, 0
-            self.ready(part)
+            self.ready(part, True)
 
     def end(self, done):
         self.done = done
@@ -3424,7 +3428,7 @@ class RsyncTransport(Transport):
         push = Push(batch, ready if self.stream.move else None, self.progress)
         done, _ = self.push(batch, paths,
                             ['-i', '-i'] + ([] if self.quick else ['--ignore-existing']), push)
-        ready(push.end(done))
+        ready(push.end(done), False)
 
     def prove(self, batch, paths, options):
         """{path: checksum} of those that stand at the target as they are here, and all rows."""
@@ -4144,6 +4148,7 @@ class FtpTransport(Staging):
     takes_password = True
     forbidden = b'\r\n\0'
     AHEAD = 32                          # questions under way; their answers fit any buffer
+    EAGER = 1 << 14                     # bytes that fit a socket's buffer whether read or not
     TROUBLE = ('530', '532', '534', '535', '552', '521', '522')     # not of one file
 
     def __init__(self, *args, **kwargs):
@@ -4158,16 +4163,10 @@ class FtpTransport(Staging):
     def connect(self):
         """A logged-in connection in target_dir.  Raises TargetError."""
         import ftplib
-        import socket
         import ssl
 
         class Plain(ftplib.FTP):
             encoding = 'latin-1'        # names are bytes; every byte has its character
-            asked = False               # whether a port was asked for whose answer is to come
-
-            @property
-            def port_question(self):
-                return 'EPSV' if self.af == socket.AF_INET6 else 'PASV'
 
             def makepasv(self):
                 # never where the answer says: that may be another host (CVE-2021-4189)
@@ -4281,11 +4280,9 @@ class FtpTransport(Staging):
         try:
             with self.stop.on_stop(lambda: self.hang_up(ftp)):
                 yield ftp
-                with self.translated(ftp.port_question):
-                    self.forget_port(ftp)
             healthy = True
         except ItemError:
-            healthy = not ftp.asked
+            healthy = True
             raise
         finally:
             if not healthy:
@@ -4295,13 +4292,6 @@ class FtpTransport(Staging):
                     self.idle.append(ftp)
                 else:
                     self.used -= 1
-
-    @staticmethod
-    def forget_port(ftp):
-        """Hear the answer to a question that nobody will use, before another is asked."""
-        if ftp.asked:
-            ftp.asked = False
-            ftp.getresp()
 
     def most(self):
         """Connections: `parallel` for the bytes, and one that asks about the part before."""
@@ -4476,8 +4466,6 @@ class FtpTransport(Staging):
         import hashlib
         start = 0
         if job.entry.size >= RESUME_FROM:
-            with self.translated(ftp.port_question):
-                self.forget_port(ftp)
             there = self.size(ftp, job.staged) or 0
             start = there if 0 < there <= job.entry.size else 0
             job.hashed = job.hashed or start > 0    # only the whole proves what a resume made
@@ -4489,64 +4477,57 @@ class FtpTransport(Staging):
         job.digest = digest.hexdigest()
 
     def transfer(self, ftp, batch, job, start, digest):
-        """The bytes from `start` on, over a data connection of their own (RFC 959, RFC 2428)."""
-        commands = ['REST %d' % start] * bool(start) + ['STOR ' + self.name(job.staged)]
-
+        """The bytes from `start` on, over a data connection of their own.  A few follow STOR at
+        once, a round trip earlier; for many, and for a handshake, a refusal must be heard first."""
         def write(block):
             conn.sendall(block)
             digest.update(block)
             self.progress.sent(len(block))
             self.throttle.spend(len(block))
 
+        eager = not self.stream.tls and job.entry.size - start <= self.EAGER
+        trouble = None
         with self.translated('STOR %s' % show(job.entry.path)):
-            conn = self.connect_data(ftp, commands)
-            trouble = None
+            conn = self.connect_data(ftp)
             try:
-                conn = ftp.secured(conn)
-                copy_entry(batch.root, job.entry, write, self.stop, start)
-                if self.stream.tls:
-                    conn.unwrap()
-            except (Changed, ItemError, OSError) as error:
-                trouble = error
+                if start:
+                    ftp.sendcmd('REST %d' % start)
+                ftp.putcmd('STOR ' + self.name(job.staged))
+                if not eager:
+                    ftp.getresp()
+                try:
+                    conn = ftp.secured(conn)
+                    copy_entry(batch.root, job.entry, write, self.stop, start)
+                    if self.stream.tls:
+                        conn.unwrap()
+                except (Changed, ItemError, OSError) as error:
+                    trouble = error
             finally:
                 conn.close()
-            self.hear_out(ftp, commands, trouble)
+            self.hear_out(ftp, eager, trouble)
 
-    def hear_out(self, ftp, commands, trouble):
-        """The replies to the commands of a transfer, and to its end; trouble: what we know
-        already.  The next port is asked for in the same round trip."""
-        if self.ahead > 1 and not trouble:
-            self.tell(ftp, [ftp.port_question])
-            ftp.asked = True
+    @staticmethod
+    def hear_out(ftp, eager, trouble):
+        """What the server says of a transfer that has ended; trouble: what we know already."""
         if isinstance(trouble, MoverError):         # whatever it says of the half it got
-            while ftp.getmultiline()[0] in '13':
+            while ftp.getmultiline()[:1] == '1':
                 pass
             raise trouble
-        for _ in commands:
+        if eager:
             ftp.getresp()
         ftp.voidresp()                              # if it hung up, this says why
         if trouble:
             raise trouble
 
-    def connect_data(self, ftp, commands):
-        """A data connection for the last of some commands, which are told once it stands: a
-        server may hold a lock while it waits for it.  Their replies come later, so that the
-        bytes follow at once.  Raises TargetError."""
+    def connect_data(self, ftp):
+        """A new data connection (RFC 959, RFC 2428).  STOR comes after it: a server may hold a
+        lock while it waits for one.  Raises TargetError."""
         import ftplib
         import socket
         try:
-            peer = ftp.sock.getpeername()
-            if not ftp.asked:
-                self.tell(ftp, [ftp.port_question])
-            ftp.asked = False
-            reply = ftp.getresp()
-            _, port = ftplib.parse227(reply) if reply[:3] == '227' else ftplib.parse229(reply, peer)
-            # never to the host that the answer names: it may be another one (CVE-2021-4189)
-            conn = socket.create_connection((peer[0], port), ftp.timeout, ftp.source_address)
-            self.tell(ftp, commands)
-            return conn
+            return socket.create_connection(ftp.makepasv(), ftp.timeout, ftp.source_address)
         except ftplib.all_errors as error:
-            raise TargetError('%s: %s' % (ftp.port_question, show(str(error).strip())))
+            raise TargetError('no data connection: %s' % show(str(error).strip()))
 
     @staticmethod
     def tell(ftp, commands):
@@ -5071,7 +5052,7 @@ class Pipeline:
             raise error
 
     def drain(self):
-        """Wait until nothing is under way here or after it.  Raises what went wrong first."""
+        """Wait until nothing is under way here or after it.  Raises what went wrong."""
         try:
             self.join()
         finally:
@@ -5304,7 +5285,8 @@ class Delivery:
                 self.proving.drain()       # the other one stands there when this one comes
             folded.add(name)
             files, size = files + count, size + item.size
-            self.approach()
+            if not self.stream.zips:        # which may take longer than an idle line is kept
+                self.approach()
             root = self.stream.root if parcel.entries is item.entries else to_bytes(self.stream.spool)
             key = root, self.dated(item)
             if key not in pending:
@@ -5396,6 +5378,7 @@ class Delivery:
     def ask_stop_files(self):
         """Raises Suspended, or TargetError if it cannot be known."""
         self.stop.rest()
+        self.approach()
         self.ask_here()
         self.connecting.drain()
         self.ask_there()
@@ -5406,10 +5389,11 @@ class Delivery:
             self.worker.set_dirty(True)
         self.progress.enter('transferring')
 
-    def hand_on(self, part):
+    def hand_on(self, part, more):
         """A part has gone; a stop file that came meanwhile holds back the rest of its batch."""
         self.proving.put(part)
-        self.ask_stop_files()
+        if more:
+            self.ask_stop_files()
 
     # -- verify, publish, record, release
 
@@ -6006,7 +5990,7 @@ class Worker:
         batch = Batch(spool, b'', [Parcel(Item(name, [entry]), [entry])])
         try:
             parts = []
-            self.transport.send(batch, parts.append)
+            self.transport.send(batch, lambda part, more: parts.append(part))
             for outcome in self.transport.finish(parts[-1]):
                 if outcome.error:
                     raise outcome.error

@@ -2035,6 +2035,13 @@ mm.%s = dying
             self.assert_converged(world, originals, str(done))
             self.assertEqual({r['item'].encode() for r in world.ledger()}, set(originals))
 
+    @on_sites('rsync_ssh', 'rsync_native', 'ftp', 'scp', 'sftp')
+    def test_work_is_no_silence(self, site):
+        """A file that takes longer than stall_timeout to send, and bytes that move all the time."""
+        world = self.world(site, bandwidth_limit='1M', stall_timeout='2s', retry_count='1')
+        originals = self.many(world, 1, 6 << 20)
+        self.assert_all_delivered(world, originals, world.run('--once'))
+
     @on_sites('rsync_ssh', 'rsync_native')
     def test_a_line_cut_in_the_middle_keeps_what_was_not_proven(self, site):
         world = self.world(site)
@@ -2107,6 +2114,7 @@ class FtpLines(Doctored):
 
     def test_a_refused_file_does_not_put_the_others_out_of_step(self):
         names = ['bad %d' % n if n % 3 == 0 else 'good %d' % n for n in range(30)]
+        names += ['bad and %s' % ('large' * 20), 'good and large' * 10]
         for ahead in ('', '\nmm.FtpTransport.learn_ahead = lambda self: setattr(self, "ahead", 1)'):
             world, done = self.run_with("""
 real = mm.FtpTransport.staged_name
