@@ -2038,8 +2038,8 @@ mm.%s = dying
     @on_sites('rsync_ssh', 'rsync_native', 'ftp', 'scp', 'sftp')
     def test_work_is_no_silence(self, site):
         """A file that takes longer than stall_timeout to send, and bytes that move all the time."""
-        world = self.world(site, bandwidth_limit='1M', stall_timeout='2s', retry_count='1')
-        originals = self.many(world, 1, 6 << 20)
+        world = self.world(site, bandwidth_limit='1M', stall_timeout='4s', retry_count='1')
+        originals = self.many(world, 1, 8 << 20)
         self.assert_all_delivered(world, originals, world.run('--once'))
 
     @on_sites('rsync_ssh', 'rsync_native')
