@@ -63,9 +63,10 @@ PROBE_NAME = b'.mistamover-probe'       # at the target: written, renamed, remov
 BLOCK = 1 << 20                         # bytes read at a time
 CHECK_RATE = 20 << 20                   # bytes per second any disk re-reads; slower counts as hung
 RESUME_FROM = 8 << 20                   # below this size a new start costs less than a resume
-SMALL = 128 << 10                       # bytes; sixty of these pass any line within stall_timeout
+SMALL = 128 << 10                       # bytes that pass any line within stall_timeout
 STOP_FILE_AGE = 10                      # seconds for which an answer about a stop file holds
 KILL_GRACE = 2                          # seconds between SIGTERM and SIGKILL for a child
+GATHER = 0.01                           # seconds that lines gather in: to wake for each costs more
 CONTROL_PATH_MAX = 80                   # sun_path holds 104 bytes, ssh(1) adds 17 while binding
 LAST_SECOND = 253402300799              # of the year 9999: a time stamp has four digits for it
 CLOCK_TOLERANCE = 2                     # seconds two clocks may drift apart between two scans
@@ -372,7 +373,7 @@ class StopRequest:
 @contextlib.contextmanager
 def signals_recorded(stop, daemon):
     """Let SIGTERM, SIGINT and SIGHUP be recorded, which means reload to a daemon; yields
-    wait(seconds), cut short by a signal."""
+    wait(seconds), cut short by a signal and by wake(), which other threads may call."""
     import signal
     import socket
     reader, writer = socket.socketpair()
@@ -393,8 +394,12 @@ def signals_recorded(stop, daemon):
             with contextlib.suppress(BlockingIOError):
                 reader.recv(64)
 
+    def wake():
+        with contextlib.suppress(OSError):      # it is awake already
+            writer.send(b'\0')
+
     try:
-        yield wait
+        yield wait, wake
     finally:
         signal.set_wakeup_fd(old_fd)
         for number, handler in before.items():
@@ -423,6 +428,7 @@ class Program:
     """A program run from an argument list, in a session of its own, under a watchdog.
 
     feed: bytes for its standard input, or None to write() to it while it runs.
+    gather: seconds for which its output gathers before it is read again.
     keep_fds: descriptors it inherits (the locks: an orphan still counts as one of ours).
     secret: environment variables for this process alone.
     signals: what ends it, the next one if it does not within KILL_GRACE.
@@ -430,12 +436,12 @@ class Program:
 
     POLITE, ABRUPT = ('SIGTERM', 'SIGKILL'), ('SIGKILL',)
 
-    def __init__(self, argv, stop, feed=b'', keep_fds=(), secret=None, signals=POLITE):
+    def __init__(self, argv, stop, feed=b'', gather=0, keep_fds=(), secret=None, signals=POLITE):
         import queue
         import subprocess
         import tempfile
         stop.check()
-        self.stop, self.signals = stop, signals
+        self.stop, self.gather, self.signals = stop, gather, signals
         self.name = os.path.basename(to_text(argv[0]))
         self.chunks = queue.Queue()
         self.errors_file = tempfile.TemporaryFile()
@@ -465,6 +471,7 @@ class Program:
             self.chunks.put(chunk)
             if not chunk:
                 return
+            time.sleep(self.gather)
 
     def read(self, limit, alive=None):
         """The output since the last call, b'' at its end.
@@ -571,7 +578,7 @@ def run(argv, stop, limit, feed=b'', on_output=None, alive=None, **more):
     more: as for Program.
     Raises TargetError (cannot start, hung), Interrupted.
     """
-    program = Program(argv, stop, feed, **more)
+    program = Program(argv, stop, feed, GATHER, **more)
     pieces = []
     try:
         while True:
@@ -2214,21 +2221,21 @@ def open_entry(root, entry):
     return fd
 
 
-def open_for_writing(fd):
-    """Whether somebody has this file open for writing: True, or False (also: cannot tell).
-    Our lease ends when the descriptor is closed.
+def lease(fd):
+    """Take a read lease, which ends when the descriptor is closed (fcntl(2), F_SETLEASE): True,
+    False if somebody has the file open for writing, None if that cannot be asked here.
 
-    A read lease (fcntl(2), F_SETLEASE) is refused with EAGAIN while there is a writer.
-    EACCES and EINVAL mean that the file system or the owner does not let us ask.
+    EAGAIN means that there is a writer, EACCES and EINVAL that the file system or the owner
+    does not let us ask.
     """
     try:
         import fcntl
         fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+        return True
     except OSError as error:
-        return error.errno == errno.EAGAIN
+        return False if error.errno == errno.EAGAIN else None
     except (ImportError, AttributeError):
-        pass
-    return False
+        return None
 
 
 def check_unused(stream, item):
@@ -2236,7 +2243,7 @@ def check_unused(stream, item):
     for entry in item.files:
         fd = open_entry(stream.root, entry)
         try:
-            if open_for_writing(fd):
+            if lease(fd) is False:
                 raise Changed('%s is open for writing' % show(entry.path))
         finally:
             os.close(fd)
@@ -3401,11 +3408,8 @@ class RsyncTransport(Transport):
 
     @staticmethod
     def reporting(batch):
-        """Small files report in blocks of 4 KB, about sixty names: a write for each would cost
-        as much as the file.  Large ones report while they are under way."""
-        if batch.biggest < SMALL:
-            return ['--outbuf=B']
-        return ['--outbuf=L', '--info=progress2', '--no-human-readable']
+        """Large files report while they are under way."""
+        return ['--info=progress2', '--no-human-readable'] if batch.biggest >= SMALL else []
 
     def push(self, batch, paths, options, rows=None):
         if self.stream.bandwidth_limit:
@@ -3432,7 +3436,7 @@ class RsyncTransport(Transport):
 
     def prove(self, batch, paths, options):
         """{path: checksum} of those that stand at the target as they are here, and all rows."""
-        done, rows = self.rsync(batch.root, sorted(paths), ['-n', '-i', '-i', '--outbuf=B'] + options,
+        done, rows = self.rsync(batch.root, sorted(paths), ['-n', '-i', '-i'] + options,
                                 batch.subdir, self.patience(batch) + batch.size / CHECK_RATE)
         if done.code in self.CONNECTION_LOST:
             self.fail(done, 'the proof at %s broke off' % target_of(self.stream))
@@ -3626,7 +3630,7 @@ class Dialogue:
     def __init__(self, argv, stop, limit, marker, keep_fds=()):
         self.marker = marker
         self.limit = limit
-        self.program = Program(argv, stop, None, keep_fds)
+        self.program = Program(argv, stop, None, keep_fds=keep_fds)
         self.rest = b''
         self.asked = 0
         self.lock = threading.Lock()    # one batch is sent while the one before is finished
@@ -4716,6 +4720,36 @@ class Kept:
         log.info('%s: purged %s' % (self.stream.name, show(path)))
 
 
+class Closer:
+    """Closes deleted files in the background.  Only then their space is freed, for which a
+    disk may be waited for (ext4 with discard: 150 us each); several wait together.  One for
+    all streams, so that a bound for the descriptors is a bound."""
+
+    THREADS = 4
+    TOGETHER = 8                        # descriptors handed over at a time: a wake costs, too
+
+    def __init__(self):
+        self.lock = threading.Lock()    # guards queue
+        self.queue = None
+
+    def put(self, fds):
+        import queue
+        with self.lock:
+            if self.queue is None:
+                self.queue = queue.Queue(self.THREADS)
+                for _ in range(self.THREADS):
+                    threading.Thread(target=self.work, name='closer', daemon=True).start()
+        self.queue.put(fds)
+
+    def work(self):
+        while True:
+            for fd in self.queue.get():
+                os.close(fd)
+
+
+closer = Closer()
+
+
 class Releaser:
     """Deletes delivered sources, and nothing else.
 
@@ -4732,6 +4766,7 @@ class Releaser:
         self.kept = Kept(stream)
         self.cached = None              # (directory, its descriptor, the private one)
         self.changed = {}               # (dev, ino) -> ctime after we unlinked another name of it
+        self.gone = []                  # descriptors of what is gone, to be closed
 
     # -- single files
 
@@ -4779,8 +4814,8 @@ class Releaser:
     def release_linked(self, entry):
         """One inode stands at both ends: nothing written to it can be lost, only a file that
         was put in its place."""
-        parent, aside = self.directory(os.path.dirname(entry.path))
-        name = os.path.basename(entry.path)
+        head, _, name = entry.path.rpartition(b'/')
+        parent, aside = self.directory(head)
         os.rename(name, name, src_dir_fd=parent, dst_dir_fd=aside)
         there = os.stat(name, dir_fd=aside, follow_symlinks=False)
         if (there.st_dev, there.st_ino) != (entry.dev, entry.ino):
@@ -4790,46 +4825,53 @@ class Releaser:
         return None
 
     def release_held(self, entry):
-        import fcntl
-        parent, aside = self.directory(os.path.dirname(entry.path))
-        name = os.path.basename(entry.path)
+        head, _, name = entry.path.rpartition(b'/')
+        parent, aside = self.directory(head)
         fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=parent)
+        reason = 'could not be looked at'
         try:
-            leased = self.lease(fd, fcntl)
-            if leased is False:
-                return 'is open for writing'
-            if not self.unchanged(entry, os.fstat(fd)):
-                return 'changed after it was sent'
-            try:
-                os.rename(name, name, src_dir_fd=parent, dst_dir_fd=aside)
-            except OSError as error:
-                if error.errno != errno.EXDEV:
-                    raise
-                os.unlink(name, dir_fd=parent)      # a mount point: without the last look
-                return None
-            here, there = os.fstat(fd), os.stat(name, dir_fd=aside, follow_symlinks=False)
-            if not os.path.samestat(here, there) or \
-                    (here.st_size, here.st_mtime_ns) != (entry.size, entry.mtime_ns) or \
-                    leased and fcntl.fcntl(fd, fcntl.F_GETLEASE) != fcntl.F_RDLCK:
-                self.put_back(name, aside, parent)
-                return 'changed while it was released'
-            self.discard(name, entry.path, aside)
-            if here.st_nlink > 1:
-                self.changed[(here.st_dev, here.st_ino)] = os.fstat(fd).st_ctime_ns
-            return None
+            reason = self.release_open(fd, entry, name, parent, aside)
+            return reason
         finally:
-            os.close(fd)
+            if reason:
+                os.close(fd)
+            else:
+                self.close_later(fd)
 
-    @staticmethod
-    def lease(fd, fcntl):
-        """True: we hold a read lease; False: somebody writes; None: it cannot be asked here."""
+    def release_open(self, fd, entry, name, parent, aside):
+        import fcntl
+        leased = lease(fd)
+        if leased is False:
+            return 'is open for writing'
+        if not self.unchanged(entry, os.fstat(fd)):
+            return 'changed after it was sent'
         try:
-            fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
-            return True
+            os.rename(name, name, src_dir_fd=parent, dst_dir_fd=aside)
         except OSError as error:
-            return False if error.errno == errno.EAGAIN else None
-        except AttributeError:
+            if error.errno != errno.EXDEV:
+                raise
+            os.unlink(name, dir_fd=parent)      # a mount point: without the last look
             return None
+        here, there = os.fstat(fd), os.stat(name, dir_fd=aside, follow_symlinks=False)
+        if not os.path.samestat(here, there) or \
+                (here.st_size, here.st_mtime_ns) != (entry.size, entry.mtime_ns) or \
+                leased and fcntl.fcntl(fd, fcntl.F_GETLEASE) != fcntl.F_RDLCK:
+            self.put_back(name, aside, parent)
+            return 'changed while it was released'
+        self.discard(name, entry.path, aside)
+        if here.st_nlink > 1:
+            self.changed[(here.st_dev, here.st_ino)] = os.fstat(fd).st_ctime_ns
+        return None
+
+    def close_later(self, fd):
+        self.gone.append(fd)
+        if len(self.gone) >= Closer.TOGETHER:
+            self.close_gone()
+
+    def close_gone(self):
+        if self.gone:
+            gone, self.gone = self.gone, []
+            closer.put(gone)
 
     def unchanged(self, entry, info):
         ours = self.changed.get((entry.dev, entry.ino))
@@ -4879,6 +4921,7 @@ class Releaser:
         return parent, aside
 
     def forget_directory(self):
+        self.close_gone()
         if self.cached:
             os.close(self.cached[1])
             os.close(self.cached[2])
@@ -4958,7 +5001,7 @@ class Releaser:
         except MoverError:
             return os.path.lexists(os.path.join(root, entry.path))
         try:
-            return open_for_writing(fd)
+            return lease(fd) is False
         finally:
             os.close(fd)
 
@@ -5188,6 +5231,8 @@ class Delivery:
                 if self.stream.zips:
                     names.add(item.name)
                 due.append((key(item), item.name, item.ready, item.is_directory))
+                if not self.stream.zips:        # which may take longer than an idle line is kept
+                    self.approach()
         for name in gone:
             self.failures.forget(name)
         self.follow_orphans()
@@ -5273,7 +5318,7 @@ class Delivery:
             if parcel is None:
                 continue
             name = parcel.entries[0].path.decode('utf-8', 'surrogateescape').casefold()
-            count = max(1, len(parcel.entries))
+            count = max(1, sum(entry.kind == 'f' for entry in parcel.entries))
             full = files and (files + count > self.stream.batch_files or
                               size + item.size > self.stream.batch_size)
             if full or name in folded:
@@ -5285,8 +5330,6 @@ class Delivery:
                 self.proving.drain()       # the other one stands there when this one comes
             folded.add(name)
             files, size = files + count, size + item.size
-            if not self.stream.zips:        # which may take longer than an idle line is kept
-                self.approach()
             root = self.stream.root if parcel.entries is item.entries else to_bytes(self.stream.spool)
             key = root, self.dated(item)
             if key not in pending:
@@ -5941,6 +5984,7 @@ class Worker:
         self.zipped = {}                # name -> snapshot of trees delivered, not yet released
         self.exit_code = EXIT_OK
         self.daemonic = False
+        self.ended = False
 
     # -- what a Delivery asks of it
 
@@ -6277,27 +6321,28 @@ def start_log(config):
 class Supervisor:
     """Runs every stream in a thread of its own, and follows the configuration as a daemon.
 
-    load: reads the configuration again; wait: see signals_recorded(); report(None) is called
-    once a stream has its lock.
+    load: reads the configuration again; wait, wake: see signals_recorded(); report(None) is
+    called once a stream has its lock.
     """
 
-    def __init__(self, config, load, daemon, stop, wait, report):
+    def __init__(self, config, load, daemon, stop, waiting, report):
         self.config, self.load, self.daemon = config, load, daemon
-        self.stop, self.wait, self.report = stop, wait, report
+        self.stop, self.report = stop, report
+        self.wait, self.wake = waiting
         directory = config.settings.state_dir
         make_private_directory(directory)
         sweep_state(directory)
         self.state = State(directory, config)
         self.caretaker = Caretaker(config, self.state)
         self.notifier = Notifier()
-        self.running = {}               # name -> (Worker, its thread)
+        self.running = {}               # name -> Worker
         self.held = False               # whether any stream ever had its lock
         self.known = self.looked = config.stamps
         self.state.alerts.turn('config', False, 'info', 'the configuration is in order again')
 
     @property
     def workers(self):
-        return [worker for worker, _ in self.running.values()]
+        return list(self.running.values())
 
     def wanted(self):
         return {stream.name: stream for stream in self.config.streams if stream.status == 'running'}
@@ -6305,19 +6350,20 @@ class Supervisor:
     def start_missing(self):
         """Start what is wanted and does not run; one that was retired must have ended."""
         wanted = self.wanted()
-        self.running = {name: pair for name, pair in self.running.items()
-                        if name in wanted or pair[1].is_alive()}
+        self.running = {name: worker for name, worker in self.running.items()
+                        if name in wanted or not worker.ended}
         for name, stream in wanted.items():
-            if name in self.running and self.running[name][1].is_alive():
-                continue
-            worker = Worker(stream, self.state)
-            thread = threading.Thread(target=self.live, args=(worker,), name=name)
-            self.running[name] = worker, thread
-            thread.start()
+            if name not in self.running or self.running[name].ended:
+                worker = self.running[name] = Worker(stream, self.state)
+                threading.Thread(target=self.live, args=(worker,), name=name).start()
 
     def live(self, worker):
-        with contextlib.suppress(Interrupted), self.stop.on_stop(worker.stop.request):
-            worker.run(self.daemon)
+        try:
+            with contextlib.suppress(Interrupted), self.stop.on_stop(worker.stop.request):
+                worker.run(self.daemon)
+        finally:
+            worker.ended = True
+            self.wake()
 
     def run(self):
         """The exit code."""
@@ -6353,12 +6399,12 @@ class Supervisor:
         thread.start()
         end = time.monotonic() + Alerts.PATIENCE
         while thread.is_alive() and not self.stop.signal and time.monotonic() < end:
-            self.wait(0.1)
+            thread.join(0.1)
         self.state.alerts.stop.request()
         thread.join(2 * KILL_GRACE)
 
     def goes_on(self):
-        return any(thread.is_alive() for _, thread in self.running.values()) or \
+        return not all(worker.ended for worker in self.workers) or \
             self.daemon and not self.stop.event.is_set()
 
     def tick(self):
@@ -6409,7 +6455,7 @@ class Supervisor:
         self.state.alerts.configure(config)
         self.caretaker.config = config
         wanted = self.wanted()
-        for name, (worker, _) in list(self.running.items()):
+        for name, worker in self.running.items():
             if name not in wanted or vars(wanted[name]) != vars(worker.stream):
                 log.info('%s: %s' % (name, 'changed' if name in wanted else 'taken out'))
                 worker.stop.leaving.set()
@@ -6879,8 +6925,8 @@ def detach(config):
 def command_run(config, args, stop):
     start_log(config)       # while there is still a terminal to complain to
     report = detach(config) if args.background else lambda code: None
-    with signals_recorded(stop, args.daemon) as wait:
-        code = Supervisor(config, lambda: read_config(args), args.daemon, stop, wait, report).run()
+    with signals_recorded(stop, args.daemon) as waiting:
+        code = Supervisor(config, lambda: read_config(args), args.daemon, stop, waiting, report).run()
     report(code)
     return code
 

@@ -1439,7 +1439,7 @@ class SettlingRuns(Case):
     def leases_work(path):
         fd = os.open(path, os.O_RDONLY)
         try:
-            return mm.open_for_writing(fd)
+            return mm.lease(fd) is False
         finally:
             os.close(fd)
 
