@@ -286,6 +286,11 @@ def lies_below(path, top):
     return path.startswith(top)
 
 
+def parent_of(path):
+    """os.path.dirname() of a relative path without its checks, for every file asks."""
+    return path.rpartition(b'/')[0]
+
+
 def alive(pid):
     try:
         os.kill(int(pid), 0)
@@ -1352,6 +1357,11 @@ class Log:
         if self.logger:
             getattr(self.logger, level)('%s', message, exc_info=trace)
 
+    @property
+    def detailed(self):
+        """Whether anybody sees what debug() says."""
+        return self.logger is not None and self.logger.isEnabledFor(10)
+
     def debug(self, message):
         self.write('debug', message)
 
@@ -1611,11 +1621,12 @@ class Failures:
         return entry
 
     def forget(self, name):
-        self.items.pop(to_text(name), None)
+        if self.items:
+            self.items.pop(to_text(name), None)
 
     def must_wait(self, name, now):
         """Whether the item's own back-off still runs (a poison file must not heat the loop)."""
-        entry = self.items.get(to_text(name))
+        entry = self.items and self.items.get(to_text(name))
         if not entry:
             return False
         pause = min(self.stream.retry_pause * 2 ** min(entry['count'] - 1, 30),
@@ -1866,15 +1877,17 @@ class State:
 # 11  scanning and settling
 # ----------------------------------------------------------------------------------------
 
+KINDS = {stat.S_IFREG: 'f', stat.S_IFDIR: 'd', stat.S_IFLNK: 'l'}
+
+
 class Entry(collections.namedtuple('Entry', 'path kind size mtime_ns ctime_ns dev ino mode')):
-    """What one file, directory ('d') or symlink ('l') looked like; path is relative, bytes."""
+    """What one file ('f'), directory ('d') or symlink ('l') looked like; path is relative, bytes."""
 
     __slots__ = ()
 
     @classmethod
     def of(cls, path, info):
-        kind = 'f' if stat.S_ISREG(info.st_mode) else 'd' if stat.S_ISDIR(info.st_mode) else \
-            'l' if stat.S_ISLNK(info.st_mode) else '?'
+        kind = KINDS.get(stat.S_IFMT(info.st_mode), '?')
         return cls(path, kind, info.st_size if kind == 'f' else 0, info.st_mtime_ns,
                    info.st_ctime_ns, info.st_dev, info.st_ino, stat.S_IMODE(info.st_mode))
 
@@ -1896,38 +1909,31 @@ def tree_of(entries):
 class Item:
     """A top-level entry (or, with items = files, any file): its name and its snapshot."""
 
-    __slots__ = ('name', 'entries', 'left', 'fault', 'ready')
+    __slots__ = ('name', 'entries', 'left', 'fault', 'ready', 'is_directory', 'size')
 
-    def __init__(self, name, entries, left=(), fault=None, ready=None):
+    def __init__(self, name, entries, left=(), fault=None):
         self.name = name
         self.entries = entries          # of a directory: itself first, each before its content
         self.left = left                # names in it that are never sent, with the reason
         self.fault = fault              # why it could not be looked at
-        self.ready = ready              # the Entry of its ready file
+        self.ready = None               # the Entry of its ready file
+        self.is_directory = entries[0].kind == 'd'
+        self.size = sum(e.size for e in entries) if self.is_directory else entries[0].size
 
     @property
     def files(self):
         return [e for e in self.entries if e.kind == 'f']
 
     @property
-    def size(self):
-        return self.entries[0].size if len(self.entries) == 1 else sum(e.size for e in self.entries)
-
-    @property
-    def is_directory(self):
-        return bool(self.entries) and self.entries[0].kind == 'd'
-
-    @property
     def mtime_ns(self):
         """Of its newest file, or its own."""
-        if len(self.entries) == 1:
-            return self.entries[0].mtime_ns
-        return max([e.mtime_ns for e in self.entries if e.kind == 'f'] or
-                   [e.mtime_ns for e in self.entries] or [0])
+        return max(e.mtime_ns for e in self.files or self.entries) if self.is_directory else \
+            self.entries[0].mtime_ns
 
     @property
     def youngest_ns(self):
-        return max([e.mtime_ns for e in self.entries] + [e.ctime_ns for e in self.entries] + [0])
+        return max(max(e.mtime_ns, e.ctime_ns) for e in self.entries) if self.is_directory else \
+            max(self.entries[0].mtime_ns, self.entries[0].ctime_ns)
 
     @property
     def snapshot(self):
@@ -2009,18 +2015,16 @@ class Scanner:
             log.once('%s: %s is a %s and is left alone' % (
                 self.stream.name, show(name), 'symlink' if entry.kind == 'l' else 'special file'))
             return None
-        item = Item(name, [entry])
+        entries, left, fault = [entry], [], None
         if entry.kind == 'd':
-            left = []
             try:
-                self.walk(name, item.entries, left)
+                self.walk(name, entries, left)
             except OSError as error:
-                item.fault = ItemError('%s cannot be read: %s' % (
+                fault = ItemError('%s cannot be read: %s' % (
                     show(error.filename or name), error.strerror), 'check its permissions')
             except RecursionError:
-                item.fault = ItemError('%s is nested too deep' % show(name))
-            item.left = left
-        return item
+                fault = ItemError('%s is nested too deep' % show(name))
+        return Item(name, entries, left or (), fault)
 
     def flat(self, relative=b''):
         """items = files: every file below the directory as (relative path, stat_result)."""
@@ -2368,7 +2372,7 @@ Parcel = collections.namedtuple('Parcel', 'item entries')
 
 # What a transport answers for each parcel: error (None: every file of it stands proven at
 # the target), checksum (of a single file), target (its name there, if it is another),
-# linked (the paths whose source and target are one file), sent (False: all of it stood there already).
+# linked (those paths of its batch whose source and target are one file), sent (False: all of it stood there already).
 Outcome = collections.namedtuple('Outcome', 'error checksum target linked sent')
 
 
@@ -2395,6 +2399,10 @@ class Batch:
             files, size = files + len(parcel.entries), size + parcel.item.size
         yield self.part(chosen)
 
+    def final(self, path):
+        """Where a path of the batch goes, relative to target_dir."""
+        return os.path.join(self.subdir, path) if self.subdir else path
+
     @property
     def entries(self):
         return [entry for parcel in self.parcels for entry in parcel.entries]
@@ -2420,6 +2428,7 @@ class Transport:
     keeps_directories = False   # directories travel as they are
     needs_host = True
     takes_password = False
+    overlaps = True             # sending leaves time to finish the part before meanwhile
     forbidden = b''             # bytes the protocol cannot carry in a name
 
     def __init__(self, stream, stop, progress, lock_fds=()):
@@ -2464,9 +2473,9 @@ class Transport:
         """Mirrors: delete what stands at the target and is not in `kept`; returns the names."""
         raise NotImplementedError
 
-    def refusal(self, parcel):
-        """An ItemError if the protocol cannot carry a name of this parcel."""
-        for entry in parcel.entries if self.forbidden else ():
+    def refusal(self, entries):
+        """An ItemError if the protocol cannot carry one of these names."""
+        for entry in entries if self.forbidden else ():
             bad = [c for c in self.forbidden if c in entry.path]
             if bad:
                 return ItemError('%s cannot be sent by %s: its name holds %s' % (
@@ -2607,11 +2616,10 @@ class Staging(Transport):
     def make_jobs(self, batch):
         jobs = []
         for parcel in batch.parcels:
-            refusal = self.refusal(parcel)
+            refusal = self.refusal(parcel.entries)
             for entry in parcel.entries:
                 if entry.kind == 'f':
-                    job = self.Job(entry, os.path.join(batch.subdir, entry.path),
-                                   self.stream.verify == 'checksum')
+                    job = self.Job(entry, batch.final(entry.path), self.stream.verify == 'checksum')
                     job.error = refusal
                     job.linked = self.can_link(batch, entry)
                     if not job.linked:
@@ -2650,12 +2658,12 @@ class Staging(Transport):
 
     def ensure_parents(self, jobs):
         """A directory that cannot be made is the trouble of what goes into it, of nothing else."""
-        for directory in sorted({os.path.dirname(job.final) for job in jobs}):
+        for directory in sorted({parent_of(job.final) for job in jobs}):
             try:
                 self.ensure([directory])
             except ItemError as error:
                 for job in jobs:
-                    if os.path.dirname(job.final) == directory:
+                    if parent_of(job.final) == directory:
                         job.error = error
 
     def verify(self, batch, jobs):
@@ -2713,16 +2721,16 @@ class Staging(Transport):
         self.rename(job.staged, job.final)
 
     def outcomes(self, batch):
-        by_path = {job.entry.path: job for job in batch.jobs}
+        jobs = iter(batch.jobs)                 # one for each file, in the same order
+        linked = {job.entry.path for job in batch.jobs if job.linked}
         answers = []
         for parcel in batch.parcels:
-            jobs = [by_path[e.path] for e in parcel.entries if e.kind == 'f']
-            error = next((job.error for job in jobs if job.error), None)
-            single = jobs[0] if jobs and len(parcel.entries) == 1 else None
+            mine = [next(jobs) for entry in parcel.entries if entry.kind == 'f']
+            error = next((job.error for job in mine if job.error), None)
+            single = mine[0] if mine and len(parcel.entries) == 1 else None
             checksum = 'sha256:' + single.digest if single and single.digest else None
-            answers.append(Outcome(error, checksum, single.final if single else None,
-                                   {job.entry.path for job in jobs if job.linked},
-                                   self.stream.move or any(not job.equal for job in jobs)))
+            answers.append(Outcome(error, checksum, single.final if single else None, linked,
+                                   self.stream.move or any(not job.equal for job in mine)))
         return answers
 
     def remove(self, name):
@@ -2818,6 +2826,7 @@ class LocalTransport(Staging):
 
     def send(self, batch, ready):
         self.device = os.lstat(self.path(b'')).st_dev
+        self.overlaps = not all(self.can_link(batch, entry) for entry in batch.entries)
         Staging.send(self, batch, ready)
 
     def stage(self, batch, jobs):
@@ -2950,7 +2959,7 @@ class LocalTransport(Staging):
             except OSError as error:
                 if self.place_otherwise(job, error):
                     done.add(job)
-        for directory in {os.path.dirname(job.final) for job in done if not job.error}:
+        for directory in {parent_of(job.final) for job in done if not job.error}:
             try:
                 sync_directory(self.path(directory))
             except OSError as error:
@@ -3032,16 +3041,16 @@ class LocalTransport(Staging):
         blocked = {}
         inner = [e for e in batch.entries if e.kind == 'd']
         for entry in inner:
-            path = self.path(os.path.join(batch.subdir, entry.path))
+            path = self.path(batch.final(entry.path))
             if os.path.lexists(path) and (os.path.islink(path) or not os.path.isdir(path)):
                 blocked[entry.path] = ItemError('%s: something else stands at the target' % show(path),
                                                 'rename or remove it')
             else:
                 try:
-                    self.make_directories([os.path.join(batch.subdir, entry.path)])
+                    self.make_directories([batch.final(entry.path)])
                 except ItemError as error:
                     blocked[entry.path] = error
-        for job in batch.jobs:
+        for job in batch.jobs if blocked else ():
             above = job.entry.path
             while above and not job.error:
                 above = os.path.dirname(above)
@@ -3050,10 +3059,10 @@ class LocalTransport(Staging):
         links = {e.path: self.copy_link(batch, e) for e in batch.entries if e.kind == 'l'}
         for entry in reversed(inner):
             with contextlib.suppress(OSError):
-                os.utime(self.path(os.path.join(batch.subdir, entry.path)),
+                os.utime(self.path(batch.final(entry.path)),
                          ns=(entry.mtime_ns, entry.mtime_ns))
         return [self.with_links(parcel, answer, links, blocked)
-                for parcel, answer in zip(batch.parcels, answers)]
+                for parcel, answer in zip(batch.parcels, answers)] if inner or links else answers
 
     @staticmethod
     def with_links(parcel, answer, links, blocked):
@@ -3063,7 +3072,7 @@ class LocalTransport(Staging):
 
     def copy_link(self, batch, entry):
         """Mirror a symlink as a link: True if it was made, None if it stood there, an error."""
-        final = self.path(os.path.join(batch.subdir, entry.path))
+        final = self.path(batch.final(entry.path))
         staged = self.path(self.staged_name(entry))
         try:
             aim = os.readlink(os.path.join(batch.root, entry.path))
@@ -3208,7 +3217,8 @@ class SshConnection:
 
 def unescaped(name):
     """A name as rsync prints it in the C locale, with its bytes again (rsync(1), -8)."""
-    return re.sub(rb'\\#([0-7]{3})', lambda m: bytes([int(m.group(1), 8)]), name)
+    return re.sub(rb'\\#([0-7]{3})', lambda m: bytes([int(m.group(1), 8)]), name) \
+        if b'\\' in name else name
 
 
 class Rows(dict):
@@ -3228,22 +3238,22 @@ class Rows(dict):
         for line in lines:
             match = self.ROW.match(line)
             if match:
-                name = unescaped(match.group(3)).rstrip(b'/') or b'.'
-                self[name] = match.group(1), match.group(2).strip()
-                self.told(name)
+                row, checksum, name = match.groups()
+                self.told(unescaped(name).rstrip(b'/') or b'.', row, checksum)
                 continue
             match = self.progress and self.PROGRESS.match(line)
             if match:
                 self.progress.sent_bytes = self.before + int(re.sub(rb'\D', b'', match.group(1)))
 
-    def told(self, name):
-        """A name has just been heard of."""
+    def told(self, name, row, checksum):
+        self[name] = row, checksum.strip()
 
 
 class Push(Rows):
     """The rows of an rsync that sends a batch.  It tells a name when its bytes have gone, so
     that what has gone is proven and released while the rest is under way: in parts, of which
-    each is whatever went while the one before was proven."""
+    each is whatever went while the one before was proven.  Of a row only its first letter is
+    kept: < or c for sent, . for left alone."""
 
     PART_FILES = 2500           # at least, for each part costs a login of rsync
     PART_SIZE = 1 << 30         # or as many bytes
@@ -3251,8 +3261,9 @@ class Push(Rows):
     def __init__(self, batch, ready, progress):
         Rows.__init__(self, progress)
         self.batch, self.ready = batch, ready
-        self.owner = {e.path: id(parcel) for parcel in batch.parcels for e in parcel.entries}
-        self.left = {id(parcel): [parcel, len(parcel.entries)] for parcel in batch.parcels}
+        self.awaited = {e.path: parcel for parcel in batch.parcels for e in parcel.entries}
+        self.left = {id(parcel): len(parcel.entries) for parcel in batch.parcels
+                     if len(parcel.entries) > 1}
         self.gone = []              # parcels that were told to the last name, for the next part
         self.files = self.size = 0  # of these
         self.late = []              # parcels that were not there yet when their part was proven
@@ -3260,15 +3271,18 @@ class Push(Rows):
         self.done = None            # how rsync ended
         batch.jobs = self
 
-    def told(self, name):
-        key = self.owner.pop(name, None)
-        if key in self.left:
-            self.left[key][1] -= 1
-            if not self.left[key][1]:
-                parcel, _ = self.left.pop(key)
-                self.gone.append(parcel)
-                self.files += len(parcel.entries)
-                self.size += parcel.item.size
+    def told(self, name, row, _checksum):
+        self[name] = row[:1]
+        parcel = self.awaited.pop(name, None)
+        if parcel is None:
+            return
+        left = self.left.pop(id(parcel), 1) - 1
+        if left:
+            self.left[id(parcel)] = left
+        else:
+            self.gone.append(parcel)
+            self.files += len(parcel.entries)
+            self.size += parcel.item.size
 
     def hear(self, piece):
         Rows.hear(self, piece)
@@ -3278,11 +3292,9 @@ class Push(Rows):
 
     def end(self, done):
         self.done = done
-        self.last = self.batch.part(self.gone + [parcel for parcel, _ in self.left.values()])
+        untold = {id(parcel): parcel for parcel in self.awaited.values()}
+        self.last = self.batch.part(self.gone + list(untold.values()))
         return self.last
-
-    def sent(self, paths):
-        return {path for path in paths if self.get(path, (b'',))[0][:1] in (b'<', b'c')}
 
 
 class RsyncTransport(Transport):
@@ -3451,9 +3463,8 @@ class RsyncTransport(Transport):
         push = batch.jobs
         batch.parcels[:0], push.late = push.late, []
         everything = {e.path for e in batch.entries}
-        sent = push.sent(everything)
-        believed = (b'.d', b'.f', b'.L') if self.quick else (b'.d',)
-        quick = {path for path in everything if push.get(path, (b'',))[0][:2] in believed}
+        sent = {path for path in everything if push.get(path) in (b'<', b'c')}
+        quick = {e.path for e in batch.entries if push.get(e.path) == b'.' and (self.quick or e.kind == 'd')}
         by_size = sent if self.stream.verify == 'size' else set()
         equal = dict.fromkeys(quick)
         known = {}
@@ -3532,7 +3543,7 @@ class RsyncTransport(Transport):
                     show(entry.path), done.errors or 'no reason given')))
             break
         single = parcel.entries[0] if len(parcel.entries) == 1 else None
-        target = os.path.join(batch.subdir, single.path) if single else None
+        target = batch.final(single.path) if single else None
         return Outcome(error, equal.get(single.path) if single else None, target, (),
                        not self.stream.mirror or any(e.path in sent for e in parcel.entries))
 
@@ -5138,6 +5149,8 @@ ORDER_KEYS = {'oldest': lambda item: item.mtime_ns, 'newest': lambda item: -item
 class Delivery:
     """One pass over one stream."""
 
+    HELD = 10000                # entries kept from the scan; other items are looked at once more
+
     def __init__(self, worker):
         self.worker = worker
         self.stream = worker.stream
@@ -5209,20 +5222,21 @@ class Delivery:
     # -- scan, settle
 
     def scan_and_settle(self, patient):
-        """[(name, its ready entry)] of what is due, in order."""
+        """What is due, as rows of (key, name, its ready entry, whether it is a directory, Item),
+        the first to go last.  Only some Items are held: there may be a million."""
         self.progress.enter('scanning', save=False)
         now, wall = time.monotonic(), self.worker.wall()
         settler = self.worker.settler
         settler.begin(directory_clock(self.stream), now)
         due, names, gone = [], set(), set(self.failures.items)
-        size, key, oldest = 0, ORDER_KEYS[self.stream.order], None
+        size, held, key, oldest = 0, 0, ORDER_KEYS[self.stream.order], None
         for item in self.scanner.scan():
             if gone:
                 gone.discard(to_text(item.name))
             if patient and self.failures.must_wait(item.name, wall):
                 self.result.waiting += 1
             elif item.fault:
-                self.fail(item, item.fault)
+                self.fail(item.name, item.fault)
             elif not settler.settled(item, now):
                 self.result.settling.append(item.name)
             else:
@@ -5230,13 +5244,15 @@ class Delivery:
                 oldest = item.mtime_ns if oldest is None else min(oldest, item.mtime_ns)
                 if self.stream.zips:
                     names.add(item.name)
-                due.append((key(item), item.name, item.ready, item.is_directory))
+                held += len(item.entries)
+                due.append((key(item), item.name, item.ready, item.is_directory,
+                            item if held <= self.HELD else None))
                 if not self.stream.zips:        # which may take longer than an idle line is kept
                     self.approach()
         for name in gone:
             self.failures.forget(name)
         self.follow_orphans()
-        due.sort()              # names differ, so nothing behind them is ever compared
+        due.sort(reverse=True)  # names differ, so nothing behind them is ever compared
         if names:
             due = [row for row in due if not self.clash(row, names)]
         self.progress.begin(len(due), size, oldest)
@@ -5248,7 +5264,7 @@ class Delivery:
         other = name + b'.zip' if is_directory else name[:-4] if name.endswith(b'.zip') else None
         if other not in names:
             return False
-        self.fail(Item(name, []), ItemError('%s and %s would have one name at the target' % (
+        self.fail(name, ItemError('%s and %s would have one name at the target' % (
             show(name), show(other)), 'rename one of them'))
         return True
 
@@ -5268,18 +5284,22 @@ class Delivery:
                     self.releaser.release(Item(entry.path, [entry]), ())
 
     def look_again(self, due):
-        """Yield the items of a list of names, as they are now."""
+        """Yield the items of such rows, if they still are what they were."""
         now = time.monotonic()
-        for _, name, ready, _ in due:
-            item = self.scanner.look(name)
+        while due:
+            _, name, ready, _, item = due.pop()
             if item is None:
-                continue
-            item.ready = ready
-            if item.fault:
-                self.fail(item, item.fault)
-            elif not self.worker.settler.settled(item, now):
-                self.result.busy.append(name)
-            elif self.usable(item):
+                item = self.scanner.look(name)
+                if item is None:
+                    continue
+                item.ready = ready
+                if item.fault:
+                    self.fail(name, item.fault)
+                    continue
+                if not self.worker.settler.settled(item, now):
+                    self.result.busy.append(name)
+                    continue
+            if self.usable(item):
                 yield item
 
     def usable(self, item):
@@ -5288,8 +5308,7 @@ class Delivery:
         if known is not None and known == item.fingerprint:
             return True
         try:
-            refusal = self.transport.refusal(Parcel(item, item.entries[:1] if self.stream.zips
-                                                    else item.entries))
+            refusal = self.transport.refusal(item.entries[:1] if self.stream.zips else item.entries)
             if refusal:
                 raise refusal
             check_unused(self.stream, item)
@@ -5298,7 +5317,7 @@ class Delivery:
             log.debug('%s: %s' % (self.stream.name, error))
             self.result.busy.append(item.name)
         except ItemError as error:
-            self.fail(item, error)
+            self.fail(item.name, error)
         return False
 
     def take_ready(self):
@@ -5357,7 +5376,7 @@ class Delivery:
             return None
         limit = self.stream.dir_size_limit
         if limit is not None and item.size > limit:
-            self.fail(item, ItemError('%s holds %s, more than dir_size_limit' % (
+            self.fail(item.name, ItemError('%s holds %s, more than dir_size_limit' % (
                 show(item.name), format_size(item.size)), 'raise the limit or move it by hand'))
             return None
         try:
@@ -5374,9 +5393,9 @@ class Delivery:
             log.info('%s: %s while it was zipped' % (self.stream.name, error))
             self.result.busy.append(item.name)
         except OSError as error:
-            self.fail(item, ItemError('%s cannot be zipped: %s' % (show(item.name), error.strerror)))
+            self.fail(item.name, ItemError('%s cannot be zipped: %s' % (show(item.name), error.strerror)))
         except ItemError as error:
-            self.fail(item, error)
+            self.fail(item.name, error)
         return None
 
     # -- stop files
@@ -5435,6 +5454,8 @@ class Delivery:
     def hand_on(self, part, more):
         """A part has gone; a stop file that came meanwhile holds back the rest of its batch."""
         self.proving.put(part)
+        if not self.transport.overlaps:
+            self.proving.drain()
         if more:
             self.ask_stop_files()
 
@@ -5447,7 +5468,7 @@ class Delivery:
     def finish(self, proven):
         batch, outcomes = proven
         good = [pair for pair in outcomes if pair[1].error is None]
-        self.record(batch, good)
+        self.record(good)
         released = sum(self.release(batch, parcel, outcome) for parcel, outcome in good)
         self.releaser.forget_directory()
         sent = [pair for pair in good if pair[1].sent]
@@ -5465,9 +5486,9 @@ class Delivery:
         stream = self.stream
         if not sent or not stream.after_delivery:
             return
-        feed = b''.join(parcel.item.name + b'\0' if stream.after_delivery_format == 'nul' else
-                        to_json(self.line(parcel, outcome, 'delivered')) + b'\n'
-                        for parcel, outcome in sent)
+        feed = b''.join(parcel.item.name + b'\0' for parcel, _ in sent) \
+            if stream.after_delivery_format == 'nul' else \
+            b''.join(to_json(line) + b'\n' for line in self.lines(sent, 'delivered'))
         try:
             done = run(stream.after_delivery, self.stop, stream.stall_timeout, feed)
             trouble = 'ended with %d: %s' % (done.code, done.errors) if done.code else None
@@ -5481,27 +5502,26 @@ class Delivery:
         names = [show(parcel.item.name) for parcel, _ in pairs[:3]]
         return ', '.join(names) + (' and %d more' % (len(pairs) - 3) if len(pairs) > 3 else '')
 
-    def record(self, batch, good):
+    def record(self, good):
         """One ledger line an item, on disk before anything is released."""
-        self.worker.ledger.append(self.line(parcel, outcome, 'delivered')
-                                  for parcel, outcome in good if outcome.sent)
-        for parcel, _ in good:
+        self.worker.ledger.append(self.lines([pair for pair in good if pair[1].sent], 'delivered'))
+        for parcel, _ in good if log.detailed else ():
             log.debug('%s: delivered %s' % (self.stream.name, show(parcel.item.name)))
 
-    def line(self, parcel, outcome, word):
-        item, stream = parcel.item, self.stream
-        attempt = self.failures.items.get(to_text(item.name), {}).get('count', 0) + 1
-        name = outcome.target
-        if name is None:
-            name = os.path.join(self.dated(item), item.name)
-        return dict(
-            time=utc_stamp(), stream=stream.name, item=to_text(item.name), size=item.size,
-            files=len(item.files), protocol=stream.transfer_protocol,
-            target=target_of(stream, False).rstrip('/') + '/' + to_text(name),
-            mode=stream.transfer_mode, verify=stream.verify, checksum=outcome.checksum,
-            snapshot=None if parcel.entries is item.entries else item.snapshot,
-            seconds=round(time.monotonic() - self.progress.started, 3),
-            attempt=attempt, outcome=word)
+    def lines(self, pairs, word):
+        stream, now = self.stream, utc_stamp()
+        seconds = round(time.monotonic() - self.progress.started, 3)
+        top = target_of(stream, False).rstrip('/') + '/'
+        for (item, entries), outcome in pairs:
+            name = to_text(item.name)
+            there = outcome.target if outcome.target is not None else \
+                os.path.join(self.dated(item), item.name)
+            yield dict(
+                time=now, stream=stream.name, item=name, size=item.size, files=len(item.files),
+                protocol=stream.transfer_protocol, target=top + to_text(there),
+                mode=stream.transfer_mode, verify=stream.verify, checksum=outcome.checksum,
+                snapshot=None if entries is item.entries else item.snapshot, seconds=seconds,
+                attempt=self.failures.items.get(name, {}).get('count', 0) + 1, outcome=word)
 
     def release(self, batch, parcel, outcome):
         """Delete the source; 1 if all of it went (or, mirroring, was sent)."""
@@ -5515,13 +5535,13 @@ class Delivery:
             else:
                 reasons = self.release_zipped(batch, parcel)
         except ItemError as error:
-            self.fail(item, error)
+            self.fail(item.name, error)
             return 0
         self.failures.forget(item.name)
         if reasons:
             self.result.kept += 1
             log.info('%s: %s' % (self.stream.name, '; '.join(reasons[:3])))
-            self.worker.ledger.append([self.line(parcel, outcome, 'kept')])
+            self.worker.ledger.append(self.lines([(parcel, outcome)], 'kept'))
             return 0
         if self.stream.move or outcome.sent:
             self.result.items += 1
@@ -5571,7 +5591,7 @@ class Delivery:
             if trouble:
                 raise trouble
             for parcel, error in self.suspects:
-                self.fail(parcel.item, error)
+                self.fail(parcel.item.name, error)
 
     def has_changed(self, item):
         now = self.scanner.look(item.name)
@@ -5594,16 +5614,16 @@ class Delivery:
                 return error
         return None
 
-    def fail(self, item, error):
+    def fail(self, name, error):
         """Count a fault of the item itself; quarantine it when it is hopeless."""
         now = self.worker.wall()
-        entry = self.failures.count(item.name, error, now)
+        entry = self.failures.count(name, error, now)
         message = '%s: %s' % (self.stream.name, error)
         self.result.failed += 1
         self.progress.failed(str(error))
         log.error(message if entry['count'] == 1 else '%s; failed %d times' % (message, entry['count']))
-        if self.stream.move and self.failures.hopeless(item.name, now):
-            self.quarantine(item.name, entry)
+        if self.stream.move and self.failures.hopeless(name, now):
+            self.quarantine(name, entry)
 
     def quarantine(self, name, entry):
         """Move an item that can never be sent out of the way, with the reason beside it."""

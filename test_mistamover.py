@@ -1948,6 +1948,23 @@ mm.Push.end = end
         left = int(re.search(r'end of the push: (\d+)', done.output).group(1))
         self.assertLess(left, 350, str(done))
 
+    @on_sites('rsync_ssh')
+    def test_batch_files_counts_files_not_directories(self, site):
+        world = self.world(site, batch_files='4')
+        for name in ('one/a', 'one/b', 'two/a', 'two/b'):
+            write(os.path.join(world.source, name), b'data')
+        before = tree(world.source)
+        done = self.doctored(world, """
+real = mm.RsyncTransport.send
+def send(self, batch, ready):
+    print('a push of %s' % ' and '.join(mm.show(p.item.name) for p in batch.parcels))
+    return real(self, batch, ready)
+mm.RsyncTransport.send = send
+""")
+        self.assertEqual(done.code, 0, str(done))
+        self.assertEqual(re.findall('a push of (.*)', done.output), ['one and two'], str(done))
+        self.assertEqual((tree(world.source), tree(world.target)), ({}, before))
+
     @on_sites('rsync_ssh', 'rsync_native')
     def test_a_stop_request_leaves_nothing_wrong_at_the_target(self, site):
         """rsync on SIGTERM, while --bwlimit lets it sleep, would repeat what it has just sent."""
