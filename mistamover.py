@@ -440,6 +440,7 @@ class Program:
     """
 
     POLITE, ABRUPT = ('SIGTERM', 'SIGKILL'), ('SIGKILL',)
+    PIPE = 1 << 16                      # bytes that pipe(7) holds
 
     def __init__(self, argv, stop, feed=b'', gather=0, keep_fds=(), secret=None, signals=POLITE):
         import queue
@@ -472,11 +473,12 @@ class Program:
     def _read(self):
         fd = self.process.stdout.fileno()
         while True:
-            chunk = os.read(fd, 1 << 16)
+            chunk = os.read(fd, self.PIPE)
             self.chunks.put(chunk)
             if not chunk:
                 return
-            time.sleep(self.gather)
+            if len(chunk) < self.PIPE:      # else it has gathered
+                time.sleep(self.gather)
 
     def read(self, limit, alive=None):
         """The output since the last call, b'' at its end.
@@ -2372,7 +2374,8 @@ Parcel = collections.namedtuple('Parcel', 'item entries')
 
 # What a transport answers for each parcel: error (None: every file of it stands proven at
 # the target), checksum (of a single file), target (its name there, if it is another),
-# linked (those paths of its batch whose source and target are one file), sent (False: all of it stood there already).
+# linked (those paths of its batch whose source and target are one file), sent (False: all of
+# it stood there already).
 Outcome = collections.namedtuple('Outcome', 'error checksum target linked sent')
 
 
@@ -3421,7 +3424,7 @@ class RsyncTransport(Transport):
     @staticmethod
     def reporting(batch):
         """Large files report while they are under way."""
-        return ['--info=progress2', '--no-human-readable'] if batch.biggest >= SMALL else []
+        return ['--outbuf=L', '--info=progress2', '--no-human-readable'] if batch.biggest >= SMALL else []
 
     def push(self, batch, paths, options, rows=None):
         if self.stream.bandwidth_limit:
@@ -4744,18 +4747,23 @@ class Closer:
         self.queue = None
 
     def put(self, fds):
+        """An event that is set when they are closed."""
         import queue
         with self.lock:
             if self.queue is None:
                 self.queue = queue.Queue(self.THREADS)
                 for _ in range(self.THREADS):
                     threading.Thread(target=self.work, name='closer', daemon=True).start()
-        self.queue.put(fds)
+        closed = threading.Event()
+        self.queue.put((fds, closed))
+        return closed
 
     def work(self):
         while True:
-            for fd in self.queue.get():
+            fds, closed = self.queue.get()
+            for fd in fds:
                 os.close(fd)
+            closed.set()
 
 
 closer = Closer()
@@ -4778,6 +4786,7 @@ class Releaser:
         self.cached = None              # (directory, its descriptor, the private one)
         self.changed = {}               # (dev, ino) -> ctime after we unlinked another name of it
         self.gone = []                  # descriptors of what is gone, to be closed
+        self.closing = []               # events of those that may not be closed yet
 
     # -- single files
 
@@ -4850,6 +4859,7 @@ class Releaser:
                 self.close_later(fd)
 
     def release_open(self, fd, entry, name, parent, aside):
+        """None when it is gone, else the reason why it stays."""
         import fcntl
         leased = lease(fd)
         if leased is False:
@@ -4881,8 +4891,9 @@ class Releaser:
 
     def close_gone(self):
         if self.gone:
-            gone, self.gone = self.gone, []
-            closer.put(gone)
+            self.closing = [closed for closed in self.closing if not closed.is_set()]
+            self.closing.append(closer.put(self.gone))
+            self.gone = []
 
     def unchanged(self, entry, info):
         ours = self.changed.get((entry.dev, entry.ino))
@@ -4952,8 +4963,11 @@ class Releaser:
                 os.rmdir(os.path.join(self.root, path))
 
     def clean(self):
-        """Remove the private directory, which is empty unless a crash left something in it."""
+        """Remove the private directory, which is empty unless a crash left something in it; on
+        NFS what is open keeps a name in it."""
         self.forget_directory()
+        for closed in self.closing:
+            closed.wait()
         top = os.path.join(self.root, RELEASE_DIR)
         for path, directories, _ in os.walk(top, topdown=False):
             for name in directories:
@@ -5149,7 +5163,7 @@ ORDER_KEYS = {'oldest': lambda item: item.mtime_ns, 'newest': lambda item: -item
 class Delivery:
     """One pass over one stream."""
 
-    HELD = 10000                # entries kept from the scan; other items are looked at once more
+    HELD = 10000                # entries kept from the scan
 
     def __init__(self, worker):
         self.worker = worker
@@ -5223,7 +5237,8 @@ class Delivery:
 
     def scan_and_settle(self, patient):
         """What is due, as rows of (key, name, its ready entry, whether it is a directory, Item),
-        the first to go last.  Only some Items are held: there may be a million."""
+        the first to go last.  An Item is held if it is opened or known, for then it needs no
+        second look, and while they are few: there may be a million."""
         self.progress.enter('scanning', save=False)
         now, wall = time.monotonic(), self.worker.wall()
         settler = self.worker.settler
@@ -5245,10 +5260,11 @@ class Delivery:
                 if self.stream.zips:
                     names.add(item.name)
                 held += len(item.entries)
-                due.append((key(item), item.name, item.ready, item.is_directory,
-                            item if held <= self.HELD else None))
-                if not self.stream.zips:        # which may take longer than an idle line is kept
-                    self.approach()
+                hold = held <= self.HELD and (self.stream.move or self.known(item))
+                due.append((key(item), item.name, item.ready, item.is_directory, item if hold else None))
+                if len(due) == 1 and not self.stream.zips:  # they may take longer than a line is kept
+                    with contextlib.suppress(Suspended, StateError):    # told when all is counted
+                        self.approach()
         for name in gone:
             self.failures.forget(name)
         self.follow_orphans()
@@ -5302,10 +5318,13 @@ class Delivery:
             if self.usable(item):
                 yield item
 
+    def known(self, item):
+        """Whether the target has been brought up to date with this very state of it."""
+        return self.worker.mirrored.get(item.name) == item.fingerprint
+
     def usable(self, item):
         """Readable, nobody writes, the protocol can carry it."""
-        known = self.worker.mirrored.get(item.name)
-        if known is not None and known == item.fingerprint:
+        if self.stream.mirror and self.known(item):
             return True
         try:
             refusal = self.transport.refusal(item.entries[:1] if self.stream.zips else item.entries)
@@ -5414,8 +5433,8 @@ class Delivery:
     def approach(self):
         """There is something to send: connect and ask while more of it is looked at."""
         if not self.connected:
-            self.connected = True
             self.ask_here()
+            self.connected = True
             self.connecting.put(None)
 
     def connect(self, _):

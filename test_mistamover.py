@@ -1201,6 +1201,8 @@ class StopFiles(Case):
             write(os.path.join(place, '.stop'))
             done = self.assert_run(world, 0)
             self.assertIn('suspended: .stop in', done.output)
+            status = json.loads(self.assert_run(world, 0, '--status', '--json').output)['s']
+            self.assertEqual((status['state'], status['waiting_items']), ('stopped', 1))
             self.assertEqual(contents(tree(world.source)).pop(b'item'), b'item')
             self.assertNotIn(b'item', tree(world.target))
             os.unlink(os.path.join(place, '.stop'))
@@ -2412,6 +2414,19 @@ class BadTarget(Invariants):
                 write(os.path.join(world.source, name), name.encode())
             self.assert_run(world, 0)
             self.assertEqual(contents(tree(world.target)), {b'a': b'a', b'A': b'A', b'b': b'b'})
+
+
+class Closing(unittest.TestCase):
+    def test_the_event_comes_when_all_are_closed(self):
+        closer = mm.Closer()
+        groups = [[os.open(os.devnull, os.O_RDONLY) for _ in range(mm.Closer.TOGETHER)] for _ in range(30)]
+        waiting = [(fds, closer.put(fds)) for fds in groups]
+        for fds, closed in waiting:
+            self.assertTrue(closed.wait(PATIENCE))
+            for fd in fds:
+                with self.assertRaises(OSError) as caught:
+                    os.fstat(fd)
+                self.assertEqual(caught.exception.errno, errno.EBADF)
 
 
 @spread
