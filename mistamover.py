@@ -2431,7 +2431,7 @@ class Transport:
     keeps_directories = False   # directories travel as they are
     needs_host = True
     takes_password = False
-    overlaps = True             # sending leaves time to finish the part before meanwhile
+    overlaps = True             # sending takes so long that the part before is finished meanwhile
     forbidden = b''             # bytes the protocol cannot carry in a name
 
     def __init__(self, stream, stop, progress, lock_fds=()):
@@ -2829,16 +2829,17 @@ class LocalTransport(Staging):
 
     def send(self, batch, ready):
         self.device = os.lstat(self.path(b'')).st_dev
-        self.overlaps = not all(self.can_link(batch, entry) for entry in batch.entries)
         Staging.send(self, batch, ready)
 
     def stage(self, batch, jobs):
+        self.overlaps = False           # unless there is something to copy
         for job in jobs:
             self.stop.check()
             job.equal = self.stream.mirror and self.stands(job)
             if job.equal or job.linked:
                 self.progress.sent(job.entry.size)
             else:
+                self.overlaps = True
                 try:
                     self.copy(batch, job)
                 except (Changed, ItemError) as error:
