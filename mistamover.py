@@ -288,7 +288,7 @@ def lies_below(path, top):
 
 def parent_of(path):
     """os.path.dirname() of a relative path without its checks, for every file asks."""
-    return path.rpartition(b'/')[0]
+    return os.path.dirname(path) if WINDOWS else path.rpartition(b'/')[0]
 
 
 def alive(pid):
@@ -4735,39 +4735,10 @@ class Kept:
         log.info('%s: purged %s' % (self.stream.name, show(path)))
 
 
-class Closer:
-    """Closes deleted files in the background.  Only then their space is freed, for which a
-    disk may be waited for (ext4 with discard: 150 us each); several wait together.  One for
-    all streams, so that a bound for the descriptors is a bound."""
-
-    THREADS = 4
-    TOGETHER = 8                        # descriptors handed over at a time: a wake costs, too
-
-    def __init__(self):
-        self.lock = threading.Lock()    # guards queue
-        self.queue = None
-
-    def put(self, fds):
-        """An event that is set when they are closed."""
-        import queue
-        with self.lock:
-            if self.queue is None:
-                self.queue = queue.Queue(self.THREADS)
-                for _ in range(self.THREADS):
-                    threading.Thread(target=self.work, name='closer', daemon=True).start()
-        closed = threading.Event()
-        self.queue.put((fds, closed))
-        return closed
-
-    def work(self):
-        while True:
-            fds, closed = self.queue.get()
-            for fd in fds:
-                os.close(fd)
-            closed.set()
-
-
-closer = Closer()
+def close_all(fds):
+    for fd in fds:
+        with contextlib.suppress(OSError):      # what it was is gone: nothing is left to fail
+            os.close(fd)
 
 
 class Releaser:
@@ -4779,6 +4750,8 @@ class Releaser:
     directory is renamed aside as a whole, after a journal that lets a crash be finished.
     """
 
+    CLOSERS, CLOSED_TOGETHER = 4, 8     # threads; descriptors for each at a time
+
     def __init__(self, stream, state_dir):
         self.stream = stream
         self.root = stream.root
@@ -4787,7 +4760,7 @@ class Releaser:
         self.cached = None              # (directory, its descriptor, the private one)
         self.changed = {}               # (dev, ino) -> ctime after we unlinked another name of it
         self.gone = []                  # descriptors of what is gone, to be closed
-        self.closing = []               # events of those that may not be closed yet
+        self.closers = []               # threads that do so
 
     # -- single files
 
@@ -4886,15 +4859,22 @@ class Releaser:
         return None
 
     def close_later(self, fd):
+        """Only then the space is freed, for which a disk may be waited for (ext4 with discard:
+        150 us each): a few threads wait together."""
         self.gone.append(fd)
-        if len(self.gone) >= Closer.TOGETHER:
+        if len(self.gone) >= self.CLOSED_TOGETHER:
             self.close_gone()
 
     def close_gone(self):
-        if self.gone:
-            self.closing = [closed for closed in self.closing if not closed.is_set()]
-            self.closing.append(closer.put(self.gone))
-            self.gone = []
+        gone, self.gone = self.gone, []
+        self.closers = [thread for thread in self.closers if thread.is_alive()]
+        if gone and len(self.closers) < self.CLOSERS:
+            thread = threading.Thread(target=close_all, args=(gone,), name='closer', daemon=True)
+            with contextlib.suppress(RuntimeError):     # no thread to be had
+                thread.start()
+                self.closers.append(thread)
+                return
+        close_all(gone)
 
     def unchanged(self, entry, info):
         ours = self.changed.get((entry.dev, entry.ino))
@@ -4967,8 +4947,8 @@ class Releaser:
         """Remove the private directory, which is empty unless a crash left something in it; on
         NFS what is open keeps a name in it."""
         self.forget_directory()
-        for closed in self.closing:
-            closed.wait()
+        for thread in self.closers:
+            thread.join(KILL_GRACE)
         top = os.path.join(self.root, RELEASE_DIR)
         for path, directories, _ in os.walk(top, topdown=False):
             for name in directories:
@@ -5164,7 +5144,7 @@ ORDER_KEYS = {'oldest': lambda item: item.mtime_ns, 'newest': lambda item: -item
 class Delivery:
     """One pass over one stream."""
 
-    HELD = 10000                # entries kept from the scan
+    HELD = 10000                # Items kept from the scan
 
     def __init__(self, worker):
         self.worker = worker
@@ -5238,14 +5218,14 @@ class Delivery:
 
     def scan_and_settle(self, patient):
         """What is due, as rows of (key, name, its ready entry, whether it is a directory, Item),
-        the first to go last.  An Item is held if it is opened or known, for then it needs no
-        second look, and while they are few: there may be a million."""
+        the first to go last.  A file that is opened before it goes needs no second look and is
+        held, while they are few: there may be a million."""
         self.progress.enter('scanning', save=False)
         now, wall = time.monotonic(), self.worker.wall()
         settler = self.worker.settler
         settler.begin(directory_clock(self.stream), now)
         due, names, gone = [], set(), set(self.failures.items)
-        size, held, key, oldest = 0, 0, ORDER_KEYS[self.stream.order], None
+        size, key, oldest = 0, ORDER_KEYS[self.stream.order], None
         for item in self.scanner.scan():
             if gone:
                 gone.discard(to_text(item.name))
@@ -5260,16 +5240,13 @@ class Delivery:
                 oldest = item.mtime_ns if oldest is None else min(oldest, item.mtime_ns)
                 if self.stream.zips:
                     names.add(item.name)
-                held += len(item.entries)
-                hold = held <= self.HELD and (self.stream.move or self.known(item))
+                hold = self.stream.move and not item.is_directory and len(due) < self.HELD
                 due.append((key(item), item.name, item.ready, item.is_directory, item if hold else None))
-                if len(due) == 1 and not self.stream.zips:  # they may take longer than a line is kept
-                    with contextlib.suppress(Suspended, StateError):    # told when all is counted
-                        self.approach()
         for name in gone:
             self.failures.forget(name)
         self.follow_orphans()
-        due.sort(reverse=True)  # names differ, so nothing behind them is ever compared
+        for column in (1, 0):       # nothing behind the names is ever compared
+            due.sort(key=lambda row: row[column], reverse=True)
         if names:
             due = [row for row in due if not self.clash(row, names)]
         self.progress.begin(len(due), size, oldest)
@@ -5319,13 +5296,9 @@ class Delivery:
             if self.usable(item):
                 yield item
 
-    def known(self, item):
-        """Whether the target has been brought up to date with this very state of it."""
-        return self.worker.mirrored.get(item.name) == item.fingerprint
-
     def usable(self, item):
         """Readable, nobody writes, the protocol can carry it."""
-        if self.stream.mirror and self.known(item):
+        if self.stream.mirror and self.worker.mirrored.get(item.name) == item.fingerprint:
             return True
         try:
             refusal = self.transport.refusal(item.entries[:1] if self.stream.zips else item.entries)
@@ -5369,6 +5342,8 @@ class Delivery:
                 self.proving.drain()       # the other one stands there when this one comes
             folded.add(name)
             files, size = files + count, size + item.size
+            if not self.stream.zips:        # which may take longer than an idle line is kept
+                self.approach()
             root = self.stream.root if parcel.entries is item.entries else to_bytes(self.stream.spool)
             key = root, self.dated(item)
             if key not in pending:
@@ -5434,8 +5409,8 @@ class Delivery:
     def approach(self):
         """There is something to send: connect and ask while more of it is looked at."""
         if not self.connected:
-            self.ask_here()
             self.connected = True
+            self.ask_here()
             self.connecting.put(None)
 
     def connect(self, _):
@@ -6394,8 +6369,9 @@ class Supervisor:
                         if name in wanted or not worker.ended}
         for name, stream in wanted.items():
             if name not in self.running or self.running[name].ended:
-                worker = self.running[name] = Worker(stream, self.state)
+                worker = Worker(stream, self.state)
                 threading.Thread(target=self.live, args=(worker,), name=name).start()
+                self.running[name] = worker     # else it is tried again
 
     def live(self, worker):
         try:

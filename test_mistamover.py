@@ -19,6 +19,7 @@ missing one fails the run.  Order and names follow the sections of mistamover.py
     9  README and example
    10  --bench: side by side with what a user would type instead
 """
+import argparse
 import base64
 import collections
 import contextlib
@@ -2416,21 +2417,59 @@ class BadTarget(Invariants):
             self.assertEqual(contents(tree(world.target)), {b'a': b'a', b'A': b'A', b'b': b'b'})
 
 
-class Closing(unittest.TestCase):
-    def test_the_event_comes_when_all_are_closed(self):
-        closer = mm.Closer()
-        groups = [[os.open(os.devnull, os.O_RDONLY) for _ in range(mm.Closer.TOGETHER)] for _ in range(30)]
-        waiting = [(fds, closer.put(fds)) for fds in groups]
-        for fds, closed in waiting:
-            self.assertTrue(closed.wait(PATIENCE))
+class Closing(Case):
+    """What was deleted is closed in the background, whatever happens there."""
+
+    def releaser(self):
+        world = self.world('local')
+        return mm.Releaser(argparse.Namespace(root=mm.to_bytes(world.source), name='s'), world.top)
+
+    def test_all_are_closed_at_the_end_of_a_pass_even_if_one_cannot_be(self):
+        releaser = self.releaser()
+        fds = [os.open(os.devnull, os.O_RDONLY) for _ in range(100)]
+        os.close(fds[7])
+        for fd in fds:
+            releaser.close_later(fd)
+        releaser.clean()
+        for fd in fds:
+            with self.assertRaises(OSError) as caught:
+                os.fstat(fd)
+            self.assertEqual(caught.exception.errno, errno.EBADF)
+
+    def test_without_threads_it_closes_itself(self):
+        releaser = self.releaser()
+        fds = [os.open(os.devnull, os.O_RDONLY) for _ in range(20)]
+        with mock.patch.object(mm.threading.Thread, 'start', side_effect=RuntimeError):
             for fd in fds:
-                with self.assertRaises(OSError) as caught:
-                    os.fstat(fd)
-                self.assertEqual(caught.exception.errno, errno.EBADF)
+                releaser.close_later(fd)
+            releaser.clean()
+        for fd in fds:
+            with self.assertRaises(OSError) as caught:
+                os.fstat(fd)
+            self.assertEqual(caught.exception.errno, errno.EBADF)
 
 
 @spread
 class MovingSource(Invariants):
+    @on_sites('local', 'rsync_ssh', 'ftp')
+    def test_a_directory_that_grows_after_the_scan_waits_as_a_whole(self, site):
+        world = self.world(site, settle_time='1s')
+        write(os.path.join(world.source, 'day', 'one'), b'one')
+        wait_for(lambda: time.time() - os.lstat(world.source + '/day/one').st_ctime > 1.1, 'it to settle')
+        done = self.doctored(world, """
+import os
+real = mm.Delivery.scan_and_settle
+def scan(self, patient):
+    due = real(self, patient)
+    if due and not os.path.exists(SOURCE + '/day/two'):
+        open(SOURCE + '/day/two', 'w').close()
+    return due
+mm.Delivery.scan_and_settle = scan
+""")
+        self.assertEqual(done.code, 0, str(done))
+        self.assertEqual(tree(world.source), {})
+        self.assertEqual([(r['item'], r['files']) for r in world.ledger()], [('day', 2)], str(done))
+
     @on_sites(*ONE_EACH)
     def test_changes_between_push_and_release_are_never_lost(self, site):
         world = self.world(site, target_chmod='644' if site == 'local' else None)
