@@ -2012,12 +2012,14 @@ mm.RsyncTransport.finish = finish
         world = self.world(site, bandwidth_limit='1M')
         originals = self.many(world)
         done = self.doctored(world, """
-import os
+import os, time
 mm.Push.PART_FILES = 20
 real, harmed = mm.RsyncTransport.finish, []
 def finish(self, batch):
-    path = os.path.join(TARGET, mm.to_text(batch.entries[0].path)) if not harmed else ''
-    if os.path.exists(path):
+    if not harmed:
+        path = os.path.join(TARGET, mm.to_text(batch.entries[0].path))
+        while not os.path.exists(path):     # it has gone, and the other end may be slow
+            time.sleep(0.01)
         harmed.append(path)
         with open(path, 'r+b') as handle:
             handle.write(b'#')
