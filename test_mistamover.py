@@ -1988,13 +1988,15 @@ mm.RsyncTransport.send = send
         world = self.world(site, bandwidth_limit='1M')
         originals = self.many(world)
         done = self.doctored(world, """
-import os
+import os, time
 mm.Push.PART_FILES = 20
 real, moved = mm.RsyncTransport.finish, []
 def finish(self, batch):
-    path = os.path.join(TARGET, mm.to_text(batch.entries[0].path)) if not moved else ''
-    first = os.path.exists(path)
+    first = not moved
     if first:
+        path = os.path.join(TARGET, mm.to_text(batch.entries[0].path))
+        while not os.path.exists(path):     # it has gone, and the other end may be slow
+            time.sleep(0.01)
         moved.append(path)
         os.rename(path, TARGET + '/../away')
     answer = real(self, batch)
