@@ -1918,6 +1918,16 @@ class BadNetwork(Invariants):
         self.assertEqual(mm.SharedJson(world.state, 'failures.json').read().get('s', {}), {})
 
 
+ARRIVED = """
+import os, time
+def arrived(batch):
+    path = os.path.join(TARGET, mm.to_text(batch.entries[0].path))
+    while not os.path.exists(path):     # it has gone, and the other end may be slow
+        time.sleep(0.01)
+    return path
+"""
+
+
 @spread
 class Parts(Invariants):
     """What has gone is proven, recorded and released while the rest is still being sent."""
@@ -1987,16 +1997,13 @@ mm.RsyncTransport.send = send
     def test_what_is_late_goes_with_the_next_part(self, site):
         world = self.world(site, bandwidth_limit='1M')
         originals = self.many(world)
-        done = self.doctored(world, """
-import os, time
+        done = self.doctored(world, ARRIVED + """
 mm.Push.PART_FILES = 20
 real, moved = mm.RsyncTransport.finish, []
 def finish(self, batch):
     first = not moved
     if first:
-        path = os.path.join(TARGET, mm.to_text(batch.entries[0].path))
-        while not os.path.exists(path):     # it has gone, and the other end may be slow
-            time.sleep(0.01)
+        path = arrived(batch)
         moved.append(path)
         os.rename(path, TARGET + '/../away')
     answer = real(self, batch)
@@ -2013,15 +2020,12 @@ mm.RsyncTransport.finish = finish
     def test_what_arrives_damaged_is_sent_again_at_the_end(self, site):
         world = self.world(site, bandwidth_limit='1M')
         originals = self.many(world)
-        done = self.doctored(world, """
-import os, time
+        done = self.doctored(world, ARRIVED + """
 mm.Push.PART_FILES = 20
 real, harmed = mm.RsyncTransport.finish, []
 def finish(self, batch):
     if not harmed:
-        path = os.path.join(TARGET, mm.to_text(batch.entries[0].path))
-        while not os.path.exists(path):     # it has gone, and the other end may be slow
-            time.sleep(0.01)
+        path = arrived(batch)
         harmed.append(path)
         with open(path, 'r+b') as handle:
             handle.write(b'#')
@@ -2428,10 +2432,7 @@ class Closing(Case):
         world = self.world('local')
         return mm.Releaser(argparse.Namespace(root=mm.to_bytes(world.source), name='s'), world.top)
 
-    def test_all_are_closed_at_the_end_of_a_pass_even_if_one_cannot_be(self):
-        releaser = self.releaser()
-        fds = [os.open(os.devnull, os.O_RDONLY) for _ in range(100)]
-        os.close(fds[7])
+    def assert_closed_after_a_pass(self, releaser, fds):
         for fd in fds:
             releaser.close_later(fd)
         releaser.clean()
@@ -2440,17 +2441,15 @@ class Closing(Case):
                 os.fstat(fd)
             self.assertEqual(caught.exception.errno, errno.EBADF)
 
+    def test_all_are_closed_at_the_end_of_a_pass_even_if_one_cannot_be(self):
+        fds = [os.open(os.devnull, os.O_RDONLY) for _ in range(100)]
+        os.close(fds[7])
+        self.assert_closed_after_a_pass(self.releaser(), fds)
+
     def test_without_threads_it_closes_itself(self):
-        releaser = self.releaser()
         fds = [os.open(os.devnull, os.O_RDONLY) for _ in range(20)]
         with mock.patch.object(mm.threading.Thread, 'start', side_effect=RuntimeError):
-            for fd in fds:
-                releaser.close_later(fd)
-            releaser.clean()
-        for fd in fds:
-            with self.assertRaises(OSError) as caught:
-                os.fstat(fd)
-            self.assertEqual(caught.exception.errno, errno.EBADF)
+            self.assert_closed_after_a_pass(self.releaser(), fds)
 
 
 @spread
