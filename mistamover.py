@@ -5024,19 +5024,18 @@ class Releaser:
     def recover(self):
         """Finish or undo what a crash interrupted.  Raises StateError."""
         top = os.path.join(self.root, RELEASE_DIR)
-        if not os.path.isdir(top) or os.path.islink(top):
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self.journal)
-            return
         try:
-            self.finish_journal(top)
-            for path, _, files in os.walk(top):
-                for name in files:
-                    self.restore(os.path.relpath(os.path.join(path, name), top))
-            for name in os.listdir(top):
-                if any(files for _, _, files in os.walk(os.path.join(top, name))):
-                    self.put_tree_back(name)
-            self.clean()
+            if os.path.isdir(top) and not os.path.islink(top):
+                self.finish_journal(top)
+                for path, _, files in os.walk(top):
+                    for name in files:
+                        self.restore(os.path.relpath(os.path.join(path, name), top))
+                for name in os.listdir(top):
+                    if any(files for _, _, files in os.walk(os.path.join(top, name))):
+                        self.put_tree_back(name)
+                self.clean()
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.journal)     # of a tree that never went aside, or is gone
         except OSError as error:
             raise StateError('cannot put back %s: %s' % (show(error.filename or top), error.strerror))
 

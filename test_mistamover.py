@@ -1138,19 +1138,19 @@ mm.TRANSPORTS[%r].finish = finish
 
     @on_sites('scp', 'sftp', 'ftp')
     def test_a_crash_before_and_during_the_release_is_finished(self, site):
-        for verb in ('release_tree', 'finish_tree'):
+        for verb, deleted in (('release_tree', None), ('finish_tree', 'b'), ('finish_tree', '')):
             world = self.world(site)
             for name in ('a', 'b', 'c'):
                 write(os.path.join(world.source, 'day', name), name.encode())
             done = self.doctored(world, """
-import os, signal
-real = mm.Releaser.%s
+import os, shutil, signal
 def dying(self, *args):
-    if %r == 'finish_tree':
-        os.unlink(os.path.join(SOURCE, '.mistamover-release', 'day', 'b'))
+    if %r:
+        path = os.path.join(SOURCE, '.mistamover-release', 'day', %r)
+        (os.unlink if %r else shutil.rmtree)(path)
     os.kill(os.getpid(), signal.SIGKILL)
 mm.Releaser.%s = dying
-""" % ((verb,) * 3))
+""" % (deleted is not None, deleted or '', bool(deleted), verb))
             self.assertEqual(done.code, -9, str(done))
             self.assert_run(world, 0)
             self.assertEqual(tree(world.source), {})
