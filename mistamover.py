@@ -5540,7 +5540,7 @@ class Delivery:
         if self.stream.move or outcome.sent:
             self.result.items += 1
             self.result.bytes += item.size
-        self.follow_with_ready(item, outcome)
+        self.follow_with_ready(item)
         return int(self.stream.move or outcome.sent)
 
     def release_zipped(self, batch, parcel):
@@ -5552,8 +5552,9 @@ class Delivery:
             with contextlib.suppress(OSError):
                 os.unlink(os.path.join(batch.root, parcel.entries[0].path))
 
-    def follow_with_ready(self, item, outcome):
-        if item.ready and self.stream.ready_file_send and (self.stream.move or outcome.sent):
+    def follow_with_ready(self, item):
+        """Also where the item stood there: a crash may have come between the two."""
+        if item.ready and self.stream.ready_file_send:
             self.ready.append(item.ready)
         elif item.ready and self.stream.move:
             self.releaser.release(Item(item.ready.path, [item.ready]), ())

@@ -1324,6 +1324,19 @@ os.rename = lambda a, b, **k: refuse() if k or b'release' in mm.to_bytes(b) else
                 del target[b'a.done']
             self.assertEqual(contents(tree(world.target)), target)
 
+    @on_sites('local', 'rsync_ssh', 'rsync_native')
+    def test_a_mirror_brings_the_ready_file_that_a_crash_held_back(self, site):
+        world = self.world(site, transfer_mode='mirror', ready_file='{name}.done')
+        write(os.path.join(world.source, 'a'), b'a', OLD)
+        write(os.path.join(world.source, 'a.done'), b'done')
+        write(os.path.join(world.target, 'a'), b'a', OLD)
+        before = tree(world.source)
+        for _ in range(2):
+            self.assert_run(world, 0)
+            self.assertEqual(tree(world.source), before)
+            self.assertEqual(contents(tree(world.target)), {b'a': b'a', b'a.done': b'done'})
+        self.assertEqual([record['item'] for record in world.ledger()], ['a.done'])
+
     @on_sites()
     def test_items_files(self, site):
         world = self.world(site, items='files')
