@@ -5181,6 +5181,7 @@ class Delivery:
                     self.transport.send(batch, self.hand_on)
                 self.proving.drain()
             self.judge_suspects()
+            self.delete_missing()
             self.tidy()
         self.result.seconds = time.monotonic() - started
         return self.result
@@ -5204,6 +5205,27 @@ class Delivery:
         if self.stream.move:
             self.releaser.clean()
         self.failures.save()
+
+    def delete_missing(self):
+        """mirror_delete: delete at the target what is gone here, after a whole and healthy look."""
+        stream = self.stream
+        if not (stream.mirror and stream.mirror_delete) or self.result.failed or self.result.busy:
+            return
+        present = self.scanner.everything()
+        if not present:
+            log.once('%s: %s is empty: mirror_delete deletes nothing (is a disk not mounted?)' % (
+                stream.name, show(stream.directory)))
+            return
+        self.ask_stop_files()
+        gone = self.transport.delete_missing(present)
+        if gone:
+            self.worker.ledger.append(dict(
+                time=utc_stamp(), stream=stream.name, item=to_text(name),
+                target=target_of(stream).rstrip('/') + '/' + to_text(name),
+                mode='mirror', outcome='deleted') for name in gone)
+            log.info('%s: mirror_delete deleted %s at the target: %s%s' % (
+                stream.name, count_of(len(gone), 'name'), ', '.join(show(g) for g in gone[:3]),
+                ' and more, see --history' if len(gone) > 3 else ''))
 
     def tidy(self):
         """After a whole pass nothing that is staged is worth resuming."""
@@ -6093,10 +6115,7 @@ class Worker:
     def one_pass(self, patient):
         """Raises TargetError (with the connection given up), Suspended, Interrupted."""
         try:
-            delivery = Delivery(self)
-            result = delivery.run(patient)
-            if self.stream.mirror_delete and self.stream.mirror:
-                self.mirror_delete(result)
+            result = Delivery(self).run(patient)
         except OSError as error:        # of our own files: what belongs to the target is translated
             raise StateError('%s: %s' % (show(error.filename or 'this machine'), error.strerror))
         except TargetError:
@@ -6110,26 +6129,6 @@ class Worker:
         if result.items or result.failed or result.kept or not patient:
             log.info('%s: %s' % (self.stream.name, result.line()))
         return result
-
-    def mirror_delete(self, result):
-        """Delete at the target what is gone here, if this was a whole and healthy look."""
-        if result.failed or result.busy:
-            return
-        present = self.scanner.everything()
-        if not present:
-            log.once('%s: %s is empty: mirror_delete deletes nothing (is a disk not mounted?)' % (
-                self.stream.name, show(self.stream.directory)))
-            return
-        self.transport.open()
-        gone = self.transport.delete_missing(present)
-        if gone:
-            self.ledger.append(dict(
-                time=utc_stamp(), stream=self.stream.name, item=to_text(name),
-                target=target_of(self.stream).rstrip('/') + '/' + to_text(name),
-                mode='mirror', outcome='deleted') for name in gone)
-            log.info('%s: mirror_delete deleted %s at the target: %s%s' % (
-                self.stream.name, count_of(len(gone), 'name'), ', '.join(show(g) for g in gone[:3]),
-                ' and more, see --history' if len(gone) > 3 else ''))
 
     def pause_after(self, failures):
         """Seconds: doubled with each failure, with jitter, so that streams do not march in step."""

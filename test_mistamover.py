@@ -1416,6 +1416,24 @@ os.rename = lambda a, b, **k: refuse() if k or b'release' in mm.to_bytes(b) else
         self.assert_run(world, 1)
         self.assertEqual(contents(tree(world.target)), after)
 
+    @on_sites('local', 'rsync_ssh', 'rsync_native')
+    def test_a_stop_file_holds_mirror_delete_back_when_nothing_else_is_due(self, site):
+        world = self.world(site, transfer_mode='mirror', mirror_delete='yes')
+        write(os.path.join(world.source, 'same'), b'same', OLD)
+        for name in ('same', 'old'):
+            write(os.path.join(world.target, name), b'same', OLD)
+        for ignored in (False, True):       # all stands there; or nothing is ever sent
+            if ignored:
+                os.rename(os.path.join(world.source, 'same'), os.path.join(world.source, 'same.tmp'))
+            for place in (world.source, world.target):
+                stop = os.path.join(place, '.stop')
+                write(stop)
+                self.assertIn('suspended: .stop in', self.assert_run(world, 0).output)
+                os.unlink(stop)
+                self.assertEqual(contents(tree(world.target)), {b'same': b'same', b'old': b'same'})
+        self.assert_run(world, 0)
+        self.assertEqual(tree(world.target), {})
+
 
 class SettlingRuns(Case):
     def test_a_growing_file_waits_until_it_is_quiet(self):
