@@ -2450,6 +2450,10 @@ class Transport:
         """Which of these names stand in target_dir.  Raises TargetError if it is missing."""
         raise NotImplementedError
 
+    def stands(self, _item, _subdir):
+        """Mirrors: whether all of an item is at the target already, where a look can tell."""
+        return False
+
     def send(self, batch, ready):
         """Bring the bytes to the target under names nobody reads; ready(part, more) is called
         with each part of the batch that can be finished, and whether another will come."""
@@ -2835,7 +2839,7 @@ class LocalTransport(Staging):
         self.overlaps = False           # unless there is something to copy
         for job in jobs:
             self.stop.check()
-            job.equal = self.stream.mirror and self.stands(job)
+            job.equal = self.stream.mirror and self.looks_like(job.entry, job.final)
             if job.equal or job.linked:
                 self.progress.sent(job.entry.size)
             else:
@@ -2845,13 +2849,22 @@ class LocalTransport(Staging):
                 except (Changed, ItemError) as error:
                     job.error = error
 
-    def stands(self, job):
-        """Mirror: equal by size and mtime, like rsync's quick check."""
-        with contextlib.suppress(OSError):
-            info = os.lstat(self.path(job.final))
-            return stat.S_ISREG(info.st_mode) and info.st_size == job.entry.size and \
-                info.st_mtime_ns // 10 ** 9 == job.entry.mtime_ns // 10 ** 9
-        return False
+    def stands(self, item, subdir):
+        return all(self.looks_like(e, os.path.join(subdir, e.path) if subdir else e.path)
+                   for e in item.entries)
+
+    def looks_like(self, entry, final):
+        """Mirror: equal by kind, size and mtime, like rsync's quick check; a link by its aim."""
+        try:
+            info = os.lstat(self.base + final)
+            if KINDS.get(stat.S_IFMT(info.st_mode)) != entry.kind:
+                return False
+            if entry.kind == 'l':
+                return os.readlink(self.base + final) == os.readlink(self.root + entry.path)
+            return (info.st_size == entry.size or entry.kind == 'd') and \
+                info.st_mtime_ns // 10 ** 9 == entry.mtime_ns // 10 ** 9
+        except OSError:
+            return False
 
     def can_link(self, batch, entry):
         return self.stream.move and batch.root == self.stream.root and \
@@ -5256,6 +5269,9 @@ class Delivery:
                 self.fail(item.name, item.fault)
             elif not settler.settled(item, now):
                 self.result.settling.append(item.name)
+            elif self.stands(item):
+                self.failures.forget(item.name)
+                self.follow_with_ready(item)
             else:
                 size += item.size
                 oldest = item.mtime_ns if oldest is None else min(oldest, item.mtime_ns)
@@ -5272,6 +5288,10 @@ class Delivery:
             due = [row for row in due if not self.clash(row, names)]
         self.progress.begin(len(due), size, oldest)
         return due
+
+    def stands(self, item):
+        """Mirror: nothing is to be done for it, as a look at the target tells."""
+        return self.stream.mirror and self.transport.stands(item, self.dated(item))
 
     def clash(self, row, names):
         """A directory `a` beside a file `a.zip`: both would be a.zip at the target."""
@@ -5336,7 +5356,9 @@ class Delivery:
 
     def take_ready(self):
         for entry in self.ready:
-            yield Item(entry.path, [entry])
+            item = Item(entry.path, [entry])
+            if not self.stands(item):
+                yield item
 
     # -- batch
 

@@ -897,6 +897,9 @@ class Modes(Case):
         before[b'later'] = b'dropped in later', OLD + 7
         before[b'tree/zero'] = b'not zero', OLD + 8
         wait_for(lambda: tree(world.target) == before, 'the late files')
+        os.unlink(os.path.join(world.target, 'plain.dat'))
+        shutil.rmtree(os.path.join(world.target, 'tree'))
+        wait_for(lambda: tree(world.target) == before, 'what was lost at the target')
         process.send_signal(signal.SIGINT)
         self.assertEqual(self.ended(process, 5), 130)
         # a mirror is hardly ever idle: the signal may strike a pass, which the next one tidies
