@@ -6390,9 +6390,12 @@ class Supervisor:
                         if name in wanted or not worker.ended}
         for name, stream in wanted.items():
             if name not in self.running or self.running[name].ended:
-                worker = Worker(stream, self.state)
-                threading.Thread(target=self.live, args=(worker,), name=name).start()
-                self.running[name] = worker     # else it is tried again
+                worker = self.running[name] = Worker(stream, self.state)
+                try:
+                    threading.Thread(target=self.live, args=(worker,), name=name).start()
+                except RuntimeError as error:   # no thread to be had; a daemon tries again
+                    worker.ended, worker.exit_code = True, EXIT_FAILED
+                    log.once('%s: %s' % (name, error))
 
     def live(self, worker):
         try:
@@ -6407,11 +6410,11 @@ class Supervisor:
         for stream in self.config.streams:
             if stream.status == 'stopped':
                 log.info('%s: status = stopped' % stream.name)
-        self.start_missing()
-        self.notifier.send('READY=1')
         if self.daemon:
             threading.Thread(target=self.caretaker.run, args=(self.stop,), name='care',
                              daemon=True).start()
+        self.start_missing()
+        self.notifier.send('READY=1')
         terminal = sys.stderr.isatty() and not self.config.settings.log_file
         while self.goes_on():
             self.wait(0.2 if terminal or not self.daemon else 1)

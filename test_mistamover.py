@@ -1523,7 +1523,7 @@ class SettlingRuns(Case):
 
 
 @spread
-class Daemons(Case):
+class Daemons(Doctored):
     @on_sites()
     def test_a_signal_ends_a_large_transfer_within_seconds(self, site):
         world = self.world(site, bandwidth_limit='4M', target_chmod='644' if site == 'local' else None)
@@ -1599,6 +1599,31 @@ class Daemons(Case):
         process.terminate()
         self.ended(process)
         self.assertEqual(world.said().count('ERROR'), 1, world.said())
+
+    def test_a_stream_for_which_no_thread_can_be_had(self):
+        starve = """
+import os, signal, threading
+real_start, real_tidy, refused = threading.Thread.start, mm.Delivery.tidy, []
+def start(self):
+    if self.name == 's' and not refused:
+        refused.append(self)
+        raise RuntimeError("can't start new thread")
+    real_start(self)
+threading.Thread.start = start
+def tidy(self):
+    real_tidy(self)
+    os.kill(os.getpid(), signal.SIGTERM)
+mm.Delivery.tidy = tidy
+"""
+        for how, code in (('--once', 1), ('--daemon', 143)):
+            world = self.world('local')
+            write(os.path.join(world.source, 'item'), b'item')
+            done = self.doctored(world, starve, how)
+            self.assertEqual(done.code, code, str(done))
+            self.assertIn("s: can't start new thread", done.output)
+            places = [contents(tree(place)) for place in (world.source, world.target)]
+            self.assertEqual(places[code != 1], {b'item': b'item'})
+            self.assertEqual(places[code == 1], {})
 
 
 def children_of(pid):
