@@ -291,6 +291,20 @@ def parent_of(path):
     return os.path.dirname(path) if WINDOWS else path.rpartition(b'/')[0]
 
 
+NO_NAMES = bytes.maketrans(b'<>:"|?*\\' + bytes(range(32)), b'_' * 40)
+
+
+def folded(path):
+    """The same for all paths that a target may take for one: whatever their case (casefold),
+    the form of their accents (NFD), what Windows cannot hold, or an FTP server's IAC."""
+    plain = path.replace(b'\xff', b'').translate(NO_NAMES)
+    text = plain.decode('utf-8', 'surrogateescape').casefold()
+    if len(text) != len(plain):         # not all of it is ASCII
+        import unicodedata
+        text = unicodedata.normalize('NFD', unicodedata.normalize('NFD', text).casefold())
+    return re.sub(r'[. ]+(?=/|$)', '', text)
+
+
 def alive(pid):
     try:
         os.kill(int(pid), 0)
@@ -690,12 +704,14 @@ def kind_ready(text, base):
 def kind_chmod(text, _base):
     """'640' or 'F640,D750' as (mode of files, mode of directories)."""
     modes = dict(re.findall(r'([FD]?)([0-7]{3,4})(?:,|$)', text))
-    if not re.match(r'([FD]?[0-7]{3,4}(,|$))+$', text) or '' in modes and len(modes) > 1:
-        raise ValueError('%r is no mode like 640 or F640,D750' % text)
     files = modes.get('F', modes.get(''))
-    plain = int(files, 8) if files else None
-    with_search = plain | (plain & 0o444) >> 2 if plain is not None else None
-    return plain, int(modes['D'], 8) if 'D' in modes else with_search
+    if not re.match(r'([FD]?[0-7]{3,4}(,|$))+$', text) or '' in modes and len(modes) > 1 or not files:
+        raise ValueError('%r is no mode like 640 or F640,D750' % text)
+    plain = int(files, 8)
+    directories = int(modes['D'], 8) if 'D' in modes else plain | (plain & 0o444) >> 2 | 0o300
+    if directories & 0o300 != 0o300:
+        raise ValueError('%r: nothing can be put into directories without wx for their owner' % text)
+    return plain, directories
 
 
 def kind_window(text, _base):
@@ -874,6 +890,7 @@ OPTIONS = [Option(*row) for row in (
 )]
 
 REQUIRED = ('directory', 'target_dir')
+STREAM_NAME = r'(?!.*\.json$)\w[\w.-]*$'      # of files in state_dir
 
 EXAMPLE_VALUES = {'directory': 'incoming', 'target_dir': 'archive', 'transfer_protocol': 'local',
                   'create_directories': 'yes', 'settle_time': '2s'}
@@ -886,7 +903,8 @@ REFUSED_RSYNC = re.compile(
     r'exclude|include|filter|backup|suffix|temp-dir|delay-updates|fake-super|size-only|from0|'
     r'relative|no-relative|copy-links|copy-dirlinks|copy-unsafe|stop-|time-limit|batch|'
     r'compare-dest|copy-dest|link-dest|files|progress|info|debug|outbuf|human|no-times|'
-    r'specials|devices|copy-devices|prune|one-file|max-delete|help|version)')
+    r'specials|devices|copy-devices|prune|one-file|max-delete|help|version|force|old-args|quiet|'
+    r'stderr)')
 REFUSED_RSYNC_LETTERS = 'nuqeFfTbRLkKVhPmxIDC'
 
 
@@ -977,7 +995,7 @@ def read_ini(config, path):
             config.fail(section, None, 'stands in %s too' % show(path), 'remove one of them')
         config.sections[section] = dict(parser.items(section))
     section = None
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(map(str.strip, text.splitlines()), 1):
         header, option = re.match(r'\[(.+)\]', line), re.match(r'([^\s#;=][^=]*?)\s*=', line)
         if header:
             section = header.group(1)
@@ -1002,8 +1020,9 @@ def check_names(config):
         if kind not in names or section == 'stream':
             config.fail(section, None, 'unknown section',
                         nearest(section, sorted(set(names) - {'stream'}) + ['stream:NAME']))
-        if kind == 'stream' and not re.match(r'stream:[\w.-]+$', section):
-            config.fail(section, None, 'a stream name is made of letters, digits, _ . and -')
+        if kind == 'stream' and not re.match(r'stream:' + STREAM_NAME, section):
+            config.fail(section, None, 'a stream name is made of letters, digits, _ . and -, the first '
+                        'a letter or a digit; it does not end in .json')
         for option in options:
             if option not in names[kind]:
                 config.fail(section, option, 'unknown option', nearest(option, names[kind]))
@@ -1051,7 +1070,7 @@ def read_section(config, section, kind, text_of, mode=None):
             option.name in config.sections.get(section, ()) else None
         home = section if option.name in config.sections.get(section, ()) else 'defaults'
         base = os.path.dirname((config.origins.get((home, option.name)) or (config.path,))[0])
-        if text is None or (not text and isinstance(option.default, str)):
+        if text is None or not text and option.kind is not kind_globs:
             text = default_of(option, mode)
         try:
             values[option.name] = option.kind(text, base) if text or \
@@ -2306,9 +2325,10 @@ def copy_entry(root, entry, write, stop, start=0):
     """Hand a file's bytes from `start` on to write(), and look afterwards that it is still
     what the snapshot says.  Raises Changed, ItemError, Interrupted, and what write() raises."""
     fd = open_entry(root, entry)
+    left = entry.size - start
     try:
         os.lseek(fd, start, os.SEEK_SET)
-        while True:
+        while left >= 0:                # what grows is not followed
             stop.check()
             try:
                 block = os.read(fd, BLOCK)
@@ -2316,8 +2336,9 @@ def copy_entry(root, entry, write, stop, start=0):
                 raise ItemError('%s cannot be read: %s' % (show(entry.path), error.strerror))
             if not block:
                 break
-            write(block)
-        if not entry.same_as(os.fstat(fd)):
+            left -= len(block)
+            write(block[:left] if left < 0 else block)
+        if left or not entry.same_as(os.fstat(fd)):
             raise Changed('%s changed while it was read' % show(entry.path))
     finally:
         os.close(fd)
@@ -2330,9 +2351,11 @@ def zip_item(root, item, path, stop):
     Raises Changed, ItemError, StateError (no room), Interrupted.
     """
     import zipfile
-    if shutil_free(os.path.dirname(path)) < item.size:
-        raise NoRoom('no room to zip %s (%s) in %s' % (
-            show(item.name), format_size(item.size), show(os.path.dirname(path))), 'see state_dir')
+    room = NoRoom('no room to zip %s (%s) in %s' % (
+        show(item.name), format_size(item.size), show(os.path.dirname(path))), 'see state_dir')
+    # of each entry the zip holds two headers and its name twice
+    if shutil_free(os.path.dirname(path)) < item.size + sum(200 + 2 * len(e.path) for e in item.entries):
+        raise room
     try:
         with open(path, 'wb') as target, \
                 zipfile.ZipFile(target, 'w', zipfile.ZIP_DEFLATED, allowZip64=True) as archive:
@@ -2349,6 +2372,10 @@ def zip_item(root, item, path, stop):
                     while member.read(BLOCK):
                         pass
     except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise room
+        if error.errno in (errno.ENAMETOOLONG, errno.EFBIG):
+            raise ItemError('%s cannot be zipped: %s' % (show(item.name), error.strerror), 'rename it')
         raise StateError('cannot write the zip of %s: %s' % (show(item.name), error.strerror),
                          'see state_dir')
     except (zipfile.BadZipFile, zipfile.LargeZipFile) as error:
@@ -2567,6 +2594,7 @@ class Staging(Transport):
         self.area = OWN_PREFIX + b'-' + staging_id(self.stream)
         self.throttle = Throttle(self.stream.bandwidth_limit, self.stop)
         self.made = set()           # directories known to exist at the target
+        self.apart = set()          # (directory here, there) known to be two
 
     # -- what a protocol provides
 
@@ -2648,12 +2676,13 @@ class Staging(Transport):
         self.verify(batch, [job for job in jobs if not job.linked])
         jobs = [job for job in jobs if not job.error]
         placed = self.place(jobs)
-        for job in jobs:
-            if job not in placed:
-                try:
-                    self.settle_conflict(batch, job)
-                except (ItemError, Changed) as error:
-                    job.error = error
+        taken = [job for job in jobs if job not in placed]
+        names = collections.Counter(folded(job.final) for job in jobs if taken)
+        for job in taken:
+            try:
+                self.settle_conflict(batch, job, names[folded(job.final)] > 1)
+            except (ItemError, Changed) as error:
+                job.error = error
         published = [job for job in jobs if not job.error and not job.linked]
         sizes = self.measure([job.final for job in published], False)
         for job in published:
@@ -2694,10 +2723,13 @@ class Staging(Transport):
                     wrong.append(job.staged)
         self.delete(wrong)
 
-    def settle_conflict(self, batch, job):
-        """Something stands under the final name."""
+    def settle_conflict(self, batch, job, twin):
+        """Something stands under the final name; twin: perhaps another file of this batch, at
+        a target that takes the two for one."""
         there = self.measure([job.final], True).get(job.final)
         if there and there[0] in (None, job.entry.size) and there[1] == self.digest(batch, job):
+            if self.stream.move:
+                self.check_apart(job)
             self.keep_identical(job)
             return
         self.backup_or(job.final)
@@ -2706,7 +2738,7 @@ class Staging(Transport):
             job.final = stamped(job.final)
             if job not in self.place([job]):
                 raise ItemError('%s cannot be placed' % show(job.final))
-        elif self.stream.on_conflict == 'backup' and there:
+        elif there and (self.stream.on_conflict == 'backup' or twin and self.stream.move):
             backup = stamped(job.final)
             self.rename(job.final, backup)
             log.info('%s: %s stood at the target with other content and is %s now' % (
@@ -2721,8 +2753,32 @@ class Staging(Transport):
             raise ItemError('%s: something that is no file stands there' % show(job.final),
                             'rename or remove it at the target')
 
+    def check_apart(self, job):
+        """Raises ItemError if a symlink or a mount at the target leads back to the source."""
+        here, there = os.path.dirname(job.entry.path), os.path.dirname(job.final)
+        if (here, there) in self.apart:
+            return
+        marker = HERE_NAME + b'%d-%s' % (os.getpid(), random_hex(4))
+        path = os.path.join(self.stream.root, here, marker)
+        try:
+            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644))
+        except OSError as error:
+            raise ItemError('cannot write beside %s: %s' % (show(job.entry.path), error.strerror))
+        try:
+            found = self.measure([os.path.join(there, marker)], False)
+        finally:
+            os.unlink(path)
+        if found:
+            raise ItemError('%s at the target is the source itself' % show(job.final),
+                            'mend the link or mount that leads back')
+        self.apart.add((here, there))
+
     def keep_identical(self, job):
-        self.delete([job.staged])
+        """Ours takes the place of what has the same content: that may be a link to the source."""
+        try:
+            self.overwrite(job)
+        except ItemError:               # a server that never replaces a file
+            self.delete([job.staged])
 
     def overwrite(self, job):
         self.rename(job.staged, job.final)
@@ -2783,6 +2839,7 @@ class LocalTransport(Staging):
         Staging.__init__(self, *args, **kwargs)
         self.base = os.path.join(to_bytes(self.stream.target_base), b'')
         self.root = os.path.join(self.stream.root, b'')
+        self.held = {}              # final name -> (identity here, mtime_ns there) of one content
 
     def path(self, relative):
         return self.base + relative
@@ -2861,8 +2918,9 @@ class LocalTransport(Staging):
                 return False
             if entry.kind == 'l':
                 return os.readlink(self.base + final) == os.readlink(self.root + entry.path)
-            return (info.st_size == entry.size or entry.kind == 'd') and \
-                info.st_mtime_ns // 10 ** 9 == entry.mtime_ns // 10 ** 9
+            return (info.st_size == entry.size or entry.kind == 'd') and (
+                info.st_mtime_ns // 10 ** 9 == entry.mtime_ns // 10 ** 9 or
+                self.held.get(final) == (entry.identity, info.st_mtime_ns))
         except OSError:
             return False
 
@@ -2906,10 +2964,11 @@ class LocalTransport(Staging):
             return False
         fd = open_entry(batch.root, job.entry)
         try:
-            count = True
-            while count:
+            left, count = job.entry.size, True
+            while left and count:
                 self.stop.check()
-                count = os.copy_file_range(fd, handle.fileno(), 16 * BLOCK)
+                count = os.copy_file_range(fd, handle.fileno(), min(left, 16 * BLOCK))
+                left -= count
                 self.progress.sent(count)
             if not job.entry.same_as(os.fstat(fd)):
                 raise Changed('%s changed while it was read' % show(job.entry.path))
@@ -2926,8 +2985,13 @@ class LocalTransport(Staging):
     def dress(self, job):
         mode = self.stream.target_chmod[0] if self.stream.target_chmod else \
             job.entry.mode & ~current_umask() & 0o777
-        os.utime(self.path(job.staged), ns=(job.entry.mtime_ns, job.entry.mtime_ns))
-        os.chmod(self.path(job.staged), mode)
+        try:
+            os.utime(self.path(job.staged), ns=(job.entry.mtime_ns, job.entry.mtime_ns))
+            os.chmod(self.path(job.staged), mode)
+        except PermissionError:
+            if self.stream.target_chmod:
+                raise
+            log.once('%s: %s does not take times and modes' % (self.stream.name, target_of(self.stream)))
 
     def measure(self, paths, hashed):
         found = {}
@@ -2967,7 +3031,7 @@ class LocalTransport(Staging):
                 os.link(source, self.path(job.final), follow_symlinks=False)
                 if not job.linked:
                     os.unlink(source)
-                elif not self.linked_rightly(job):
+                elif not self.linked_rightly(job, self.path(job.final)):
                     os.unlink(self.path(job.final))
                     job.error = Changed('%s was replaced' % show(job.entry.path))
                 done.add(job)
@@ -2976,15 +3040,12 @@ class LocalTransport(Staging):
             except OSError as error:
                 if self.place_otherwise(job, error):
                     done.add(job)
-        for directory in {parent_of(job.final) for job in done if not job.error}:
-            try:
-                sync_directory(self.path(directory))
-            except OSError as error:
-                raise self.trouble('cannot sync', error)
+        self.sync_above([job for job in done if not job.error])
         return done
 
-    def linked_rightly(self, job):
-        info = os.lstat(self.path(job.final))
+    @staticmethod
+    def linked_rightly(job, path):
+        info = os.lstat(path)
         return (job.entry.dev, job.entry.ino, job.entry.size, job.entry.mtime_ns) == \
             (info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns)
 
@@ -3021,32 +3082,55 @@ class LocalTransport(Staging):
         except OSError as error:
             raise ItemError('cannot rename %s to %s: %s' % (show(old), show(new), error.strerror))
 
-    def settle_conflict(self, batch, job):
-        if job.linked:
-            with contextlib.suppress(OSError):
-                here = os.lstat(os.path.join(batch.root, job.entry.path))
-                if os.path.samestat(here, os.lstat(self.path(job.final))):
-                    return          # a crash came between the link and the release
-        Staging.settle_conflict(self, batch, job)
+    def settle_conflict(self, batch, job, twin):
+        final = self.path(job.final)
+        if self.stream.mirror and os.path.islink(final):
+            self.backup_or(job.final)
+            if self.stream.on_conflict == 'backup':
+                self.rename(job.final, stamped(job.final))
+            self.overwrite(job)
+            return
+        if job.linked and self.linked_rightly(job, final):
+            self.check_apart(job)
+            return                      # a crash came between the link and the release
+        Staging.settle_conflict(self, batch, job, twin)
 
     def keep_identical(self, job):
-        """The bytes stand there already; a mirror takes over the time, so as not to ask again."""
-        if job.linked:
-            job.linked = False
-        else:
-            self.delete([job.staged])
-        if self.stream.mirror:
-            with contextlib.suppress(OSError):
-                os.utime(self.path(job.final), ns=(job.entry.mtime_ns, job.entry.mtime_ns))
+        """Ours, which is on the disk, takes the place of what may not be yet.  A mirror takes over
+        the time, and remembers what became of it, so as not to ask again."""
+        if self.stream.move:
+            self.overwrite(job)
+            return
+        job.equal = True
+        self.delete([job.staged])
+        final = self.path(job.final)
+        with contextlib.suppress(OSError):
+            with contextlib.suppress(PermissionError):
+                os.utime(final, ns=(job.entry.mtime_ns, job.entry.mtime_ns))
+            self.held[job.final] = job.entry.identity, os.lstat(final).st_mtime_ns
+
+    def sync_above(self, jobs):
+        for directory in {parent_of(job.final) for job in jobs}:
+            try:
+                sync_directory(self.path(directory))
+            except OSError as error:
+                raise self.trouble('cannot sync', error)
 
     def overwrite(self, job):
         if job.linked:
             job.staged = self.staged_name(job.entry)
+            staged = self.path(job.staged)
             try:
-                os.link(os.path.join(self.stream.root, job.entry.path), self.path(job.staged))
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(staged)           # a crash left it
+                os.link(self.root + job.entry.path, staged)
             except OSError as error:
                 raise ItemError('%s: cannot link: %s' % (show(job.final), error.strerror))
+            if not self.linked_rightly(job, staged):
+                os.unlink(staged)
+                raise Changed('%s was replaced' % show(job.entry.path))
         self.rename(job.staged, job.final)
+        self.sync_above([job])
 
     def delete(self, paths):
         for path in paths:
@@ -3055,31 +3139,42 @@ class LocalTransport(Staging):
 
     def finish(self, batch):
         """Directories first, with their times last; then files as everywhere, and symlinks."""
-        blocked = {}
+        blocked = {}                    # directories that cannot be had, and all below them
         inner = [e for e in batch.entries if e.kind == 'd']
         for entry in inner:
-            path = self.path(batch.final(entry.path))
-            if os.path.lexists(path) and (os.path.islink(path) or not os.path.isdir(path)):
-                blocked[entry.path] = ItemError('%s: something else stands at the target' % show(path),
-                                                'rename or remove it')
-            else:
-                try:
-                    self.make_directories([batch.final(entry.path)])
-                except ItemError as error:
-                    blocked[entry.path] = error
+            error = blocked.get(parent_of(entry.path)) or self.make_inner(batch, entry)
+            if error:
+                blocked[entry.path] = error
         for job in batch.jobs if blocked else ():
-            above = job.entry.path
-            while above and not job.error:
-                above = os.path.dirname(above)
-                job.error = blocked.get(above)
+            job.error = job.error or blocked.get(parent_of(job.entry.path))
         answers = Staging.finish(self, batch)
-        links = {e.path: self.copy_link(batch, e) for e in batch.entries if e.kind == 'l'}
+        links = {e.path: blocked.get(parent_of(e.path)) or self.copy_link(batch, e)
+                 for e in batch.entries if e.kind == 'l'}
         for entry in reversed(inner):
-            with contextlib.suppress(OSError):
-                os.utime(self.path(batch.final(entry.path)),
-                         ns=(entry.mtime_ns, entry.mtime_ns))
+            if entry.path not in blocked:
+                with contextlib.suppress(OSError):
+                    os.utime(self.path(batch.final(entry.path)), ns=(entry.mtime_ns, entry.mtime_ns))
         return [self.with_links(parcel, answer, links, blocked)
                 for parcel, answer in zip(batch.parcels, answers)] if inner or links else answers
+
+    def make_inner(self, batch, entry):
+        """Make a directory of an item: an ItemError if it cannot be had."""
+        final = batch.final(entry.path)
+        path = self.path(final)
+        try:
+            if os.path.lexists(path) and (os.path.islink(path) or not os.path.isdir(path)):
+                raise ItemError('%s: something else stands at the target' % show(path),
+                                'rename or remove it')
+            self.ensure([parent_of(final)])
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(path, entry.mode | 0o700)
+                if self.stream.target_chmod:
+                    os.chmod(path, self.stream.target_chmod[1])
+            return None
+        except OSError as error:
+            return ItemError('cannot make %s: %s' % (show(path), error.strerror))
+        except ItemError as error:
+            return error
 
     @staticmethod
     def with_links(parcel, answer, links, blocked):
@@ -3092,6 +3187,7 @@ class LocalTransport(Staging):
         final = self.path(batch.final(entry.path))
         staged = self.path(self.staged_name(entry))
         try:
+            self.ensure([parent_of(batch.final(entry.path))])
             aim = os.readlink(os.path.join(batch.root, entry.path))
             if os.path.islink(final) and os.readlink(final) == aim:
                 return None
@@ -4797,7 +4893,7 @@ class Releaser:
                 return self.release_plainly(entry)
             if self.stream.keep_delivered:
                 self.kept.check(entry.path)     # before anything is moved
-            return self.release_linked(entry) if linked else self.release_held(entry)
+            return self.release_held(entry, linked)
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -4818,26 +4914,13 @@ class Releaser:
         else:
             os.unlink(name, dir_fd=directory)
 
-    def release_linked(self, entry):
-        """One inode stands at both ends: nothing written to it can be lost, only a file that
-        was put in its place."""
-        head, _, name = entry.path.rpartition(b'/')
-        parent, aside = self.directory(head)
-        os.rename(name, name, src_dir_fd=parent, dst_dir_fd=aside)
-        there = os.stat(name, dir_fd=aside, follow_symlinks=False)
-        if (there.st_dev, there.st_ino) != (entry.dev, entry.ino):
-            self.put_back(name, aside, parent)
-            return 'was replaced after it was sent'
-        self.discard(name, entry.path, aside)
-        return None
-
-    def release_held(self, entry):
+    def release_held(self, entry, linked):
         head, _, name = entry.path.rpartition(b'/')
         parent, aside = self.directory(head)
         fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=parent)
         reason = 'could not be looked at'
         try:
-            reason = self.release_open(fd, entry, name, parent, aside)
+            reason = self.release_open(fd, entry, linked, name, parent, aside)
             return reason
         finally:
             if reason:
@@ -4845,18 +4928,20 @@ class Releaser:
             else:
                 self.close_later(fd)
 
-    def release_open(self, fd, entry, name, parent, aside):
-        """None when it is gone, else the reason why it stays."""
+    def release_open(self, fd, entry, linked, name, parent, aside):
+        """None when it is gone, else the reason why it stays.  linked: the inode stands at the
+        target too, and has another ctime since."""
         import fcntl
         leased = lease(fd)
         if leased is False:
             return 'is open for writing'
-        if not self.unchanged(entry, os.fstat(fd)):
+        before = os.fstat(fd)
+        if not self.unchanged(entry._replace(ctime_ns=before.st_ctime_ns) if linked else entry, before):
             return 'changed after it was sent'
         try:
             os.rename(name, name, src_dir_fd=parent, dst_dir_fd=aside)
         except OSError as error:
-            if error.errno != errno.EXDEV:
+            if error.errno != errno.EXDEV or self.stream.keep_delivered:
                 raise
             os.unlink(name, dir_fd=parent)      # a mount point: without the last look
             return None
@@ -5366,24 +5451,24 @@ class Delivery:
         """Group items that go from one place to one place; names that a target might take
         for one name never travel together."""
         pending = collections.OrderedDict()     # (root, subdir) -> Batch
-        folded, before = set(), set()
+        names, before = set(), set()
         files = size = 0
         for item in items:
             parcel = self.parcel(item)
             if parcel is None:
                 continue
-            name = parcel.entries[0].path.decode('utf-8', 'surrogateescape').casefold()
+            name = folded(parcel.entries[0].path)
             count = max(1, sum(entry.kind == 'f' for entry in parcel.entries))
             full = files and (files + count > self.stream.batch_files or
                               size + item.size > self.stream.batch_size)
-            if full or name in folded:
+            if full or name in names:
                 yield from pending.values()
-                before, folded = folded, set()
+                before, names = names, set()
                 pending.clear()
                 files = size = 0
             if name in before:
                 self.proving.drain()       # the other one stands there when this one comes
-            folded.add(name)
+            names.add(name)
             files, size = files + count, size + item.size
             if not self.stream.zips:        # which may take longer than an idle line is kept
                 self.approach()
@@ -5417,10 +5502,10 @@ class Delivery:
             self.fail(item.name, ItemError('%s holds %s, more than dir_size_limit' % (
                 show(item.name), format_size(item.size)), 'raise the limit or move it by hand'))
             return None
+        name = item.name + b'.zip'
+        path = os.path.join(to_bytes(self.stream.spool), name)
+        make_private_directory(self.stream.spool)
         try:
-            make_private_directory(self.stream.spool)
-            name = item.name + b'.zip'
-            path = os.path.join(to_bytes(self.stream.spool), name)
             zip_item(self.stream.root, item, path, self.stop)
             return Parcel(item, [Entry.of(name, os.lstat(path))])
         except NoRoom as error:
@@ -5434,6 +5519,8 @@ class Delivery:
             self.fail(item.name, ItemError('%s cannot be zipped: %s' % (show(item.name), error.strerror)))
         except ItemError as error:
             self.fail(item.name, error)
+        with contextlib.suppress(OSError):
+            os.unlink(path)         # half a zip takes the room of a whole one
         return None
 
     # -- stop files
@@ -5633,8 +5720,11 @@ class Delivery:
                 self.fail(parcel.item.name, error)
 
     def has_changed(self, item):
+        """Its content, that is: a link that we made and removed again changes a ctime."""
+        def essence(entries):
+            return [e[:4] + (e.dev, e.ino) for e in entries if e.kind == 'f']
         now = self.scanner.look(item.name)
-        return now is None or tree_of(now.entries) != tree_of(item.entries)
+        return now is None or essence(now.entries) != essence(item.entries)
 
     def target_trouble(self):
         """The TargetError behind failures that look like the items' own, or None."""
@@ -5667,14 +5757,21 @@ class Delivery:
     def quarantine(self, name, entry):
         """Move an item that can never be sent out of the way, with the reason beside it."""
         target = os.path.join(to_bytes(self.stream.quarantine_dir), name)
+        head, base = os.path.split(target)
+        reason = os.path.join(head, base[:200] + b'.reason')        # no name may be too long
+        if os.path.lexists(target) or os.path.lexists(reason):
+            target = os.path.join(head, stamped(base[:200]))
+            reason = target + b'.reason'
+        text = '%s\nfailed %d times since %s\nlast: %s\n' % (
+            show(name), entry['count'], utc_stamp(entry['first']), entry['error'])
         try:
-            os.makedirs(os.path.dirname(target), 0o700, exist_ok=True)
-            if os.path.lexists(target):
-                target = stamped(target)
-            os.rename(os.path.join(self.stream.root, name), target)
-            reason = '%s\nfailed %d times since %s\nlast: %s\n' % (
-                show(name), entry['count'], utc_stamp(entry['first']), entry['error'])
-            atomic_write(os.fsdecode(target) + '.reason', reason.encode('utf-8', 'backslashreplace'))
+            os.makedirs(head, 0o700, exist_ok=True)
+            atomic_write(os.fsdecode(reason), text.encode('utf-8', 'backslashreplace'))
+            try:
+                os.rename(os.path.join(self.stream.root, name), target)
+            except OSError:
+                os.unlink(reason)
+                raise
         except OSError as error:
             log.error('%s: cannot quarantine %s: %s' % (self.stream.name, show(name), error.strerror))
             return
@@ -6897,8 +6994,8 @@ def command_init(args, stop):
         raise ConfigError('%s is there already' % show(path), 'name another one with --config')
     say('This writes %s.  An empty answer takes what stands in [brackets].' % show(path))
     name = ask('a name for the stream', 'data')
-    while not re.match(r'[\w.-]+$', name):
-        say('it is made of letters, digits, _ . and -')
+    while not re.match(STREAM_NAME, name):
+        say('it is made of letters, digits, _ . and -, and begins with a letter or a digit')
         name = ask('a name for the stream', 'data')
     answers = ask_options()
     table = {option.name: option for option in OPTIONS if option.section == 'stream'}
@@ -7053,13 +7150,15 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.background and not args.daemon:
         parser.error('--background goes with --daemon')
-    if args.json and not (args.status or args.history):
+    if args.json and not (args.status or args.history is not None):
         parser.error('--json goes with --status or --history')
-    if (args.since or args.until) and not args.history:
+    if (args.since or args.until) and args.history is None:
         parser.error('--since and --until go with --history')
+    if args.explain == '':
+        parser.error('--explain needs a path')
     command = next((run_it for chosen, run_it in (
         (args.dry_run, command_dry_run), (args.check, command_check), (args.status, command_status),
-        (args.history, command_history), (args.explain, command_explain),
+        (args.history is not None, command_history), (args.explain, command_explain),
         (args.test_alert, command_test_alert), (args.print_unit, command_print_unit))
         if chosen), command_run)
     try:

@@ -1438,6 +1438,168 @@ os.rename = lambda a, b, **k: refuse() if k or b'release' in mm.to_bytes(b) else
         self.assertEqual(tree(world.target), {})
 
 
+@spread
+class Combinations(Doctored):
+    """What two options, or an option and what stands there, do together."""
+
+    @on_sites('local', 'scp', 'sftp', 'ftp')
+    def test_a_target_that_leads_back_to_the_source_costs_nothing(self, site):
+        for link in ('item', '2017', 'day'):
+            world = self.world(site)
+            base = world.options['target_dir']
+            os.rmdir(world.target)
+            os.makedirs(world.target)
+            os.chmod(world.target, 0o777)
+            os.chmod(world.source, 0o777)
+            if link == '2017':
+                world.configure(target_dir=base + '/%Y')
+            elif link == 'day':
+                world.configure(items='files')
+            name = 'day/item' if link == 'day' else 'item'
+            write(os.path.join(world.source, name), b'the only copy')
+            before = contents(tree(world.source))
+            os.symlink('../in' if link == '2017' else '../in/' + link, os.path.join(world.target, link))
+            done = self.assert_run(world, 0 if link == 'item' and site in ('sftp', 'ftp') else 1)
+            if done.code:
+                self.assertEqual(contents(tree(world.source)), before, str(done))
+            else:       # the link has given way to the file
+                self.assertEqual((contents(tree(world.source)), contents(tree(world.target))), ({}, before))
+
+    def test_two_names_that_are_one_at_the_target(self):
+        self.assertEqual(len({mm.folded(name) for name in (
+            'caf\u00e9'.encode(), 'CAFE\u0301'.encode(), b'caf\xc3\xa9. ', b'caf\xff\xc3\xa9')}), 1)
+        self.assertEqual(mm.folded(b'run 10:30/x.'), mm.folded(b'RUN 10_30/X'))
+        self.assertNotEqual(mm.folded(b'a.b'), mm.folded(b'ab'))
+        world = self.world('local', on_conflict='overwrite', target_chmod='644')
+        for name in ('run/DATA.bin', 'run/data.bin'):
+            write(os.path.join(world.source, name), name.encode())
+        self.assertEqual(self.doctored(world, """
+real = mm.LocalTransport.path
+mm.LocalTransport.path = lambda self, relative: real(self, relative.lower())
+""").code, 0)
+        self.assertEqual(tree(world.source), {})
+        self.assertEqual(sorted(v for v in contents(tree(world.target)).values() if v != 'directory'),
+                         [b'run/DATA.bin', b'run/data.bin'])
+
+    def test_a_linked_file_that_is_written_again_stays(self):
+        world = self.world('local')
+        write(os.path.join(world.source, 'f'), b'first')
+        done = self.doctored(world, """
+real = mm.LocalTransport.place
+def place(self, jobs):
+    done = real(self, jobs)
+    self.writer = open(SOURCE + '/f', 'ab')
+    self.writer.write(b', second')
+    self.writer.flush()
+    return done
+mm.LocalTransport.place = place
+""")
+        self.assertEqual(done.code, 0, str(done))
+        self.assertEqual(contents(tree(world.source)), {b'f': b'first, second'}, str(done))
+        self.assert_run(world, 0)
+        self.assertEqual((tree(world.source), contents(tree(world.target))), ({}, {b'f': b'first, second'}))
+        self.assertEqual([(r['outcome'], r['size']) for r in world.ledger()],
+                         [('delivered', 5), ('kept', 5), ('delivered', 13)])
+
+    def test_a_linked_file_that_cannot_replace_another_is_counted(self):
+        world = self.world('local', on_conflict='overwrite')
+        write(os.path.join(world.source, 'f'), b'today')
+        write(os.path.join(world.target, 'f'), b'yesterday')
+        for _ in range(2):
+            done = self.doctored(world, """
+def refuse(self, old, new):
+    raise mm.ItemError('no')
+mm.LocalTransport.rename = refuse
+""")
+            self.assertEqual(done.code, 1, str(done))
+            self.assertIn('ERROR   s: no', done.output)
+        self.assertEqual((contents(tree(world.source)), contents(tree(world.target))),
+                         ({b'f': b'today'}, {b'f': b'yesterday'}))
+        self.assertEqual(world.leftovers(), [])
+
+    def test_a_mirror_records_once_what_the_target_cannot_hold_the_time_of(self):
+        world = self.world('local', transfer_mode='mirror')
+        write(os.path.join(world.source, 'f'), b'f')
+        for _ in range(2):
+            self.assertEqual(self.doctored(world, 'mm.os.utime = lambda path, ns: None\n').code, 0)
+        self.assertEqual(contents(tree(world.target)), {b'f': b'f'})
+        self.assertEqual([r['outcome'] for r in world.ledger()], ['delivered'])
+
+    @on_sites('local', 'rsync_ssh')
+    def test_a_mirror_follows_a_link_that_became_a_file(self, site):
+        world = self.world(site, transfer_mode='mirror', items='files')
+        os.makedirs(os.path.join(world.source, 'day'))
+        os.symlink('elsewhere', os.path.join(world.source, 'day', 'link'))
+        self.assert_run(world, 0)
+        self.assertEqual(contents(tree(world.target)), contents(tree(world.source)))
+        os.unlink(os.path.join(world.source, 'day', 'link'))
+        write(os.path.join(world.source, 'day', 'link'), b'a file now')
+        self.assert_run(world, 0)
+        self.assertEqual(contents(tree(world.target)), contents(tree(world.source)))
+
+    def test_a_mirror_writes_nothing_behind_a_link_at_the_target(self):
+        world = self.world('local', transfer_mode='mirror')
+        elsewhere = os.path.join(world.top, 'elsewhere')
+        write(os.path.join(elsewhere, 'link'), b'precious')
+        os.symlink(elsewhere, os.path.join(world.target, 'day'))
+        write(os.path.join(world.source, 'day', 'sub', 'f'), b'f')
+        os.symlink('f', os.path.join(world.source, 'day', 'link'))
+        before = tree(elsewhere)
+        self.assertIn('something else stands', self.assert_run(world, 1).output)
+        self.assertEqual(tree(elsewhere), before)
+
+    def test_a_file_that_grows_is_not_followed(self):
+        world = self.world('local')
+        path = mm.to_bytes(os.path.join(world.source, 'f'))
+        write(path, b'12345')
+        entry = mm.Entry.of(b'f', os.lstat(path))
+        with open(path, 'ab') as handle:
+            written = []
+
+            def grow(block):
+                written.append(block)
+                handle.write(b'more')
+                handle.flush()
+            with self.assertRaises(mm.Changed):
+                mm.copy_entry(mm.to_bytes(world.source), entry, grow, mm.StopRequest())
+        self.assertLess(len(b''.join(written)), 10)
+
+    @on_sites('scp', 'ftp')
+    def test_a_directory_whose_zip_has_too_long_a_name_stops_nobody(self, site):
+        world = self.world(site, quarantine_after='0s', retry_count='2')
+        write(os.path.join(world.source, 'd' * 253, 'f'), b'f')
+        write(os.path.join(world.source, 'fine'), b'fine')
+        self.assertIn('File name too long', self.assert_run(world, 1).output)
+        self.assertEqual(contents(tree(world.target)), {b'fine': b'fine'})
+        self.assertEqual(self.assert_run(world, 1).output.count('quarantined'), 2)
+        self.assertEqual(sorted(os.listdir(os.path.join(world.source, '.quarantine')))[-1], 'd' * 253)
+
+    def test_the_reason_never_takes_the_name_of_a_quarantined_file(self):
+        world = self.world('local', on_conflict='refuse', quarantine_after='0s', retry_count='1')
+        for name in ('x.reason', 'x'):
+            write(os.path.join(world.source, name), b'precious ' + name.encode())
+            write(os.path.join(world.target, name), b'other')
+            self.assert_run(world, 1)
+        held = contents(tree(os.path.join(world.source, '.quarantine')))
+        self.assertEqual(sum(v in (b'precious x', b'precious x.reason') for v in held.values()), 2, held)
+        self.assertEqual(len(held), 4, held)
+
+    def test_a_query_about_nothing_moves_nothing(self):
+        world = self.world('local')
+        write(os.path.join(world.source, 'f'), b'f')
+        self.assert_run(world, 0, '--history', '')
+        self.assert_run(world, 2, '--explain', '')
+        self.assertEqual(contents(tree(world.source)), {b'f': b'f'})
+
+    def test_an_option_left_empty_has_its_default(self):
+        world = self.world('local', on_conflict='', batch_files='', batch_size='')
+        for name in ('run1', 'run2'):
+            write(os.path.join(world.source, name), b'today')
+            write(os.path.join(world.target, name), b'yesterday')
+        self.assert_run(world, 0)
+        self.assertEqual(sorted(contents(tree(world.target)).values()), [b'today'] * 2 + [b'yesterday'] * 2)
+
+
 class SettlingRuns(Case):
     def test_a_growing_file_waits_until_it_is_quiet(self):
         world = self.world('local', settle_time='1.5s')
