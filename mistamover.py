@@ -1204,6 +1204,40 @@ def check_stream(config, stream, protocols):
         stream.directories == 'auto' and not protocol.keeps_directories
 
 
+def overlap(one, two):
+    """Whether the targets of two streams are one place or lie in each other, as far as the
+    configuration tells."""
+    if one.target_host != two.target_host or \
+            (one.transfer_protocol == 'rsync_native') != (two.transfer_protocol == 'rsync_native'):
+        return False
+    if not one.target_host:
+        return lies_below(one.target_base, two.target_base) or lies_below(two.target_base, one.target_base)
+    paths = [os.path.join(os.path.normpath(s.target_base), '') for s in (one, two)]
+    return paths[0].startswith(paths[1]) or paths[1].startswith(paths[0])
+
+
+def check_mirror_delete(config, stream):
+    """What a mirror deletes must be its own: not what was moved there, nor what others keep."""
+    def fail(message, hint):
+        config.fail('stream:' + stream.name, 'mirror_delete', message, hint)
+
+    if stream.configured_mode == 'move':
+        fail('does not go with --mirror where transfer_mode = move: what was moved there would be deleted',
+             'set it to no for this')
+    for other in config.streams:
+        if other is not stream and overlap(stream, other):
+            fail('would delete what stream %s brings to the same place' % other.name,
+                 'give each its own target_dir')
+    if stream.transfer_protocol == 'local':
+        settings = config.settings
+        kept = [settings.state_dir, settings.log_file, settings.status_page, settings.metrics_file]
+        kept += [path for other in config.streams if other is not stream
+                 for path in (other.directory, other.quarantine_dir)]
+        for path in kept:
+            if path and lies_below(path, stream.target_base):
+                fail('would delete %s in target_dir' % show(path), 'put it somewhere else')
+
+
 def check_places(config, state_dir):
     """No stream may eat another's directory, its own target, or our own files."""
     for stream in config.streams:
@@ -1223,10 +1257,22 @@ def check_places(config, state_dir):
                 lies_below(stream.target_base, stream.directory)):
             config.fail(section, 'target_dir', '%s and directory %s lie in each other' % (
                 show(stream.target_base), show(stream.directory)), 'use two separate directories')
-        for option, path in (('state_dir', state_dir), ('log_file', config.settings.log_file)):
+        for option, path in (('state_dir', state_dir), ('log_file', config.settings.log_file),
+                             ('status_page', config.settings.status_page),
+                             ('metrics_file', config.settings.metrics_file)):
             if path and lies_below(path, stream.directory):
                 config.fail('mistamover', option, 'lies in the directory of stream %s' % stream.name,
                             'put it somewhere else')
+    for stream in config.streams:
+        if stream.mirror and stream.mirror_delete:
+            check_mirror_delete(config, stream)
+        for other in config.streams:
+            # a direct child of its own directory is skipped by the scan; elsewhere it would be sent
+            own = other is stream and stream.quarantine_dir != stream.directory and \
+                same_directory(os.path.dirname(stream.quarantine_dir), stream.directory)
+            if stream.move and not own and lies_below(stream.quarantine_dir, other.directory):
+                config.fail('stream:' + stream.name, 'quarantine_dir', 'lies in the directory of stream %s' % other.name,
+                            'put it directly into this directory or outside of all')
 
 
 def load_config(path, protocols, names=(), mode=None):
@@ -1252,6 +1298,7 @@ def load_config(path, protocols, names=(), mode=None):
             continue
         chosen = mode or (text_of(section, 'transfer_mode') or 'move').lower()
         values = read_section(config, section, 'stream', text_of, chosen)
+        values['configured_mode'] = values['transfer_mode']
         values['transfer_mode'] = mode or values['transfer_mode']
         stream = Settings(section[len('stream:'):], values)
         if stream.pause_time is None:
@@ -1989,7 +2036,7 @@ class Scanner:
         self.follow_links = stream.symlinks == 'keep'
         self.own = {to_bytes(stream.stop_file), KEPT_DIR}
         quarantine = to_bytes(stream.quarantine_dir)
-        if os.path.dirname(quarantine) == stream.root:
+        if same_directory(os.path.dirname(quarantine), stream.root):
             self.own.add(os.path.basename(quarantine))
         self.orphans = []           # ready files without their item, as (Entry, item name)
         self.unready = 0            # items without their ready file, in the last scan
@@ -1999,8 +2046,8 @@ class Scanner:
             self.ready_pattern = before, after
 
     def skip(self, name, top):
-        return bool(self.ignored and self.ignored(name)) or \
-            top and (name in self.own or name.startswith(OWN_PREFIX))
+        return bool(self.ignored and self.ignored(name)) or name.startswith(OWN_PREFIX) or \
+            top and name in self.own
 
     def listing(self, relative):
         """Yield (name, stat_result) of what a directory holds; raises OSError."""
@@ -2052,17 +2099,17 @@ class Scanner:
         below = []
         for name, info in self.listing(relative):
             path = os.path.join(relative, name)
-            if self.skip(name, not relative):
+            if self.skip(name, not relative) and not (self.ready_pattern and self.is_ready_name(name)):
                 continue
             if stat.S_ISDIR(info.st_mode):
-                below.append(path)      # later: an open directory a level would be too many
+                below.append((path, info))      # later: an open directory a level would be too many
             else:
                 yield path, info
-        for path in below:
+        for path, info in below:
             try:
                 yield from self.flat(path)
-            except OSError as error:
-                log.error('%s: %s cannot be read: %s' % (self.stream.name, show(path), error.strerror))
+            except (OSError, RecursionError):
+                yield path, info        # found() makes of it an item that cannot be read
 
     def look(self, name):
         """The Item of one name as it is now, or None."""
@@ -2092,7 +2139,11 @@ class Scanner:
         for path, info in found:
             self.stop.check()
             name = path if top else os.path.basename(path)
-            if top and self.skip(name, True) or not self.wanted(name):
+            if not top and stat.S_ISDIR(info.st_mode):
+                yield Item(path, [Entry.of(path, info)], (), ItemError(
+                    '%s cannot be read' % show(path), 'check its permissions and its depth'))
+                continue
+            if self.skip(name, top) or not self.wanted(name):
                 continue
             if self.ready_pattern and path not in ready:
                 self.unready += not self.is_ready_name(name)
@@ -2238,6 +2289,8 @@ def open_entry(root, entry):
             raise Changed('%s is gone' % show(entry.path))
         if error.errno == errno.EAGAIN:
             raise Changed('%s is in use' % show(entry.path))
+        if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+            raise StateError('cannot open %s: %s' % (show(entry.path), error.strerror))
         raise ItemError('%s cannot be read: %s' % (show(entry.path), error.strerror),
                         'check its permissions')
     if not entry.same_as(os.fstat(fd)):
@@ -2614,6 +2667,13 @@ class Staging(Transport):
         """Give staged files their final names without ever overwriting; a set of those done."""
         raise NotImplementedError
 
+    def exists(self, path):
+        """Whether anything has this name."""
+        raise NotImplementedError
+
+    def sync(self):
+        """Have on disk what was named last, where one can ask for that, before sources go."""
+
     def rename(self, old, new):
         """Rename, overwriting.  Raises ItemError when the target refuses."""
         raise NotImplementedError
@@ -2690,6 +2750,8 @@ class Staging(Transport):
                 job.error = ItemError('%s does not stand at the target under its name'
                                       % show(job.final), 'can the target hold such a name?')
         self.delete([job.staged for job in jobs if job.error and job.staged and not job.linked])
+        if published:
+            self.sync()
         return self.outcomes(batch)
 
     def ensure_parents(self, jobs):
@@ -2749,9 +2811,12 @@ class Staging(Transport):
             self.overwrite(job)
             log.info('%s: %s stood at the target with other content and was overwritten' % (
                 self.stream.name, show(job.final)))
-        else:
+        elif self.exists(job.final):
             raise ItemError('%s: something that is no file stands there' % show(job.final),
                             'rename or remove it at the target')
+        else:
+            raise ItemError('%s cannot be placed' % show(job.final),
+                            'may this account write there? is another file system mounted below target_dir?')
 
     def check_apart(self, job):
         """Raises ItemError if a symlink or a mount at the target leads back to the source."""
@@ -3076,6 +3141,9 @@ class LocalTransport(Staging):
             job.error = trouble
         return True
 
+    def exists(self, path):
+        return os.path.lexists(self.path(path))
+
     def rename(self, old, new):
         try:
             os.rename(self.path(old), self.path(new))
@@ -3279,7 +3347,7 @@ class SshConnection:
             return run([self.stream.ssh_command, '-O', verb,
                         '-oControlPath=' + (path or self.control_path()).replace('%', '%%'),
                         '--', self.stream.target_host], StopRequest(), 5)
-        except TargetError:
+        except (TargetError, OSError):
             return None
 
     def open(self):
@@ -3490,9 +3558,17 @@ class RsyncTransport(Transport):
             for name in names:
                 open(os.path.join(empty, name), 'wb').close()
             done, rows = self.rsync(empty, [b''] + sorted(names), ['-n', '-i', '-i'], subdir)
-        if b'.' not in rows or any(name not in rows for name in names):
-            self.fail(done, 'cannot look at %s' % target_of(self.stream))
-        return {name: not row.endswith(b'+' * 9) for name, (row, _) in rows.items()}
+            if b'.' not in rows or any(name not in rows for name in names):
+                self.fail(done, 'cannot look at %s' % target_of(self.stream))
+            found = {name: not row.endswith(b'+' * 9) for name, (row, _) in rows.items()}
+            absent = sorted(name for name in names if not found[name])
+            if absent and found[b'.']:
+                # a directory or a link of that name has such a row as well; this leaves them out
+                done, rows = self.rsync(empty, absent, ['-n', '-i', '-i', '--ignore-existing'], subdir)
+                if done.code:
+                    self.fail(done, 'cannot look at %s' % target_of(self.stream))
+                found.update((name, True) for name in absent if name not in rows)
+        return found
 
     def present(self, names):
         found = self.look(names)
@@ -3529,7 +3605,8 @@ class RsyncTransport(Transport):
 
     def patience(self, batch):
         """Seconds of silence to allow while both sides read the biggest file."""
-        return self.stream.stall_timeout + batch.biggest / CHECK_RATE
+        return self.stream.stall_timeout + batch.biggest / CHECK_RATE + (
+            batch.biggest / self.stream.bandwidth_limit if self.stream.bandwidth_limit else 0)
 
     @staticmethod
     def reporting(batch):
@@ -3611,12 +3688,20 @@ class RsyncTransport(Transport):
         for path in sorted(foreign):
             try:
                 self.backup_or(path)
+                if len(os.path.basename(path)) + len(stamped(b'')) > 255:    # rsync would give up all
+                    raise ItemError('%s stands at the target with other content, and its name is too '
+                                    'long for a backup' % show(path), 'rename one of them')
             except ItemError as error:
                 problems[path] = error
         foreign -= set(problems)
         renamed = set() if batch.root == self.stream.root else self.send_renamed(batch, foreign, equal)
         suffix = stamped(b'').decode()
-        backup = ['--backup', '--suffix=' + suffix] if self.stream.on_conflict == 'backup' else []
+        # what was moved there may stand nowhere else: a zip, or a twin of this batch at a target
+        # that takes two names for one
+        names = collections.Counter(folded(path) for path in (e.path for e in batch.entries if foreign))
+        kept = self.stream.move and any(
+            names[folded(p)] > 1 or self.stream.zips and p.endswith(b'.zip') for p in foreign)
+        backup = ['--backup', '--suffix=' + suffix] if kept or self.stream.on_conflict == 'backup' else []
         for path in sorted(foreign - renamed):
             log.info('%s: %s stood at the target with other content and %s' % (
                 self.stream.name, show(path), 'is %s%s now' % (show(path), suffix)
@@ -3625,10 +3710,12 @@ class RsyncTransport(Transport):
         if self.stream.on_conflict != 'refuse':
             again |= differing & sent       # damaged, or taken by another sender: backed up as well
         if again:
-            self.push(batch, sorted(again), ['--ignore-times', '-i'] + backup)
+            done, _ = self.push(batch, sorted(again), ['--ignore-times', '-i'] + backup)
             equal.update(self.prove(batch, again, ['--checksum'])[0])
         for path in (again | differing & sent) - set(equal):
-            problems[path] = IntegrityError('%s arrived damaged' % show(path))
+            problems[path] = IntegrityError('%s arrived damaged' % show(path)) if path in sent else \
+                ItemError('%s stands at the target and cannot be replaced: %s' % (
+                    show(path), done.errors or 'no reason given'))
         return problems
 
     def send_renamed(self, batch, paths, equal):
@@ -3671,7 +3758,7 @@ class RsyncTransport(Transport):
     def delete_missing(self, kept):
         """List the target, then name what must go; a name that exists here by then is safe."""
         stream = self.stream
-        argv = [stream.rsync_command] + stream.rsync_options + ['--recursive', '--list-only', '--links'] + \
+        argv = [stream.rsync_command] + stream.rsync_options + ['--recursive', '--list-only'] + \
             self.remote_shell() + ['--', self.url()]
         done = run(argv, self.stop, stream.stall_timeout, secret=self.secret())
         if done.code:
@@ -3680,23 +3767,24 @@ class RsyncTransport(Transport):
         for line in done.output.split(b'\n'):
             match = re.match(rb'(.)\S{9} +[\d,.]+ \d{4}/\d\d/\d\d \d\d:\d\d:\d\d (.*)$', line)
             if match:
-                name = match.group(2).split(b' -> ')[0] if match.group(1) == b'l' else match.group(2)
-                name = unescaped(name)
+                name = unescaped(match.group(2))
                 if name != b'.' and name not in kept and not protected(name, stream):
                     extra.append((name, match.group(1) == b'd'))
-        gone = [name for name, is_directory in extra if not is_directory]
-        if gone:
-            self.run_deletion(gone)
+        gone = self.run_deletion([name for name, is_directory in extra if not is_directory])
         for depth in sorted({name.count(b'/') for name, d in extra if d}, reverse=True):
-            level = [name for name, d in extra if d and name.count(b'/') == depth]
-            self.run_deletion(level)
-            gone += level
+            gone += self.run_deletion([n for n, d in extra if d and n.count(b'/') == depth])
         return gone
 
     def run_deletion(self, names):
-        done, _ = self.rsync(self.stream.root, names, ['--delete-missing-args', '-i', '--existing'])
+        """Those of the names that rsync says it deleted."""
+        if not names:
+            return []
+        done, rows = self.rsync(self.stream.root, names, ['--delete-missing-args', '-i', '--existing'])
         if done.code not in (0, 23, 24):
             self.fail(done, 'mirror_delete failed at %s' % target_of(self.stream))
+        if done.code == 23:
+            log.once('%s: mirror_delete: %s' % (self.stream.name, done.errors))
+        return [name for name in names if rows.get(name, (b'',))[0].startswith(b'*deleting')]
 
 
 class RsyncSsh(RsyncTransport):
@@ -3992,8 +4080,13 @@ class ScpTransport(SshStaging):
             for chunk in in_chunks([job.staged for job in jobs], 500):
                 self.talk.ask(b'chmod %o %s\n' % (self.stream.target_chmod[0], self.words(chunk)))
         SshStaging.verify(self, batch, jobs)
-        # what is proven must also survive a power cut there, before the source goes
-        self.talk.ask(b'sync -f . 2>/dev/null || sync\n', self.batch_patience)
+        self.sync()             # before they have names: what is proven must survive a power cut there
+
+    def exists(self, path):
+        return self.exist([path])[0]
+
+    def sync(self):
+        self.talk.ask(b'sync -f . 2>/dev/null || sync\n', self.hash_limit())
 
     def place(self, jobs):
         done = set()
@@ -4019,13 +4112,14 @@ class ScpTransport(SshStaging):
         return done
 
     def place_one(self, job):
-        """By a link, which never overwrites, or where there are none by a rename."""
-        old, new = self.words([job.staged]), self.words([job.final])
+        """By a link, which never overwrites, or where there are none at all by a rename."""
+        old, new, try_ = self.words([job.staged]), self.words([job.final]), self.words([job.staged + b'.ln'])
         return self.talk.ask(
             b'if [ -e %s ] || [ -L %s ]; then [ %s -ef %s ] && echo yes; '
             b'elif ln -- %s %s 2>/dev/null; then echo yes; '
+            b'elif ln -- %s %s 2>/dev/null; then rm -f -- %s; '     # another file system: mv would copy
             b'elif [ ! -e %s ] && [ ! -L %s ] && mv -f -- %s %s; then echo yes; fi\n'
-            % (new, new, old, new, old, new, new, new, old, new)) == [b'yes']
+            % (new, new, old, new, old, new, old, try_, try_, new, new, old, new)) == [b'yes']
 
     def rename(self, old, new):
         answer = self.talk.ask(b'[ ! -d %s ] && mv -f -- %s %s && echo yes\n' % (
@@ -4082,6 +4176,21 @@ class SftpTransport(SshStaging):
     def word(path):
         return b'"%s"' % path.replace(b'\\', b'\\\\').replace(b'"', b'\\"')
 
+    def glob(self, name):
+        """For ls, which expands braces even in quotes."""
+        return re.sub(rb'([{}])', rb'\\\1', self.quote(name))
+
+    def exists(self, path):
+        return bool(self.answers([b'ls -lan ' + self.glob(path)])[0])
+
+    def sync(self):
+        """The fsync of one more file commits the journal that the new names are in."""
+        mark = os.path.join(to_bytes(self.stream.spool), b'sync')
+        make_private_directory(self.stream.spool)
+        open(mark, 'wb').close()
+        name = self.quote(os.path.join(self.area, b'sync'))
+        self.answers([b'put -f %s %s' % (self.word(mark), name), b'rm ' + name])
+
     def answers(self, commands, talk=None, alive=None):
         """What each of some commands printed: a list of lists of lines."""
         lines = (talk or self.talk).ask(b''.join(b'-%s\n' % c for c in commands), alive=alive)
@@ -4118,7 +4227,7 @@ class SftpTransport(SshStaging):
         self.base_listing()
 
     def base_listing(self):
-        lines = self.answers([b'ls -lan ' + self.quote(b'')])[0]
+        lines = self.answers([b'ls -lan ' + self.glob(b'')])[0]
         if not any(line.startswith(b'd') and line.endswith(b'/.') for line in lines):
             raise self.missing()
         return lines
@@ -4138,7 +4247,7 @@ class SftpTransport(SshStaging):
         mode = self.stream.target_chmod
         self.answers([b'chmod %o %s' % (0o700 if step == self.area else mode[1], self.quote(step))
                       for step in steps if mode or step == self.area])
-        for path, lines in zip(paths, self.answers([b'ls -lan ' + self.quote(p) for p in paths])):
+        for path, lines in zip(paths, self.answers([b'ls -lan ' + self.glob(p) for p in paths])):
             if not any(line.startswith(b'd') and line.endswith(b'/.') for line in lines):
                 raise ItemError('cannot make %s at %s: %s' % (
                     show(path), target_of(self.stream), self.talk.program.errors()))
@@ -4185,7 +4294,7 @@ class SftpTransport(SshStaging):
 
     def measure(self, paths, hashed, talk=None):
         found = {}
-        for path, lines in zip(paths, self.answers([b'ls -ln ' + self.quote(p) for p in paths], talk)
+        for path, lines in zip(paths, self.answers([b'ls -ln ' + self.glob(p) for p in paths], talk)
                                if paths else ()):
             listed = self.listed(lines, path)
             if listed and listed[0] == b'-':
@@ -4240,11 +4349,11 @@ class SftpTransport(SshStaging):
             self.answers([b'rm ' + self.quote(path) for path in paths])
 
     def delete_area(self):
-        lines = self.answers([b'ls -1a ' + self.quote(self.area)])[0]
+        lines = self.answers([b'ls -1a ' + self.glob(self.area)])[0]
         names = [line.rsplit(b'/', 1)[-1] for line in lines]
         self.delete([os.path.join(self.area, name) for name in names if name not in (b'.', b'..')])
         self.answers([b'rmdir ' + self.quote(self.area)])
-        return not self.answers([b'ls -la ' + self.quote(self.area)])[0]
+        return not self.answers([b'ls -la ' + self.glob(self.area)])[0]
 
     def free_space(self):
         lines = self.answers([b'df ' + self.quote(b'')])[0]
@@ -4542,6 +4651,10 @@ class FtpTransport(Staging):
                                      for path in paths for verb in ('RNFR', 'SIZE')])
         return [rename[:1] == '3' or size[:1] == '2'
                 for rename, size in zip(replies[::2], replies[1::2])]
+
+    def exists(self, path):
+        with self.connection() as ftp:
+            return self.taken(ftp, [path])[0] is not False
 
     def present(self, names):
         with self.connection() as ftp:
@@ -4894,9 +5007,9 @@ class Releaser:
             if self.stream.keep_delivered:
                 self.kept.check(entry.path)     # before anything is moved
             return self.release_held(entry, linked)
-        except FileNotFoundError:
-            return None
         except OSError as error:
+            if error.errno == errno.ENOENT and not os.path.lexists(os.path.join(self.root, entry.path)):
+                return None
             raise ItemError('%s was delivered, but cannot be deleted: %s' % (
                 show(entry.path), error.strerror), 'change the permissions of the directory')
 
@@ -4943,7 +5056,9 @@ class Releaser:
         except OSError as error:
             if error.errno != errno.EXDEV or self.stream.keep_delivered:
                 raise
-            os.unlink(name, dir_fd=parent)      # a mount point: without the last look
+            if leased and fcntl.fcntl(fd, fcntl.F_GETLEASE) != fcntl.F_RDLCK:
+                return 'changed while it was released'
+            os.unlink(name, dir_fd=parent)      # a mount point: without the very last look
             return None
         here, there = os.fstat(fd), os.stat(name, dir_fd=aside, follow_symlinks=False)
         if not os.path.samestat(here, there) or \
@@ -4990,8 +5105,11 @@ class Releaser:
             except FileExistsError:
                 continue
             except OSError:             # no hard links here
-                os.rename(name, stamped(name), src_dir_fd=aside, dst_dir_fd=parent)
-                return
+                try:
+                    os.stat(new, dir_fd=parent, follow_symlinks=False)
+                except FileNotFoundError:
+                    os.rename(name, new, src_dir_fd=aside, dst_dir_fd=parent)
+                    return
 
     def directory(self, relative):
         """Descriptors of a directory of the source and of its private counterpart; every
@@ -5087,9 +5205,12 @@ class Releaser:
                 path = os.path.join(top, entry.path)
                 with contextlib.suppress(OSError):
                     if entry.kind == 'd':
-                        os.rmdir(path)
-                    elif entry.same_as(os.lstat(path)):
-                        self.discard(path, entry.path)
+                        if self.stream.remove_directories:
+                            os.rmdir(path)
+                    else:
+                        info = os.lstat(path)       # hard links among them change each other's ctime
+                        if entry._replace(ctime_ns=info.st_ctime_ns).same_as(info):
+                            self.discard(path, entry.path)
         if any(e.kind == 'f' and os.path.lexists(os.path.join(top, e.path)) for e in entries):
             reasons.append('%s: something in it changed or is in use; it stays' % show(name))
         if os.path.lexists(os.path.join(top, name)):
@@ -5160,7 +5281,10 @@ class Releaser:
                 os.unlink(source)
                 return
             except FileExistsError:
-                continue
+                # a crash may have come between these two
+                if os.path.samestat(os.lstat(source), os.lstat(os.path.join(self.root, head, new))):
+                    os.unlink(source)
+                    return
             except OSError:             # no hard links here
                 if not os.path.lexists(os.path.join(self.root, head, new)):
                     os.rename(source, os.path.join(self.root, head, new))
@@ -5254,12 +5378,15 @@ class Delivery:
         self.releaser = worker.releaser
         self.result = Result()
         self.ready = []                 # ready files whose item has been delivered
+        self.dates = {}                 # name of such a file -> mtime_ns of its item
         self.connected = False
         self.connecting = Pipeline(self.connect)
         self.releasing = Pipeline(self.finish)      # while one part is recorded and released,
         self.proving = Pipeline(self.prove, self.releasing)     # the next is proven, the third sent
         self.suspects = []              # (parcel, error): its own fault or the target's?
         self.delivered = 0
+        self.hopeless = {}              # name -> its entry of failures.json
+        self.stood = False              # mirror: whether anything stood at the target already
 
     def run(self, patient):
         """The straight line.  patient: items that failed before wait for their own back-off.
@@ -5272,6 +5399,8 @@ class Delivery:
             for duty in (self.leave, self.proving.drain, self.connecting.drain):
                 stack.callback(duty)
             due = self.scan_and_settle(patient)
+            if self.stood:
+                self.ask_stop_files()           # nothing is due, but all the same
             for source in (lambda: self.look_again(due), lambda: self.take_ready()):
                 for batch in self.batches(source()):
                     self.ask_stop_files()
@@ -5279,6 +5408,7 @@ class Delivery:
                     self.transport.send(batch, self.hand_on)
                 self.proving.drain()
             self.judge_suspects()
+            self.quarantine_hopeless()
             self.delete_missing()
             self.tidy()
         self.result.seconds = time.monotonic() - started
@@ -5307,8 +5437,10 @@ class Delivery:
     def delete_missing(self):
         """mirror_delete: delete at the target what is gone here, after a whole and healthy look."""
         stream = self.stream
-        if not (stream.mirror and stream.mirror_delete) or self.result.failed or self.result.busy:
-            return
+        done = self.result
+        if not (stream.mirror and stream.mirror_delete) or \
+                done.failed or done.busy or done.waiting or done.settling:
+            return                  # what is new may be what is gone, under another name
         present = self.scanner.everything()
         if not present:
             log.once('%s: %s is empty: mirror_delete deletes nothing (is a disk not mounted?)' % (
@@ -5347,14 +5479,18 @@ class Delivery:
         size, key, oldest = 0, ORDER_KEYS[self.stream.order], None
         for item in self.scanner.scan():
             if gone:
-                gone.discard(to_text(item.name))
+                gone.difference_update(to_text(name) for name in (
+                    item.name, item.ready.path if item.ready else item.name))
             if patient and self.failures.must_wait(item.name, wall):
                 self.result.waiting += 1
             elif item.fault:
                 self.fail(item.name, item.fault)
             elif not settler.settled(item, now):
                 self.result.settling.append(item.name)
+                if self.stream.zips:
+                    names.add(item.name)
             elif self.stands(item):
+                self.stood = True
                 self.failures.forget(item.name)
                 self.follow_with_ready(item)
             else:
@@ -5389,19 +5525,24 @@ class Delivery:
         return True
 
     def follow_orphans(self):
-        """Ready files follow their item; if the ledger says that it went, so may they."""
+        """Ready files follow their item: if the ledger says that it went after they were made,
+        a crash came between the two.  What is younger waits for an item to come."""
         orphans = self.scanner.orphans
         self.result.unready = self.scanner.unready
-        if orphans and self.stream.move:
-            done = {r['item'] for r in self.worker.ledger.read()
-                    if r.get('stream') == self.stream.name and r.get('outcome') == 'delivered'}
-            for entry, item_name in orphans:
-                if to_text(item_name) not in done:
-                    continue
-                if self.stream.ready_file_send:
-                    self.ready.append(entry)
-                else:
-                    self.releaser.release(Item(entry.path, [entry]), ())
+        if not orphans or not self.stream.move or orphans == self.worker.orphans:
+            return
+        went = {r['item']: r.get('time', '') for r in self.worker.ledger.read()
+                if r.get('stream') == self.stream.name and r.get('outcome') == 'delivered'}
+        self.worker.orphans = [(entry, name) for entry, name in orphans if utc_stamp(
+            min(entry.ctime_ns / 1e9, LAST_SECOND)) > went.get(to_text(name), '')]
+        for entry, name in orphans:
+            if (entry, name) in self.worker.orphans:
+                continue
+            self.ask_stop_files()
+            if self.stream.ready_file_send:
+                self.ready.append(entry)
+            else:
+                self.drop_ready(entry)
 
     def look_again(self, due):
         """Yield the items of such rows, if they still are what they were."""
@@ -5482,8 +5623,9 @@ class Delivery:
     def dated(self, item):
         if not self.stream.target_dates:
             return b''
+        ns = self.dates.get(item.name, item.mtime_ns)
         return to_bytes(time.strftime(self.stream.target_dates,
-                                      time.localtime(item.mtime_ns // 10 ** 9)))
+                                      time.localtime(min(max(0, ns // 10 ** 9), LAST_SECOND))))
 
     def parcel(self, item):
         """The item itself, or the zip of a directory where the protocol wants one."""
@@ -5494,8 +5636,12 @@ class Delivery:
             log.info('%s: %s was delivered before; its release is finished' % (
                 self.stream.name, show(item.name)))
             self.proving.drain()       # one release at a time
-            for reason in self.releaser.release_tree(item, self.scanner):
-                log.info('%s: %s' % (self.stream.name, reason))
+            self.ask_stop_files()
+            try:
+                for reason in self.releaser.release_tree(item, self.scanner):
+                    log.info('%s: %s' % (self.stream.name, reason))
+            except ItemError as error:
+                self.fail(item.name, error)
             return None
         limit = self.stream.dir_size_limit
         if limit is not None and item.size > limit:
@@ -5687,8 +5833,15 @@ class Delivery:
         """Also where the item stood there: a crash may have come between the two."""
         if item.ready and self.stream.ready_file_send:
             self.ready.append(item.ready)
+            self.dates[item.ready.path] = item.mtime_ns
         elif item.ready and self.stream.move:
-            self.releaser.release(Item(item.ready.path, [item.ready]), ())
+            self.drop_ready(item.ready)
+
+    def drop_ready(self, entry):
+        try:
+            self.releaser.release(Item(entry.path, [entry]), ())
+        except ItemError as error:
+            self.fail(entry.path, error)
 
     # -- when something failed
 
@@ -5752,6 +5905,13 @@ class Delivery:
         self.progress.failed(str(error))
         log.error(message if entry['count'] == 1 else '%s; failed %d times' % (message, entry['count']))
         if self.stream.move and self.failures.hopeless(name, now):
+            self.hopeless[name] = entry
+
+    def quarantine_hopeless(self):
+        """At the end of a pass that nobody suspended."""
+        if self.hopeless:
+            self.ask_stop_files()
+        for name, entry in self.hopeless.items():
             self.quarantine(name, entry)
 
     def quarantine(self, name, entry):
@@ -6138,6 +6298,7 @@ class Worker:
         self.told_apart = False         # whether source and target are known to differ
         self.mirrored = {}              # name -> fingerprint of what the target has
         self.zipped = {}                # name -> snapshot of trees delivered, not yet released
+        self.orphans = []               # ready files without an item, as the ledger was asked last
         self.exit_code = EXIT_OK
         self.daemonic = False
         self.ended = False
@@ -6168,7 +6329,9 @@ class Worker:
         path = os.path.join(self.stream.root, marker)
         try:
             os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
-        except OSError:
+        except OSError as error:
+            if self.stream.move:
+                raise StateError('cannot tell target_dir from the directory: %s' % error.strerror)
             return self.transport.present(names)    # a read-only source is mirrored, not eaten
         try:
             found = self.transport.present(names | {marker})
@@ -6205,7 +6368,11 @@ class Worker:
         if not os.path.isdir(self.stream.root) and not self.stream.create_directories:
             raise StateError('the directory %s is missing' % show(self.stream.directory),
                              'create it or mount it, or set create_directories = yes')
-        os.makedirs(self.stream.root, exist_ok=True)
+        try:
+            os.makedirs(self.stream.root, exist_ok=True)
+        except OSError as error:
+            raise StateError('cannot make %s: %s' % (show(self.stream.directory), error.strerror))
+        make_private_directory(self.state_dir)
         self.lock.acquire()
         self.sweep()
         self.transport = TRANSPORTS[self.stream.transfer_protocol](
@@ -6225,16 +6392,27 @@ class Worker:
                     os.unlink(path)
 
     def end(self):
-        if self.transport:
-            self.transport.close()
-        if self.lock.fds:
-            self.progress.save()        # while the status is still ours to write
-        self.lock.release()
+        try:
+            if self.transport:
+                self.transport.close()
+        except OSError as error:        # EMFILE: nothing may keep the lock from going
+            log.error('%s: %s' % (self.stream.name, error))
+        finally:
+            if self.lock.fds:
+                self.progress.save()    # while the status is still ours to write
+            self.lock.release()
 
     def one_pass(self, patient):
         """Raises TargetError (with the connection given up), Suspended, Interrupted."""
+        delivery = Delivery(self)
         try:
-            result = Delivery(self).run(patient)
+            result = delivery.run(patient)
+        except Suspended:
+            for _, error in delivery.suspects:
+                log.error('%s: %s' % (self.stream.name, error))
+            if delivery.suspects or delivery.result.failed:
+                self.exit_code = EXIT_FAILED
+            raise
         except OSError as error:        # of our own files: what belongs to the target is translated
             raise StateError('%s: %s' % (show(error.filename or 'this machine'), error.strerror))
         except TargetError:
@@ -6243,8 +6421,9 @@ class Worker:
             raise
         if not (result.failed or result.waiting):
             self.progress.mended()
-        self.state.alerts.turn('target:' + self.stream.name, False, 'info', '%s: %s is back' % (
-            self.stream.name, target_of(self.stream)))
+        if delivery.connected:
+            self.state.alerts.turn('target:' + self.stream.name, False, 'info', '%s: %s is back' % (
+                self.stream.name, target_of(self.stream)))
         if result.items or result.failed or result.kept or not patient:
             log.info('%s: %s' % (self.stream.name, result.line()))
         return result
@@ -6343,7 +6522,7 @@ class Worker:
     def run(self, daemon):
         """The thread's life: nothing escapes but into the log, alerts and exit_code."""
         self.daemonic = daemon
-        failures, again = 0, True
+        failures, again, locked = 0, True, None
         while again:
             pause = self.pause_after(failures + 1) if daemon else None
             again = daemon
@@ -6357,7 +6536,9 @@ class Worker:
                 return
             except LockedError as error:
                 self.exit_code = EXIT_LOCKED
-                log.info(str(error)) if not failures else None
+                if str(error) != locked:
+                    log.info(str(error))
+                locked = str(error)
             except MoverError as error:
                 self.exit_code = EXIT_FAILED
                 self.trouble(str(error), failures + 1, pause)
@@ -6365,6 +6546,8 @@ class Worker:
                 self.exit_code = EXIT_FAILED
                 message = '%s: a bug in this program: %r' % (self.stream.name, error)
                 log.error(message, trace=True)
+                self.progress.failed(message)
+                self.progress.enter('down', message, pause=pause)
                 self.state.alerts.tell('error', message)
             finally:
                 self.end()
@@ -6394,8 +6577,13 @@ def draw_progress(workers):
 
 
 def sweep_state(state_dir):
-    """Remove half-written state files of processes that are gone."""
-    for name in os.listdir(state_dir):
+    """Remove half-written state files of processes that are gone.  Raises StateError."""
+    try:
+        names = os.listdir(state_dir)
+    except OSError as error:
+        raise StateError('cannot read %s: %s' % (show(state_dir), error.strerror),
+                         'run it as the user that it belongs to')
+    for name in names:
         match = re.search(r'\.(\d+)\.new$', name)
         if match and not alive(match.group(1)):
             with contextlib.suppress(OSError):
@@ -7049,12 +7237,15 @@ def detach(config):
                     atomic_write(path, b'%d\n' % os.getpid())
                 except OSError as error:
                     log.error('cannot write the pid file %s: %s' % (show(path), error.strerror))
-            os.write(writer, bytes([code or EXIT_OK]))
-            os.close(writer)
             reported.append(code)
+            with contextlib.suppress(OSError):      # who waited may be gone
+                os.write(writer, bytes([code or EXIT_OK]))
+            os.close(writer)
         elif code is not None and reported == [None]:
             with contextlib.suppress(OSError):
-                os.unlink(path)
+                with open(path, 'rb') as handle:
+                    if handle.read() == b'%d\n' % os.getpid():     # not another daemon's
+                        os.unlink(path)
 
     return report
 

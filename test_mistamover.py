@@ -529,7 +529,7 @@ def on_sites(*names):
 
 NAMES = [b'plain.dat', b'with space', b"quote'and\"double", b'$(x)', b'semi;colon', b'-dash',
          b'.dot', b'new\nline', 'caf\u00e9 \u65e5\u672c'.encode(), b'raw\xff\xfebytes', b'#hash',
-         b'star*[a]?', b'back\\slash', b'%s%d\x1b[31m']
+         b'star*[a]?', b'back\\slash', b'%s%d\x1b[31m', b'run{1,2}.dat', b'{']
 
 
 def fill(top, names=NAMES):
@@ -672,6 +672,26 @@ class Configuration(Case):
             self.refused(self.stream('rsync_ssh', more='target_host = h\nrsync_options = -z ' + word),
                          'rsync_options', 'refused')
         self.assertIsNone(mm.refused_rsync_option(['-az', '--fsync', '--chmod=F600', '-W']))
+
+    def test_what_would_eat_what_others_keep(self):
+        two = self.stream(more='transfer_mode = mirror\nmirror_delete = yes')
+        self.refused(two + '[stream:b]\ntransfer_protocol = local\ndirectory = TOP/b\ntarget_dir = TOP/out/b\n',
+                     'mirror_delete', 'stream b')
+        self.refused('[mistamover]\nstate_dir = TOP/out/state\n' + two, 'mirror_delete', 'state')
+        self.refused(two.replace('= mirror', '= move'), 'mirror_delete', '--mirror', args=['--mirror'])
+        for place in ('in', 'in/deep/quarantine'):
+            self.refused(self.stream(more='quarantine_dir = TOP/' + place), 'quarantine_dir')
+        for name in ('..', '.', '-x', 'status.json'):
+            self.refused(self.stream().replace('stream:a', 'stream:' + name), 'a stream name')
+        for mode in ('D750', 'F640,D550'):
+            self.refused(self.stream(more='target_chmod = ' + mode), 'target_chmod')
+        self.refused(self.stream(more='rsync_options = --force'), 'rsync_options')
+        self.refused(self.stream(more='status_page = x', protocol='local').replace(
+            'status_page = x', '') + '[mistamover]\nstatus_page = TOP/in/page.html\n', 'status_page')
+
+    def test_indented_options_have_their_place(self):
+        indented = self.stream(more='settle_time = x').replace('\n', '\n    ')
+        self.refused(indented, 'line 5', 'settle_time')
 
     def test_places(self):
         self.refused(self.stream(target='TOP/in'), 'target_dir', 'lie in each other')
@@ -1201,6 +1221,12 @@ class StopFiles(Case):
     def test_stop_files_suspend_and_their_removal_resumes(self, site):
         world = self.world(site)
         write(os.path.join(world.source, 'item'), b'item')
+        stop = os.path.join(world.target, '.stop')
+        for make, remove in ((os.mkdir, os.rmdir), (lambda path: os.symlink('x', path), os.unlink)):
+            make(stop)
+            if not (site.startswith('ftp') and remove is os.unlink):    # SIZE and RNFR see no such link
+                self.assertIn('suspended: .stop in', self.assert_run(world, 0).output)
+            remove(stop)
         for place in (world.source, world.target):
             write(os.path.join(place, '.stop'))
             done = self.assert_run(world, 0)
@@ -1401,7 +1427,8 @@ os.rename = lambda a, b, **k: refuse() if k or b'release' in mm.to_bytes(b) else
         for name in ('tree/sub dir/old', 'old dir/x/y', 'old -> name', '.stop.not',
                      'a.~20200101T000000.000Z~'):
             write(os.path.join(world.target, name), b'old')
-        os.symlink('nowhere', os.path.join(world.target, 'old link'))
+        for name in ('old link', 'a -> b'):
+            os.symlink('nowhere', os.path.join(world.target, name))
         os.unlink(os.path.join(world.source, 'plain.dat'))
         del before[b'plain.dat']
         write(os.path.join(world.source, 'busy.tmp'), b'ignored, but it is here')
@@ -1598,6 +1625,114 @@ mm.LocalTransport.rename = refuse
             write(os.path.join(world.target, name), b'yesterday')
         self.assert_run(world, 0)
         self.assertEqual(sorted(contents(tree(world.target)).values()), [b'today'] * 2 + [b'yesterday'] * 2)
+
+
+@spread
+class Companions(Doctored):
+    """Ready files, quarantine, deletion: what goes along with an item, or after it."""
+
+    def test_an_old_ledger_line_sends_no_ready_file(self):
+        for send in ('yes', 'no'):
+            world = self.world('local', ready_file='{name}.done', ready_file_send=send, on_conflict='overwrite')
+            for round_ in (b'first', b'second'):
+                write(os.path.join(world.source, 'x.done'), b'done ' + round_)
+                self.assert_run(world, 0)
+                self.assertIn(b'x.done', tree(world.source))
+                write(os.path.join(world.source, 'x'), round_)
+                self.assert_run(world, 0)
+                self.assertEqual(tree(world.source), {})
+                expected = {b'x': round_, b'x.done': b'done ' + round_}
+                if send == 'no':
+                    del expected[b'x.done']
+                self.assertEqual(contents(tree(world.target)), expected)
+
+    def test_the_ready_file_goes_where_its_item_went(self):
+        world = self.world('local', ready_file='{name}.done')
+        world.configure(ready_file='{name}.done', target_dir=world.target + '/%Y')
+        write(os.path.join(world.source, 'x'), b'x', OLD)
+        write(os.path.join(world.source, 'x.done'), b'', OLD + 400 * 86400)
+        self.assert_run(world, 0)
+        self.assertEqual(sorted(tree(world.target)), [b'2017', b'2017/x', b'2017/x.done'])
+
+    def test_a_hidden_ready_file_counts_with_items_files(self):
+        world = self.world('local', ready_file='.{name}.ok', items='files', ignore='.*')
+        write(os.path.join(world.source, 'day', 'x'), b'x')
+        write(os.path.join(world.source, 'day', '.x.ok'))
+        self.assert_run(world, 0)
+        self.assertEqual(sorted(tree(world.target)), [b'day', b'day/.x.ok', b'day/x'])
+        self.assertEqual(tree(world.source), {})
+
+    def test_a_directory_that_cannot_be_read_is_a_failure_with_items_files(self):
+        world = self.world('local', items='files')
+        for name in ('day/x', 'fine/y'):
+            write(os.path.join(world.source, name), b'x')
+        done = self.doctored(world, """
+import os
+real = os.scandir
+def scandir(path):
+    if isinstance(path, bytes) and path.endswith(b'/day'):
+        raise PermissionError(13, 'Permission denied', path)
+    return real(path)
+os.scandir = scandir
+""")
+        self.assertEqual(done.code, 1, str(done))
+        self.assertIn('day cannot be read', done.output)
+        self.assertEqual(contents(tree(world.target)), {b'fine': 'directory', b'fine/y': b'x'})
+
+    @on_sites('local', 'sftp')
+    def test_nothing_is_quarantined_in_a_suspended_stream(self, site):
+        world = self.world(site, on_conflict='refuse', quarantine_after='0s', retry_count='1')
+        write(os.path.join(world.source, 'bad\nname' if site == 'sftp' else 'x'), b'x')
+        write(os.path.join(world.target, 'x'), b'other')
+        write(os.path.join(world.target, '.stop'))
+        before = tree(world.source)
+        self.assertIn('suspended', world.run().output)
+        self.assertEqual(tree(world.source), before)
+        os.unlink(os.path.join(world.target, '.stop'))
+        self.assertIn('quarantined', self.assert_run(world, 1).output)
+
+    @on_sites('scp', 'ftp')
+    def test_zipped_directories_stay_if_they_are_to_be_kept(self, site):
+        world = self.world(site, remove_directories='no')
+        for number in range(2):
+            write(os.path.join(world.source, 'day', 'sub', 'f%d' % number), b'f')
+            self.assert_run(world, 0)
+            self.assertEqual(contents(tree(world.source)), {b'day': 'directory', b'day/sub': 'directory'})
+        self.assertEqual(len(tree(world.target)), 2)
+
+    def test_hard_links_in_a_zipped_directory_go_at_once(self):
+        world = self.world('sftp')
+        write(os.path.join(world.source, 'day', 'a'), b'a')
+        for name in ('b', 'c'):
+            os.link(os.path.join(world.source, 'day', 'a'), os.path.join(world.source, 'day', name))
+        self.assert_run(world, 0)
+        self.assertEqual((tree(world.source), list(tree(world.target))), ({}, [b'day.zip']))
+
+    @on_sites('local', 'rsync_ssh')
+    def test_a_file_never_overwrites_the_zip_of_a_released_directory(self, site):
+        world = self.world(site, directories='zip', on_conflict='overwrite')
+        write(os.path.join(world.source, 'a', 'x'), b'x')
+        self.assert_run(world, 0)
+        write(os.path.join(world.source, 'a.zip'), b'another')
+        self.assert_run(world, 0)
+        found = contents(tree(world.target))
+        self.assertEqual((len(found), b'another' in found.values()), (2, True), found)
+
+    def test_a_mirror_whose_marker_is_gone_is_no_healthy_mirror(self):
+        world = self.world('local', transfer_mode='mirror', target_marker='HERE')
+        write(os.path.join(world.target, 'HERE'))
+        write(os.path.join(world.source, 'x'), b'x')
+        self.assert_run(world, 0)
+        os.unlink(os.path.join(world.target, 'HERE'))
+        self.assertIn('is the disk mounted there?', self.assert_run(world, 1).output)
+
+    def test_a_name_that_was_put_back_twice_is_one_file(self):
+        world = self.world('local')
+        aside = os.path.join(world.source, '.mistamover-release')
+        write(os.path.join(aside, 'run001'), b'run')
+        os.link(os.path.join(aside, 'run001'), os.path.join(world.source, 'run001'))
+        self.assert_run(world, 0)
+        self.assertEqual((tree(world.source), contents(tree(world.target))), ({}, {b'run001': b'run'}))
 
 
 class SettlingRuns(Case):
