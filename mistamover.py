@@ -2660,7 +2660,7 @@ class Staging(Transport):
         return job.digest or hash_entry(batch.root, job.entry, self.stop)
 
     def measure(self, paths, hashed):
-        """{path: (size or None, SHA-256 or None)} of those paths that are files."""
+        """{path: (size or None, SHA-256 or None), or an ItemError} of those paths that are files."""
         raise NotImplementedError
 
     def place(self, jobs):
@@ -2771,8 +2771,10 @@ class Staging(Transport):
             chosen = [job for job in jobs if job.hashed == hashed]
             found = self.measure([job.staged for job in chosen], hashed) if chosen else {}
             for job in chosen:
-                size, digest = found.get(job.staged, (None, None))
                 try:
+                    if isinstance(found.get(job.staged), ItemError):
+                        raise found[job.staged]
+                    size, digest = found.get(job.staged, (None, None))
                     if size not in (None, job.entry.size) or job.staged not in found or \
                             hashed and digest != self.digest(batch, job):
                         job.error = IntegrityError(
@@ -2789,6 +2791,8 @@ class Staging(Transport):
         """Something stands under the final name; twin: perhaps another file of this batch, at
         a target that takes the two for one."""
         there = self.measure([job.final], True).get(job.final)
+        if isinstance(there, ItemError):
+            raise there
         if there and there[0] in (None, job.entry.size) and there[1] == self.digest(batch, job):
             if self.stream.move:
                 self.check_apart(job)
@@ -3494,6 +3498,7 @@ class RsyncTransport(Transport):
         Transport.__init__(self, *args, **kwargs)
         self.version = None
         self.made = {b''}
+        self.active = set()             # threads with an rsync under way
 
     def remote_shell(self):
         """The -e option, or nothing for a daemon."""
@@ -3538,8 +3543,15 @@ class RsyncTransport(Transport):
         rows = Rows() if rows is None else rows
         # a SIGTERM makes rsync flush what it has just sent once more, if --bwlimit let it sleep
         # there: then files take the content of others (seen with 3.5.0 and a daemon)
-        done = run(argv, self.stop, quiet_limit or stream.stall_timeout, feed, rows.hear,
-                   keep_fds=self.lock_fds, secret=self.secret(), signals=Program.ABRUPT)
+        me = threading.get_ident()
+        self.active.add(me)
+        try:
+            done = run(argv, self.stop, quiet_limit or stream.stall_timeout, feed, rows.hear,
+                       keep_fds=self.lock_fds, secret=self.secret(), signals=Program.ABRUPT)
+        finally:
+            self.active.discard(me)
+        if done.code in (5, 12) and self.active:
+            self.overlaps = False       # rrsync's lock, or max connections: one at a time there
         return done, rows
 
     def fail(self, done, what):
@@ -3631,7 +3643,7 @@ class RsyncTransport(Transport):
     def send(self, batch, ready):
         self.ensure(batch.subdir)
         paths = [entry.path for entry in batch.entries]
-        push = Push(batch, ready if self.stream.move else None, self.progress)
+        push = Push(batch, ready if self.stream.move and self.overlaps else None, self.progress)
         done, _ = self.push(batch, paths,
                             ['-i', '-i'] + ([] if self.quick else ['--ignore-existing']), push)
         ready(push.end(done), False)
@@ -3652,6 +3664,15 @@ class RsyncTransport(Transport):
     def finish(self, batch):
         push = batch.jobs
         batch.parcels[:0], push.late = push.late, []
+        try:
+            return self.finish_part(batch, push)
+        except TargetError:
+            if batch is push.last or self.overlaps:
+                raise
+            push.late, batch.parcels = batch.parcels, []    # it is proven when the push has ended
+            return []
+
+    def finish_part(self, batch, push):
         everything = {e.path for e in batch.entries}
         sent = {path for path in everything if push.get(path) in (b'<', b'c')}
         quick = {e.path for e in batch.entries if push.get(e.path) == b'.' and (self.quick or e.kind == 'd')}
@@ -4387,6 +4408,7 @@ class FtpTransport(Staging):
     AHEAD = 32                          # questions under way; their answers fit any buffer
     EAGER = 1 << 14                     # bytes that fit a socket's buffer whether read or not
     TROUBLE = ('530', '532', '534', '535', '552', '521', '522')     # not of one file
+    BUSY = '450'                        # of one file, though 4xx (451 may be a full disk)
 
     def __init__(self, *args, **kwargs):
         Staging.__init__(self, *args, **kwargs)
@@ -4428,7 +4450,7 @@ class FtpTransport(Staging):
         ftp.encoding = 'latin-1'
         with self.translated('cannot log in to %s, port %d' % (
                 stream.target_host, stream.target_port or 21)), \
-                self.stop.on_stop(lambda: self.hang_up(ftp)):
+                self.stop.on_stop(lambda: self.hang_up(ftp.sock)):
             ftp.connect(stream.target_host, stream.target_port or 0, timeout=stream.connect_timeout)
             ftp.login(stream.username or 'anonymous', stream.password or '')
             if stream.tls:
@@ -4439,11 +4461,11 @@ class FtpTransport(Staging):
         return ftp
 
     @staticmethod
-    def hang_up(ftp):
-        """Wake a thread that reads; close() would wait for it."""
+    def hang_up(sock):
+        """Wake a thread that reads or writes; close() would wait for it."""
         import socket
-        if ftp.sock:
-            ftp.sock.shutdown(socket.SHUT_RDWR)
+        if sock:
+            socket.socket.shutdown(sock, socket.SHUT_RDWR)      # below any TLS
 
     @contextlib.contextmanager
     def translated(self, what):
@@ -4457,7 +4479,7 @@ class FtpTransport(Staging):
             code = text[:3]
             hint = {'530': 'are username and password right?',
                     '452': 'the disk is full', '552': 'the disk or the quota is full'}.get(code, '')
-            if isinstance(error, ftplib.error_perm) and code not in self.TROUBLE:
+            if isinstance(error, ftplib.error_perm) and code not in self.TROUBLE or code == self.BUSY:
                 raise ItemError('%s: %s' % (what, text), hint)
             raise TargetError('%s: %s' % (what, text), hint)
 
@@ -4497,6 +4519,10 @@ class FtpTransport(Staging):
                 ftp = self.connect()
                 try:
                     self.enter_base(ftp)
+                    ftp.home = to_bytes(self.stream.target_base).decode('latin-1')
+                    if not ftp.home.startswith('/'):
+                        with self.translated('PWD'):
+                            ftp.home = ftp.pwd()
                     return ftp
                 except BaseException:
                     ftp.close()
@@ -4515,7 +4541,7 @@ class FtpTransport(Staging):
         ftp = self.take()
         healthy = False
         try:
-            with self.stop.on_stop(lambda: self.hang_up(ftp)):
+            with self.stop.on_stop(lambda: self.hang_up(ftp.sock)):
                 yield ftp
             healthy = True
         except ItemError:
@@ -4538,12 +4564,16 @@ class FtpTransport(Staging):
         self.made.clear()
         with self.lock:
             stale, self.idle = self.idle, []
+        lost = False                    # one that hangs tells of the others, too
         for ftp in stale:
             try:
+                ftp.sock.settimeout(0.1 if lost else self.stream.connect_timeout)
                 with self.translated('noop'):
                     ftp.voidcmd('NOOP')
+                ftp.sock.settimeout(self.stream.stall_timeout)
                 self.idle.append(ftp)
             except MoverError:
+                lost = True
                 self.drop(ftp)
         if not self.idle:
             self.allowed = self.most()
@@ -4585,16 +4615,17 @@ class FtpTransport(Staging):
 
     def answers(self, ftp, commands):
         """The replies to some commands, of which `ahead` at a time are on their way: a round
-        trip serves many.  A 5xx is for the caller to judge; raises TargetError for the rest."""
-        import ftplib
+        trip serves many.  A 5xx and 450 are for the caller to judge; raises TargetError for the
+        rest."""
         found = []
         for chunk in in_chunks(commands, self.ahead):
             with self.translated(chunk[0]):
                 self.tell(ftp, chunk)
-                found += [ftp.getmultiline() for _ in chunk]
-                for reply in found[-len(chunk):]:
-                    if reply[:1] == '4' or reply[:3] in self.TROUBLE:
-                        raise ftplib.error_temp(reply)
+                replies = [ftp.getmultiline() for _ in chunk]
+            for command, reply in zip(chunk, replies):
+                if reply[:1] == '4' and reply[:3] != self.BUSY or reply[:3] in self.TROUBLE:
+                    raise TargetError('%s: %s' % (show(command), show(reply)))
+            found += replies
         return found
 
     def ask(self, paths, action):
@@ -4645,11 +4676,12 @@ class FtpTransport(Staging):
             return None
 
     def taken(self, ftp, paths):
-        """For each path whether anything has this name.  SIZE may be refused for other reasons
-        than absence; RNFR is answered 350 for whatever can be renamed (RFC 959, 4.1.3)."""
+        """For each path whether anything has this name, None if the server will not say.  SIZE
+        may be refused for other reasons than absence; RNFR is answered 350 for whatever can be
+        renamed (RFC 959, 4.1.3)."""
         replies = self.answers(ftp, ['%s %s' % (verb, self.name(path))
                                      for path in paths for verb in ('RNFR', 'SIZE')])
-        return [rename[:1] == '3' or size[:1] == '2'
+        return [rename[:1] == '3' or size[:1] == '2' or (None if '4' in rename[:1] + size[:1] else False)
                 for rename, size in zip(replies[::2], replies[1::2])]
 
     def exists(self, path):
@@ -4665,18 +4697,24 @@ class FtpTransport(Staging):
                 raise TargetError('the target directory %s is gone' % target_of(self.stream),
                                   'create it or mount it')
             names = list(names)
-            return {name for name, taken in zip(names, self.taken(ftp, names)) if taken}
+            taken = self.taken(ftp, names)
+            if None in taken:
+                raise TargetError('%s does not say whether %s is there' % (
+                    target_of(self.stream), show(names[taken.index(None)])))
+            return {name for name, there in zip(names, taken) if there}
 
     def is_directory(self, ftp, path):
-        import ftplib
-        with self.translated('cwd'):
-            try:
-                here = ftp.pwd()
+        try:
+            with self.translated('CWD'):
                 ftp.cwd(self.name(path))
-                ftp.cwd(here)
-                return True
-            except ftplib.error_perm:
-                return False
+        except ItemError:
+            return False
+        try:
+            with self.translated('CWD %s' % show(ftp.home)):
+                ftp.cwd(ftp.home)
+        except ItemError as error:          # a connection in the wrong place is thrown away
+            raise TargetError(str(error))
+        return True
 
     def make_directories(self, paths):
         with self.connection() as ftp:
@@ -4721,10 +4759,13 @@ class FtpTransport(Staging):
         """The bytes from `start` on, over a data connection of their own.  A few follow STOR at
         once, a round trip earlier; for many, and for a handshake, a refusal must be heard first."""
         def write(block):
-            conn.sendall(block)
             digest.update(block)
-            self.progress.sent(len(block))
-            self.throttle.spend(len(block))
+            view = memoryview(block)
+            while view:                     # sendall() would take the timeout for all of it
+                count = conn.send(view[:1 << 16])
+                view = view[count:]
+                self.progress.sent(count)
+                self.throttle.spend(count)
 
         eager = not self.stream.tls and job.entry.size - start <= self.EAGER
         trouble = None
@@ -4738,9 +4779,10 @@ class FtpTransport(Staging):
                     ftp.getresp()
                 try:
                     conn = ftp.secured(conn)
-                    copy_entry(batch.root, job.entry, write, self.stop, start)
-                    if self.stream.tls:
-                        conn.unwrap()
+                    with self.stop.on_stop(lambda: self.hang_up(conn)):
+                        copy_entry(batch.root, job.entry, write, self.stop, start)
+                        if self.stream.tls:
+                            conn.unwrap()
                 except (Changed, ItemError, OSError) as error:
                     trouble = error
             finally:
@@ -4793,30 +4835,44 @@ class FtpTransport(Staging):
 
         def look(ftp, chunk):
             for path, reply in zip(chunk, self.answers(ftp, ['SIZE ' + self.name(p) for p in chunk])):
-                if reply[:3] == '213':
-                    found[path] = int(reply.split()[-1]), None
+                size = re.match(r'213\D+(\d+)', reply)
+                if size:
+                    found[path] = int(size.group(1)), None
+                elif reply[:3] in ('500', '502'):
+                    raise TargetError('%s knows no SIZE: %s' % (self.stream.target_host, show(reply)),
+                                      'nothing can be proven there; use another server or protocol')
 
         def read(ftp, path):
-            found[path] = found[path][0], self.remote_hash(ftp, path)
+            try:
+                found[path] = found[path][0], self.remote_hash(ftp, path, found[path][0])
+            except ItemError as error:
+                found[path] = error
         self.ask(paths, look)
         if hashed:
             self.each(list(found), read)
         return found
 
-    def remote_hash(self, ftp, path):
+    def remote_hash(self, ftp, path, size):
         import hashlib
         if 'XSHA256' in self.features:
+            # the server is silent while it reads
+            ftp.sock.settimeout(self.stream.stall_timeout + size / CHECK_RATE)
             with contextlib.suppress(ItemError), self.translated('XSHA256'):
                 match = re.search(r'\b[0-9A-Fa-f]{64}\b', ftp.sendcmd('XSHA256 ' + self.name(path)))
+                ftp.sock.settimeout(self.stream.stall_timeout)
                 if match:
                     return match.group().lower()
         digest = hashlib.sha256()
-
-        def read(block):
-            self.stop.check()
-            digest.update(block)
         with self.translated('RETR %s' % show(path)):
-            ftp.retrbinary('RETR ' + self.name(path), read, 1 << 16)
+            conn = ftp.transfercmd('RETR ' + self.name(path))
+            try:
+                with self.stop.on_stop(lambda: self.hang_up(conn)):
+                    for block in iter(lambda: conn.recv(1 << 16), b''):
+                        self.stop.check()
+                        digest.update(block)
+            finally:
+                conn.close()
+            ftp.voidresp()
         return digest.hexdigest()
 
     def place(self, jobs):
@@ -4824,7 +4880,11 @@ class FtpTransport(Staging):
 
         def publish(ftp, chunk):
             taken = self.taken(ftp, [job.final for job in chunk])
-            free = [job for job, there in zip(chunk, taken) if not there]
+            for job, there in zip(chunk, taken):
+                if there is None:
+                    job.error = ItemError('the server does not say whether %s is there' % show(job.final))
+                    done.add(job)
+            free = [job for job, there in zip(chunk, taken) if there is False]
             replies = self.answers(ftp, [command for job in free for command in (
                 'RNFR ' + self.name(job.staged), 'RNTO ' + self.name(job.final))])
             for job, found, reply in zip(free, replies[::2], replies[1::2]):

@@ -1735,6 +1735,19 @@ os.scandir = scandir
         self.assertEqual((tree(world.source), contents(tree(world.target))), ({}, {b'run001': b'run'}))
 
 
+class OneAtATime(Doctored):
+    def test_an_rrsync_that_locks_its_directory(self):
+        world = self.world('rrsync', bandwidth_limit='1M')
+        for number in range(20):
+            write(os.path.join(world.source, 'f%02d' % number), b'%d' % number * 100000)
+        before = tree(world.source)
+        done = self.doctored(world, 'mm.Push.PART_FILES = 2\n')
+        self.assertEqual(done.code, 0, str(done))
+        self.assertNotIn('ERROR', done.output)
+        self.assertEqual((tree(world.source), tree(world.target)), ({}, before))
+        self.assertEqual(len(world.ledger()), 20)
+
+
 class SettlingRuns(Case):
     def test_a_growing_file_waits_until_it_is_quiet(self):
         world = self.world('local', settle_time='1.5s')
