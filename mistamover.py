@@ -398,7 +398,8 @@ def signals_recorded(stop, daemon):
     reader, writer = socket.socketpair()
     reader.setblocking(False)
     writer.setblocking(False)
-    names = [n for n in ('SIGTERM', 'SIGINT', 'SIGHUP', 'SIGBREAK') if hasattr(signal, n)]
+    names = [n for n in ('SIGTERM', 'SIGINT', 'SIGHUP', 'SIGBREAK') if hasattr(signal, n) and not (
+        n == 'SIGHUP' and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN)]      # nohup(1)
     before = {getattr(signal, n): signal.signal(getattr(signal, n), stop.record) for n in names}
     if daemon and hasattr(signal, 'SIGHUP'):
         signal.signal(signal.SIGHUP, stop.record_reload)
@@ -635,7 +636,23 @@ def kind_program(text, base):
 
 
 def kind_duration(text, _base):
-    return parse_duration(text)
+    seconds = parse_duration(text)
+    if seconds > 36500 * 86400:
+        raise ValueError('%r is more than a hundred years' % text)
+    return seconds
+
+
+def kind_limit(text, base):
+    """A duration after which something has failed."""
+    if kind_duration(text, base) < 1:
+        raise ValueError('must be at least 1s')
+    return kind_duration(text, base)
+
+
+def kind_port(text, base):
+    if not 0 < kind_number(text, base) < 65536:
+        raise ValueError('%r is no port' % text)
+    return int(text)
 
 
 def kind_size(text, _base):
@@ -722,6 +739,8 @@ def kind_window(text, _base):
     a, b, c, d = map(int, match.groups())
     if max(a, c) > 24 or max(b, d) > 59:
         raise ValueError('%r names no time of day' % text)
+    if (a, b) == (c, d) or max(a * 60 + b, c * 60 + d) > 1440:
+        raise ValueError('%r is an empty or impossible window' % text)
     return a * 60 + b, c * 60 + d
 
 
@@ -792,7 +811,7 @@ OPTIONS = [Option(*row) for row in (
     ('stream', 'transfer_mode', one_of('move', 'mirror'), 'move',
      'move deletes the source after the verified delivery; mirror deletes nothing'),
     ('stream', 'target_host', kind_host, '', 'the host that keeps the data (not for local)'),
-    ('stream', 'target_port', kind_number, '', "the port, if not the protocol's own"),
+    ('stream', 'target_port', kind_port, '', "the port, if not the protocol's own"),
     ('stream', 'target_dir', kind_text, '',
      'where the data goes (required); rsync_native: MODULE/path; may end in dates of the '
      "item's mtime, like data/%Y/%m/%d"),
@@ -843,8 +862,8 @@ OPTIONS = [Option(*row) for row in (
     ('stream', 'retry_count', kind_count, '3', 'tries of --once; failures before quarantine'),
     ('stream', 'retry_pause', kind_duration, '5s', 'pause after a failure, doubled each time'),
     ('stream', 'retry_pause_max', kind_duration, '5m', 'longest pause after a failure'),
-    ('stream', 'connect_timeout', kind_duration, '20s', 'to reach the target'),
-    ('stream', 'stall_timeout', kind_duration, '2m', 'no progress for this long ends the attempt'),
+    ('stream', 'connect_timeout', kind_limit, '20s', 'to reach the target'),
+    ('stream', 'stall_timeout', kind_limit, '2m', 'no progress for this long ends the attempt'),
     ('stream', 'bandwidth_limit', kind_size, '', 'bytes per second'),
     ('stream', 'transfer_window', kind_window, '', 'local hours to send in, e.g. 20:00-06:00'),
     ('stream', 'quarantine_dir', kind_path, '', 'move: default DIRECTORY/.quarantine'),
@@ -869,7 +888,7 @@ OPTIONS = [Option(*row) for row in (
     ('email', 'recipient', kind_mails, '', 'who gets them: addresses separated by commas'),
     ('email', 'subject', kind_text, 'MiStaMover', 'how the subject begins'),
     ('email', 'smarthost', kind_host, '', 'the mail server; no mail is sent without one'),
-    ('email', 'port', kind_count, '25', 'its port'),
+    ('email', 'port', kind_port, '25', 'its port'),
     ('email', 'tls', one_of('no', 'starttls', 'tls'), 'no', 'no, starttls or tls; certificate checked'),
     ('email', 'username', kind_text, '', 'login name at the mail server (with tls only)'),
     ('email', 'password_file', kind_path, '', 'file whose first line is the password'),
@@ -1073,6 +1092,11 @@ def read_section(config, section, kind, text_of, mode=None):
         if text is None or not text and option.kind is not kind_globs:
             text = default_of(option, mode)
         try:
+            if re.search(r'[\0-\037]', text) and \
+                    option.kind not in (kind_globs, kind_mails, kind_words, kind_command):
+                raise ValueError('goes on in the next line: an indented line continues the one before')
+            if option.kind is kind_path and re.search(r'\s[;#]', text):
+                raise ValueError('holds a comment: give it a line of its own')
             values[option.name] = option.kind(text, base) if text or \
                 option.kind in (kind_globs, kind_mails, kind_words, kind_command) else None
         except ValueError as error:
@@ -1094,7 +1118,7 @@ def read_secret(config, section, path):
         if not only_mine(path):
             config.fail(section, 'password_file', '%s can be read by others' % show(path),
                         'chmod 600 %s' % show(path))
-        with open(path, encoding='utf-8') as handle:
+        with open(path, encoding='utf-8-sig') as handle:
             return handle.readline().rstrip('\r\n')
     except OSError as error:
         config.fail(section, 'password_file', 'cannot be read: %s' % error.strerror)
@@ -1271,7 +1295,8 @@ def check_places(config, state_dir):
             own = other is stream and stream.quarantine_dir != stream.directory and \
                 same_directory(os.path.dirname(stream.quarantine_dir), stream.directory)
             if stream.move and not own and lies_below(stream.quarantine_dir, other.directory):
-                config.fail('stream:' + stream.name, 'quarantine_dir', 'lies in the directory of stream %s' % other.name,
+                config.fail('stream:' + stream.name, 'quarantine_dir',
+                            'lies in the directory of stream %s' % other.name,
                             'put it directly into this directory or outside of all')
 
 
@@ -1289,8 +1314,16 @@ def load_config(path, protocols, names=(), mode=None):
         Settings(name, read_section(config, name, name, text_of))
         for name in ('mistamover', 'email', 'disk_space_monitor'))
     if config.settings.stream_files:
-        for extra in sorted(glob.glob(config.settings.stream_files)):
+        extras = sorted(glob.glob(config.settings.stream_files))
+        if not extras and not glob.has_magic(config.settings.stream_files):
+            config.fail('mistamover', 'stream_files', '%s is not there' % show(config.settings.stream_files))
+        for extra in extras:
+            known = set(config.sections)
             read_ini(config, extra)
+            for section in set(config.sections) - known:
+                if not section.startswith('stream:'):
+                    config.fail(section, None, 'a file of stream_files holds streams only',
+                                'move it to %s' % show(config.path))
         check_names(config)
         text_of = make_interpolator(config)
     for section in config.sections:
@@ -1568,8 +1601,15 @@ class Ledger:
                              'nothing is released until it can be written')
 
     def paths(self, months=0):
-        import glob
-        return sorted(glob.glob(os.path.join(glob.escape(self.state_dir), 'ledger-*.jsonl')))[-months:]
+        """Raises StateError."""
+        try:
+            names = sorted(n for n in os.listdir(self.state_dir) if re.match(r'ledger-\d{4}-\d\d\.jsonl$', n))
+        except FileNotFoundError:
+            names = []
+        except OSError as error:
+            raise StateError('cannot read %s: %s' % (show(self.state_dir), error.strerror),
+                             'run it as the user that it belongs to')
+        return [os.path.join(self.state_dir, name) for name in names[-months:]]
 
     def read(self, months=0):
         """Every record of the last `months` files (0: all), oldest first; a torn line is
@@ -1580,10 +1620,18 @@ class Ledger:
                     for line in handle:
                         with contextlib.suppress(ValueError):
                             record = from_json(line)
-                            if isinstance(record, dict) and 'item' in record:
+                            if self.sound(record):
                                 yield record
             except OSError as error:
                 raise StateError('cannot read the ledger %s: %s' % (show(path), error.strerror))
+
+
+    @staticmethod
+    def sound(record):
+        """Whether a line can be one of ours."""
+        return isinstance(record, dict) and isinstance(record.get('size', 0), (int, float)) and \
+            all(isinstance(record.get(key, ''), str) for key in ('item', 'time', 'stream', 'outcome')) and \
+            'item' in record and isinstance(record.get('target') or '', str)
 
 
 class Tally:
@@ -1599,7 +1647,7 @@ class Tally:
     def update(self):
         """Raises OSError."""
         first = utc_stamp(time.time() - self.DAYS * 86400)[:13]
-        for path in self.ledger.paths(2):
+        for path in self.ledger.paths(3):
             with open(path, 'rb') as handle:
                 handle.seek(self.offsets.get(path, 0))
                 for line in handle:
@@ -1632,15 +1680,17 @@ class Tally:
 class SharedJson:
     """A JSON file in state_dir with one entry a stream, kept by several threads and processes."""
 
-    def __init__(self, state_dir, name):
+    def __init__(self, state_dir, name, kinds=dict):
         self.path = os.path.join(state_dir, name)
+        self.kinds = kinds              # of its entries; others are not ours
         self.lock = threading.Lock()
 
     def read(self):
         try:
             with open(self.path, encoding='ascii') as handle:
                 content = from_json(handle.read())
-            return content if isinstance(content, dict) else {}
+            return {k: v for k, v in content.items() if isinstance(v, self.kinds)} \
+                if isinstance(content, dict) else {}
         except (FileNotFoundError, ValueError):
             return {}
         except OSError as error:
@@ -1681,7 +1731,9 @@ class Failures:
     def __init__(self, shared, stream):
         self.shared = shared
         self.stream = stream
-        self.items = shared.read().get(stream.name, {})
+        self.items = {name: entry for name, entry in shared.read().get(stream.name, {}).items()
+                      if isinstance(entry, dict) and all(
+                          isinstance(entry.get(key), (int, float)) for key in ('count', 'first', 'last'))}
 
     def count(self, name, error, now):
         entry = self.items.setdefault(to_text(name), {'count': 0, 'first': now})
@@ -1815,7 +1867,7 @@ class Alerts:
     PATIENCE = 90                       # seconds that the end of a single run waits for them
 
     def __init__(self, state_dir, config):
-        self.shared = SharedJson(state_dir, 'alerts.json')
+        self.shared = SharedJson(state_dir, 'alerts.json', (bool, str, list))
         self.lock = threading.Lock()    # guards what follows
         self.stop = StopRequest()       # ends an alert_command
         self.key = 'pending:%d' % os.getpid()
@@ -1824,7 +1876,8 @@ class Alerts:
             if not key.startswith('pending:'):
                 self.states[key] = value
             elif key == self.key or not alive(key[8:]):     # a process that is gone left them
-                self.pending += value
+                self.pending += [alert for alert in value if isinstance(alert, dict) and
+                                 {'time', 'level', 'text', 'left'} <= set(alert)]
                 self.save(key, None)
         self.next_at = 0                # monotonic time before which nothing is sent
         self.failing = set()            # channels that failed when they were tried last
@@ -1925,7 +1978,14 @@ class Alerts:
             server.send_message(message)
 
     def run_command(self, subject, body):
-        done = run(self.command, self.stop, 60, ('%s\n\n%s' % (subject, body)).encode())
+        over = time.monotonic() + self.PATIENCE
+        stop = StopRequest()
+
+        def look(_piece):
+            if time.monotonic() > over:
+                stop.request()          # it talks, but does not end
+        with self.stop.on_stop(stop.request):
+            done = run(self.command, stop, 60, ('%s\n\n%s' % (subject, body)).encode(), look)
         if done.code:
             raise MoverError('%s ended with %d: %s' % (show(self.command[0]), done.code, done.errors))
 
@@ -3156,10 +3216,8 @@ class LocalTransport(Staging):
 
     def settle_conflict(self, batch, job, twin):
         final = self.path(job.final)
-        if self.stream.mirror and os.path.islink(final):
-            self.backup_or(job.final)
-            if self.stream.on_conflict == 'backup':
-                self.rename(job.final, stamped(job.final))
+        if self.stream.mirror and (os.path.islink(final) or os.path.isdir(final)):
+            self.make_way(job.final)
             self.overwrite(job)
             return
         if job.linked and self.linked_rightly(job, final):
@@ -3180,6 +3238,22 @@ class LocalTransport(Staging):
             with contextlib.suppress(PermissionError):
                 os.utime(final, ns=(job.entry.mtime_ns, job.entry.mtime_ns))
             self.held[job.final] = job.entry.identity, os.lstat(final).st_mtime_ns
+
+    def make_way(self, name):
+        """Mirror: what stands there is of another kind now.  Raises ItemError; a directory with
+        content stays, whatever on_conflict says."""
+        path = self.path(name)
+        self.backup_or(name)
+        try:
+            if self.stream.on_conflict == 'backup':
+                os.rename(path, stamped(path))
+            elif os.path.isdir(path) and not os.path.islink(path):
+                os.rmdir(path)
+            else:
+                os.unlink(path)
+        except OSError as error:
+            raise ItemError('%s stands in the way: %s' % (show(path), error.strerror), 'rename or remove it')
+        log.info('%s: %s was of another kind at the target and gave way' % (self.stream.name, show(name)))
 
     def sync_above(self, jobs):
         for directory in {parent_of(job.final) for job in jobs}:
@@ -3235,8 +3309,11 @@ class LocalTransport(Staging):
         path = self.path(final)
         try:
             if os.path.lexists(path) and (os.path.islink(path) or not os.path.isdir(path)):
-                raise ItemError('%s: something else stands at the target' % show(path),
-                                'rename or remove it')
+                # a link may lead anywhere, on purpose: only a person can tell
+                if self.stream.move or os.path.isdir(path):
+                    raise ItemError('%s: something else stands at the target' % show(path),
+                                    'rename or remove it')
+                self.make_way(final)
             self.ensure([parent_of(final)])
             with contextlib.suppress(FileExistsError):
                 os.mkdir(path, entry.mode | 0o700)
@@ -3264,9 +3341,7 @@ class LocalTransport(Staging):
             if os.path.islink(final) and os.readlink(final) == aim:
                 return None
             if os.path.lexists(final):
-                self.backup_or(entry.path)
-                if self.stream.on_conflict == 'backup':
-                    os.rename(final, stamped(final))
+                self.make_way(batch.final(entry.path))
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(staged)
             os.symlink(aim, staged)
@@ -6029,7 +6104,9 @@ class DiskMonitor:
                 else:
                     self.let_go(stream)     # the monitor may have been switched off meanwhile
             except OSError as error:
-                log.once('%s: disk space: %s' % (stream.name, error.strerror))
+                message = '%s: disk space: %s' % (stream.name, error.strerror)
+                log.once(message)
+                self.alerts.turn('monitor:' + stream.name, True, 'error', message)
 
     @staticmethod
     def let_go(stream):
@@ -6047,8 +6124,6 @@ class DiskMonitor:
         path = os.path.join(stream.root, to_bytes(stream.stop_file))
         key = 'disk:' + stream.name
         if below(levels.level_low):
-            if stream.priority <= levels.base_priority:
-                self.hold(stream, path)
             self.alerts.turn(key, True, 'warning', '%s: the disk of %s is low: %s free' % (
                 stream.name, show(stream.directory), format_size(shutil_free(stream.directory))))
         elif not below(levels.level_good):
@@ -6063,6 +6138,8 @@ class DiskMonitor:
         for end, hour in kept.hours() if very_low and stream.deletion_enabled else ():
             if below(levels.level_low) and end <= time.time():
                 kept.remove(hour)
+        if below(levels.level_low) and stream.priority <= levels.base_priority:
+            self.hold(stream, path)         # last: a full disk may have no room for it
 
     @staticmethod
     def hold(stream, path):
@@ -6076,12 +6153,17 @@ class DiskMonitor:
         try:
             os.write(fd, MONITOR_LINE)
             os.fsync(fd)
-            os.link(temp, path)
-        except FileExistsError:
-            return
+            try:
+                os.link(temp, path)
+            except FileExistsError:
+                return
+            except OSError:                 # no hard links here
+                if not os.path.lexists(path):
+                    os.rename(temp, path)
         finally:
             os.close(fd)
-            os.unlink(temp)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temp)
         log.warning('%s: the disk is low; %s stops those who deliver into it' % (
             stream.name, show(path)))
 
@@ -6103,6 +6185,8 @@ def stream_rows(config, streams):
     for stream in streams:
         row = dict(content.get(stream.name, {}), name=stream.name)
         row['state'] = 'died' if died(row) else row.get('state', 'never run')
+        if stream.status == 'stopped':
+            row.update(state='stopped', note='status = stopped')
         with contextlib.suppress(OSError):
             row['quarantine'] = sorted(n for n in os.listdir(stream.quarantine_dir)
                                        if not n.endswith('.reason')) if stream.move else []
@@ -6278,18 +6362,24 @@ class Caretaker:
         self.monitor = DiskMonitor(state.alerts)
         self.tally = Tally(state.ledger)
         self.due = {}                   # duty -> monotonic time
+        self.sender = None              # the thread that sends alerts
 
     def tick(self, everything=False):
         """Do what is due.  everything: at the end of a run, whatever the time."""
         for duty, pause in ((self.watch_disk, self.config.monitor.poll_interval),
-                            (self.write_files, self.PAGE_EVERY), (self.heartbeat, 30)):
+                            (self.write_page, self.PAGE_EVERY), (self.write_metrics, self.PAGE_EVERY),
+                            (self.heartbeat, 30)):
             if everything or time.monotonic() >= self.due.get(duty, 0):
                 self.due[duty] = time.monotonic() + pause
                 try:
                     duty()
                 except Exception as error:      # one duty never keeps another from being done
                     log.once('%s: %r' % (duty.__name__.replace('_', ' '), error))
-        self.state.alerts.send_due(everything)
+        if everything:
+            self.state.alerts.send_due(True)
+        elif not (self.sender and self.sender.is_alive()):      # a mail server may hang for long
+            self.sender = threading.Thread(target=self.state.alerts.send_due, name='alerts', daemon=True)
+            self.sender.start()
 
     def run(self, stop):
         """The thread's life."""
@@ -6304,14 +6394,17 @@ class Caretaker:
     def watch_disk(self):
         self.monitor.poll(self.config)
 
-    def write_files(self):
-        settings, now = self.config.settings, time.time()
-        if settings.status_page:
+    def write_page(self):
+        path, now = self.config.settings.status_page, time.time()
+        if path:
             self.tally.update()
             page = status_page(self.config, self.tally, now)
-            atomic_write(settings.status_page, page.encode('utf-8', 'backslashreplace'), mode=0o644)
-        if settings.metrics_file:
-            atomic_write(settings.metrics_file, metrics_text(self.config, now).encode(), mode=0o644)
+            atomic_write(path, page.encode('utf-8', 'backslashreplace'), mode=0o644)
+
+    def write_metrics(self):
+        path = self.config.settings.metrics_file
+        if path:
+            atomic_write(path, metrics_text(self.config, time.time()).encode(), mode=0o644)
 
     def heartbeat(self):
         """Once a day at the time wanted: all is well, or what is not."""
@@ -6828,7 +6921,8 @@ class Supervisor:
             message = 'the new configuration is refused, the old one stays in force: %s' % error
             log.error(message)
             self.state.alerts.turn('config', True, 'error', message)
-        self.notifier.send('READY=1')
+        finally:
+            self.notifier.send('READY=1')
 
     def adopt(self, config):
         """Put a new configuration in force.  Raises ConfigError."""
@@ -6836,9 +6930,14 @@ class Supervisor:
             raise ConfigError('state_dir has changed', 'end the daemon and start it again')
         if vars(self.config.settings) != vars(config.settings):
             start_log(config)           # may refuse; until here nothing has changed
-        self.config, self.known = config, config.stamps
+        before, self.config, self.known = self.config, config, config.stamps
         self.state.alerts.configure(config)
         self.caretaker.config = config
+        now = {(stream.root, stream.stop_file) for stream in config.streams}
+        for stream in before.streams:
+            if (stream.root, stream.stop_file) not in now:
+                with contextlib.suppress(OSError):
+                    DiskMonitor.let_go(stream)      # nobody else would
         wanted = self.wanted()
         for name, worker in self.running.items():
             if name not in wanted or vars(wanted[name]) != vars(worker.stream):
@@ -6881,6 +6980,7 @@ def suspensions(stream):
 
 def command_dry_run(config, _args, stop):
     """Say what would be done; nothing is written, locked, or connected to."""
+    code = EXIT_OK
     for stream in config.streams:
         scanner, settler = Scanner(stream, stop), Settler(stream.settle_time)
         settler.begin(time.time_ns() if hasattr(time, 'time_ns') else int(time.time() * 1e9), 0)
@@ -6902,13 +7002,14 @@ def command_dry_run(config, _args, stop):
                 count, size = count + 1, size + item.size
         except TargetError as error:
             say('%s: %s' % (stream.name, error))
-            return EXIT_FAILED
+            code = EXIT_FAILED
+            continue
         say('%s: %s, %s%s%s' % (
             stream.name, count_of(count, 'item'), format_size(size),
             '; %d waiting for the ready file' % scanner.unready if scanner.unready else '',
             '; mirror_delete would delete at the target what is not here'
             if stream.mirror and stream.mirror_delete else ''))
-    return EXIT_OK
+    return code
 
 
 def check_steps(worker):
@@ -7220,8 +7321,9 @@ def ask_options():
         while wanted(answers):
             text = ask('%s (%s)' % (name, table[name].text), default)
             try:
+                to_text(text).encode('utf-8')
                 if name == 'transfer_protocol':
-                    one_of(*sorted(TRANSPORTS))(text, '')
+                    text = one_of(*sorted(TRANSPORTS))(text, '')
                 elif text:
                     table[name].kind(text, '.')
                 elif name in REQUIRED or name == 'target_host':

@@ -675,8 +675,8 @@ class Configuration(Case):
 
     def test_what_would_eat_what_others_keep(self):
         two = self.stream(more='transfer_mode = mirror\nmirror_delete = yes')
-        self.refused(two + '[stream:b]\ntransfer_protocol = local\ndirectory = TOP/b\ntarget_dir = TOP/out/b\n',
-                     'mirror_delete', 'stream b')
+        self.refused(two + '[stream:b]\ntransfer_protocol = local\ndirectory = TOP/b\n'
+                     'target_dir = TOP/out/b\n', 'mirror_delete', 'stream b')
         self.refused('[mistamover]\nstate_dir = TOP/out/state\n' + two, 'mirror_delete', 'state')
         self.refused(two.replace('= mirror', '= move'), 'mirror_delete', '--mirror', args=['--mirror'])
         for place in ('in', 'in/deep/quarantine'):
@@ -1633,7 +1633,8 @@ class Companions(Doctored):
 
     def test_an_old_ledger_line_sends_no_ready_file(self):
         for send in ('yes', 'no'):
-            world = self.world('local', ready_file='{name}.done', ready_file_send=send, on_conflict='overwrite')
+            world = self.world('local', ready_file='{name}.done', ready_file_send=send,
+                               on_conflict='overwrite')
             for round_ in (b'first', b'second'):
                 write(os.path.join(world.source, 'x.done'), b'done ' + round_)
                 self.assert_run(world, 0)
@@ -1746,6 +1747,38 @@ class OneAtATime(Doctored):
         self.assertNotIn('ERROR', done.output)
         self.assertEqual((tree(world.source), tree(world.target)), ({}, before))
         self.assertEqual(len(world.ledger()), 20)
+
+
+class OddFiles(Case):
+    def test_foreign_content_in_our_own_files_stops_nothing(self):
+        world = self.world('local')
+        os.makedirs(world.state)
+        for name, text in (('status.json', '{"s": ["x"], "t": 5}'),
+                           ('alerts.json', '{"pending:999999": [1]}'),
+                           ('failures.json', '{"s": {"f1": 5, "f2": {"count": "2"}}}'),
+                           ('ledger-2026-01.jsonl', '{"item": 5}\n{"item": "x", "size": "5"}\n[]\n{"it')):
+            write(os.path.join(world.state, name), text.encode())
+        write(os.path.join(world.source, 'f1'), b'f')
+        for args in (('--once',), ('--status',), ('--history',), ('--explain', world.source + '/f1')):
+            self.assertNotIn('Traceback', self.assert_run(world, 0, *args).output)
+        self.assertEqual((tree(world.source), contents(tree(world.target))), ({}, {b'f1': b'f'}))
+
+    def test_a_mirror_follows_what_changes_its_kind(self):
+        world = self.world('local', transfer_mode='mirror')
+        def clear(path):
+            shutil.rmtree(path) if os.path.isdir(path) and not os.path.islink(path) else os.unlink(path)
+        path = os.path.join(world.source, 'x')
+        for make in (lambda: write(path, b'file'), lambda: write(path + '/f', b'f'), None,
+                     lambda: os.symlink('a', path), lambda: os.mkdir(path), lambda: os.symlink('b', path),
+                     lambda: write(path, b'file again'), lambda: os.mkdir(path)):
+            if make is None:            # a directory with content at the target gives way to nothing
+                clear(os.path.join(world.target, 'x'))
+                continue
+            if os.path.lexists(path):
+                clear(path)
+            make()
+            self.assert_run(world, 0)
+            self.assertEqual(contents(tree(world.target)), contents(tree(world.source)))
 
 
 class SettlingRuns(Case):
@@ -3366,10 +3399,14 @@ class Alerting(Doctored):
             self.assertIn('this is a test', handle.read())
         os.unlink(out)
         os.makedirs(world.state)
-        mm.SharedJson(world.state, 'alerts.json').update('target:s', True)
+        mm.SharedJson(world.state, 'alerts.json', object).update('target:s', True)
+        self.assert_run(world, 0)       # there is nothing to send: nobody knows
+        self.assertTrue(mm.SharedJson(world.state, 'alerts.json', object).read()['target:s'])
+        write(os.path.join(world.source, 'item'), b'item')
         self.assert_run(world, 0)
+        self.assertFalse(mm.SharedJson(world.state, 'alerts.json', object).read()['target:s'])
         self.assertFalse(os.path.exists(out), 'good news is below the threshold')
-        os.rmdir(world.target)
+        shutil.rmtree(world.target)
         write(os.path.join(world.source, 'item'), b'item')
         self.assert_run(world, 1)
         with open(out) as handle:
@@ -3433,7 +3470,7 @@ threading.Thread(target=watch, daemon=True).start()
         os.makedirs(world.state)
         gone = subprocess.Popen(['true'])
         gone.wait()
-        shared = mm.SharedJson(world.state, 'alerts.json')
+        shared = mm.SharedJson(world.state, 'alerts.json', object)
         for pid, text in ((gone.pid, 'of the dead'), (os.getpid(), 'of the living')):
             shared.update('pending:%d' % pid, [dict(time='2026-01-01T00:00:00.000Z', level='error',
                                                     text=text, left=['command'])])
