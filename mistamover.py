@@ -318,6 +318,8 @@ def alive(pid):
 def say(text, stream=None):
     """Print a line whatever the terminal's encoding can or cannot show."""
     stream = stream or sys.stdout
+    if stream is None:          # closed by whoever started us
+        return
     encoding = stream.encoding or 'ascii'
     stream.write(text.encode(encoding, 'backslashreplace').decode(encoding) + '\n')
     stream.flush()
@@ -627,7 +629,8 @@ def kind_text(text, _base):
 
 
 def kind_path(text, base):
-    return os.path.normpath(os.path.join(base, os.path.expanduser(text)))
+    # by fsdecode, for a locale that knows less than the file (cron has none)
+    return os.path.normpath(os.path.join(base, os.fsdecode(to_bytes(os.path.expanduser(text)))))
 
 
 def kind_program(text, base):
@@ -1404,13 +1407,17 @@ class Log:
         self.said = set()
         self.clear_line = lambda: None      # a progress line steps aside for a log line
 
-    def start(self, level='INFO', path=None, form='text', size=10 << 20):
-        """Called again, it takes over new settings.  Raises ConfigError when the file cannot be
-        opened."""
+    def start(self, level='INFO', path=None, form='text', size=10 << 20, loudness=None):
+        """Called again, it takes over new settings.  loudness: the terminal's own level.  Raises
+        ConfigError when the file cannot be opened."""
         import logging
         import logging.handlers
         owner = self
-        journal = not sys.stderr.isatty() and 'JOURNAL_STREAM' in os.environ
+        try:                            # systemd.exec(5): device:inode of what stderr is
+            info = os.fstat(sys.stderr.fileno())
+            journal = os.environ.get('JOURNAL_STREAM') == '%d:%d' % (info.st_dev, info.st_ino)
+        except (OSError, AttributeError, ValueError):
+            journal = False
 
         class LineFormatter(logging.Formatter):
             def format(self, record):
@@ -1442,17 +1449,18 @@ class Log:
                 handlers.append(PrivateFile(path, maxBytes=size, backupCount=4, encoding='utf-8'))
         except OSError as error:
             raise ConfigError('cannot write the log file %s: %s' % (show(path), error.strerror))
-        if path and level.upper() != 'DEBUG':
-            handlers[0].setLevel('WARNING')     # the file has the rest
         for handler in handlers:
+            handler.setLevel(level.upper())
             handler.setFormatter(LineFormatter())
+        if loudness or path and level.upper() != 'DEBUG':
+            handlers[0].setLevel(loudness or 'WARNING')     # the file has the rest
         logging.raiseExceptions = False     # a full disk under the log must not end a transfer
         self.logger = logging.getLogger('mistamover')
         self.logger.propagate = False
         for old in self.logger.handlers:
             old.close()
         self.logger.handlers = handlers
-        self.logger.setLevel(level.upper())
+        self.logger.setLevel(min(handler.level for handler in handlers))
 
     def write(self, level, message, trace=None):
         if self.logger:
@@ -1879,7 +1887,7 @@ class Alerts:
                 self.pending += [alert for alert in value if isinstance(alert, dict) and
                                  {'time', 'level', 'text', 'left'} <= set(alert)]
                 self.save(key, None)
-        self.next_at = 0                # monotonic time before which nothing is sent
+        self.next_at = {}               # channel -> monotonic time before which nothing is sent
         self.failing = set()            # channels that failed when they were tried last
         self.configure(config)
 
@@ -1930,20 +1938,22 @@ class Alerts:
         the channels that failed."""
         with self.lock:
             waiting = list(self.pending)
-        if not waiting or not force and time.monotonic() < self.next_at:
-            return set()
-        self.next_at = time.monotonic() + self.email.digest_time
+        tried = False
         for name, send in self.channels():
             mine = [alert for alert in waiting if name in alert['left']]
+            if not mine or not force and time.monotonic() < self.next_at.get(name, 0):
+                continue
+            tried, self.next_at[name] = True, time.monotonic() + self.email.digest_time
             try:
-                if mine:
-                    send(*self.compose(mine))
+                send(*self.compose(mine))
                 self.sent(name, mine)
             except Exception as error:      # what smtplib and email raise is a long list
-                self.next_at = time.monotonic() + min(self.RETRY, self.email.digest_time)
+                self.next_at[name] = time.monotonic() + max(1, min(self.RETRY, self.email.digest_time))
                 if name not in self.failing:
                     log.error('alerts wait: %s: %s' % (name, str(error) or repr(error)))
                 self.failing.add(name)
+        if not tried:
+            return set()
         with self.lock:
             configured = {name for name, _ in self.channels()}
             self.pending = [a for a in self.pending if configured.intersection(a['left'])]
@@ -6736,6 +6746,8 @@ def sweep_state(state_dir):
     except OSError as error:
         raise StateError('cannot read %s: %s' % (show(state_dir), error.strerror),
                          'run it as the user that it belongs to')
+    with contextlib.suppress(OSError):
+        names += [os.path.join('spool', name) for name in os.listdir(os.path.join(state_dir, 'spool'))]
     for name in names:
         match = re.search(r'\.(\d+)\.new$', name)
         if match and not alive(match.group(1)):
@@ -6785,11 +6797,13 @@ def signature(config):
 
 
 def start_log(config):
-    """By the configuration; -v and -q have the last word.  Raises ConfigError, StateError."""
+    """By the configuration; -v and -q have the last word at the terminal.  Raises ConfigError,
+    StateError."""
     settings = config.settings
     if settings.log_file:
         make_private_directory(os.path.dirname(settings.log_file))
-    log.start(settings.log_level, settings.log_file, settings.log_format, settings.log_size)
+    log.start(settings.log_level, settings.log_file, settings.log_format, settings.log_size,
+              settings.loudness)
 
 
 class Supervisor:
@@ -6960,8 +6974,7 @@ def default_config():
 
 def read_config(args):
     config = load_config(args.config or default_config(), TRANSPORTS, args.stream, args.mode)
-    if args.verbose or args.quiet:
-        config.settings.log_level = 'debug' if args.verbose else 'warning'
+    config.settings.loudness = 'DEBUG' if args.verbose else 'WARNING' if args.quiet else None
     return config
 
 
@@ -7436,7 +7449,7 @@ exit codes:
   1         something could not be delivered
   2         usage or configuration error, nothing was touched
   3         nothing failed, but another instance holds a stream that was due
-  130, 143  interrupted
+  129, 130, 143  interrupted
 
 signals:
   TERM, INT end it within seconds, children included

@@ -1611,6 +1611,16 @@ mm.LocalTransport.rename = refuse
         self.assertEqual(sum(v in (b'precious x', b'precious x.reason') for v in held.values()), 2, held)
         self.assertEqual(len(held), 4, held)
 
+    def test_quiet_is_for_the_terminal_only(self):
+        world = self.world('local')
+        path = os.path.join(world.top, 'log.txt')
+        world.configure('log_file = %s\n' % path)
+        for number, (flag, terminal, debug) in enumerate((('-q', False, False), ('-v', True, False))):
+            write(os.path.join(world.source, 'f%d' % number), b'f')
+            self.assertEqual('s: moved f' in self.assert_run(world, 0, flag).output, terminal)
+            self.assertIn('s: moved f%d' % number, text_of(path))
+            self.assertEqual('DEBUG' in text_of(path), debug)
+
     def test_a_query_about_nothing_moves_nothing(self):
         world = self.world('local')
         write(os.path.join(world.source, 'f'), b'f')
