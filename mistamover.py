@@ -652,12 +652,6 @@ def kind_limit(text, base):
     return kind_duration(text, base)
 
 
-def kind_port(text, base):
-    if not 0 < kind_number(text, base) < 65536:
-        raise ValueError('%r is no port' % text)
-    return int(text)
-
-
 def kind_size(text, _base):
     return parse_size(text)
 
@@ -665,6 +659,12 @@ def kind_size(text, _base):
 def kind_number(text, _base):
     if not re.match(r'\d+$', text):
         raise ValueError('%r is not a whole number' % text)
+    return int(text)
+
+
+def kind_port(text, base):
+    if not 0 < kind_number(text, base) < 65536:
+        raise ValueError('%r is no port' % text)
     return int(text)
 
 
@@ -1303,12 +1303,27 @@ def check_places(config, state_dir):
                             'put it directly into this directory or outside of all')
 
 
+def read_stream_files(config):
+    """The files with more streams, and nothing but streams."""
+    import glob
+    pattern = config.settings.stream_files
+    extras = sorted(glob.glob(pattern))
+    if not extras and not glob.has_magic(pattern):
+        config.fail('mistamover', 'stream_files', '%s is not there' % show(pattern))
+    for extra in extras:
+        known = set(config.sections)
+        read_ini(config, extra)
+        for section in set(config.sections) - known:
+            if not section.startswith('stream:'):
+                config.fail(section, None, 'a file of stream_files holds streams only',
+                            'move it to %s' % show(config.path))
+
+
 def load_config(path, protocols, names=(), mode=None):
     """Read and check a configuration; `names` selects streams, `mode` overrides theirs.
 
     Raises ConfigError; nothing is touched.
     """
-    import glob
     config = Config(path)
     read_ini(config, config.path)
     check_names(config)
@@ -1317,16 +1332,7 @@ def load_config(path, protocols, names=(), mode=None):
         Settings(name, read_section(config, name, name, text_of))
         for name in ('mistamover', 'email', 'disk_space_monitor'))
     if config.settings.stream_files:
-        extras = sorted(glob.glob(config.settings.stream_files))
-        if not extras and not glob.has_magic(config.settings.stream_files):
-            config.fail('mistamover', 'stream_files', '%s is not there' % show(config.settings.stream_files))
-        for extra in extras:
-            known = set(config.sections)
-            read_ini(config, extra)
-            for section in set(config.sections) - known:
-                if not section.startswith('stream:'):
-                    config.fail(section, None, 'a file of stream_files holds streams only',
-                                'move it to %s' % show(config.path))
+        read_stream_files(config)
         check_names(config)
         text_of = make_interpolator(config)
     for section in config.sections:
@@ -1399,6 +1405,15 @@ def reference_rows():
 # 8  logging
 # ----------------------------------------------------------------------------------------
 
+def stderr_is_journal():
+    """JOURNAL_STREAM is the device and inode of what a unit's output goes to (systemd.exec(5))."""
+    try:
+        info = os.fstat(sys.stderr.fileno())
+        return os.environ.get('JOURNAL_STREAM') == '%d:%d' % (info.st_dev, info.st_ino)
+    except (OSError, AttributeError, ValueError):       # closed, or no file at all
+        return False
+
+
 class Log:
     """The logging module, imported with the first line; one line a message, printable."""
 
@@ -1413,11 +1428,7 @@ class Log:
         import logging
         import logging.handlers
         owner = self
-        try:                            # systemd.exec(5): device:inode of what stderr is
-            info = os.fstat(sys.stderr.fileno())
-            journal = os.environ.get('JOURNAL_STREAM') == '%d:%d' % (info.st_dev, info.st_ino)
-        except (OSError, AttributeError, ValueError):
-            journal = False
+        journal = stderr_is_journal()
 
         class LineFormatter(logging.Formatter):
             def format(self, record):
