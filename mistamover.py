@@ -297,12 +297,13 @@ NO_NAMES = bytes.maketrans(b'<>:"|?*\\' + bytes(range(32)), b'_' * 40)
 def folded(path):
     """The same for all paths that a target may take for one: whatever their case (casefold),
     the form of their accents (NFD), what Windows cannot hold, or an FTP server's IAC."""
-    plain = path.replace(b'\xff', b'').translate(NO_NAMES)
-    text = plain.decode('utf-8', 'surrogateescape').casefold()
-    if len(text) != len(plain):         # not all of it is ASCII
+    text = path.translate(NO_NAMES, b'\xff').decode('utf-8', 'surrogateescape').casefold()
+    if len(text) != len(path):          # not all of it is ASCII
         import unicodedata
         text = unicodedata.normalize('NFD', unicodedata.normalize('NFD', text).casefold())
-    return re.sub(r'[. ]+(?=/|$)', '', text)
+    if text.endswith(('.', ' ')) or './' in text or ' /' in text:
+        text = re.sub(r'[. ]+(?=/|$)', '', text)
+    return text
 
 
 def alive(pid):
@@ -5192,7 +5193,7 @@ class Releaser:
             reason = self.release_open(fd, entry, linked, name, parent, aside)
             return reason
         finally:
-            if reason:
+            if reason or linked:            # nothing is freed: the inode stands at the target too
                 os.close(fd)
             else:
                 self.close_later(fd)
