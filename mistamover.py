@@ -2832,7 +2832,7 @@ class Staging(Transport):
                 job.error = ItemError('%s does not stand at the target under its name'
                                       % show(job.final), 'can the target hold such a name?')
         self.delete([job.staged for job in jobs if job.error and job.staged and not job.linked])
-        if published:
+        if jobs:
             self.sync()
         return self.outcomes(batch)
 
@@ -2990,6 +2990,7 @@ class LocalTransport(Staging):
         Staging.__init__(self, *args, **kwargs)
         self.base = os.path.join(to_bytes(self.stream.target_base), b'')
         self.root = os.path.join(self.stream.root, b'')
+        self.renamed = set()        # directories there whose new names are not on the disk yet
         self.held = {}              # final name -> (identity here, mtime_ns there) of one content
 
     def path(self, relative):
@@ -3191,7 +3192,7 @@ class LocalTransport(Staging):
             except OSError as error:
                 if self.place_otherwise(job, error):
                     done.add(job)
-        self.sync_above([job for job in done if not job.error])
+        self.renamed.update(parent_of(job.final) for job in done if not job.error)
         return done
 
     @staticmethod
@@ -3277,8 +3278,9 @@ class LocalTransport(Staging):
             raise ItemError('%s stands in the way: %s' % (show(path), error.strerror), 'rename or remove it')
         log.info('%s: %s was of another kind at the target and gave way' % (self.stream.name, show(name)))
 
-    def sync_above(self, jobs):
-        for directory in {parent_of(job.final) for job in jobs}:
+    def sync(self):
+        directories, self.renamed = self.renamed, set()
+        for directory in directories:
             try:
                 sync_directory(self.path(directory))
             except OSError as error:
@@ -3298,7 +3300,7 @@ class LocalTransport(Staging):
                 os.unlink(staged)
                 raise Changed('%s was replaced' % show(job.entry.path))
         self.rename(job.staged, job.final)
-        self.sync_above([job])
+        self.renamed.add(parent_of(job.final))
 
     def delete(self, paths):
         for path in paths:
@@ -3806,7 +3808,8 @@ class RsyncTransport(Transport):
         for path in sorted(foreign):
             try:
                 self.backup_or(path)
-                if len(os.path.basename(path)) + len(stamped(b'')) > 255:    # rsync would give up all
+                if self.stream.on_conflict == 'backup' and \
+                        len(os.path.basename(path)) + len(stamped(b'')) > 255:   # rsync would give up all
                     raise ItemError('%s stands at the target with other content, and its name is too '
                                     'long for a backup' % show(path), 'rename one of them')
             except ItemError as error:
