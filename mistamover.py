@@ -6662,8 +6662,10 @@ class Worker:
         self.progress.enter('done')
 
     def daemon(self):
-        """The eternal loop around one_pass()."""
-        failures, suspended = 0, None
+        """The eternal loop around one_pass().  The first pause is a part of one, by chance, so
+        that streams do not look in step and hinder each other."""
+        import random
+        failures, suspended, share = 0, None, random.random()
         while True:
             try:
                 result = self.one_pass(True)
@@ -6675,7 +6677,9 @@ class Worker:
                 failures = 0
                 worked = result.items or result.quarantined
                 self.progress.enter('settling' if result.settling else 'idle')
-                self.stop.rest(0 if worked else min(self.stream.pause_time, self.next_look(result)))
+                pause = 0 if worked else min(self.stream.pause_time, self.next_look(result))
+                self.stop.rest(pause * share)
+                share = 1 if pause else share
             except Suspended as why:
                 if suspended != str(why):
                     log.info('%s: suspended: %s' % (self.stream.name, why))
