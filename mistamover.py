@@ -759,6 +759,9 @@ def kind_mails(text, base):
     return [kind_mail(part, base) for part in kind_globs(text, base)]
 
 
+LISTS = (kind_globs, kind_mails, kind_words, kind_command)      # may be empty, or go on in the next line
+
+
 def kind_clock(text, _base):
     """'08:00' as minutes of the local day."""
     match = re.match(r'([01]?\d|2[0-3]):([0-5]\d)$', text)
@@ -1096,13 +1099,11 @@ def read_section(config, section, kind, text_of, mode=None):
         if text is None or not text and option.kind is not kind_globs:
             text = default_of(option, mode)
         try:
-            if re.search(r'[\0-\037]', text) and \
-                    option.kind not in (kind_globs, kind_mails, kind_words, kind_command):
+            if re.search(r'[\0-\037]', text) and option.kind not in LISTS:
                 raise ValueError('goes on in the next line: an indented line continues the one before')
             if option.kind is kind_path and re.search(r'\s[;#]', text):
                 raise ValueError('holds a comment: give it a line of its own')
-            values[option.name] = option.kind(text, base) if text or \
-                option.kind in (kind_globs, kind_mails, kind_words, kind_command) else None
+            values[option.name] = option.kind(text, base) if text or option.kind in LISTS else None
         except ValueError as error:
             config.fail(home, option.name, str(error))
         if kind == 'stream' and option.name in REQUIRED and not text:
@@ -1645,7 +1646,6 @@ class Ledger:
             except OSError as error:
                 raise StateError('cannot read the ledger %s: %s' % (show(path), error.strerror))
 
-
     @staticmethod
     def sound(record):
         """Whether a line can be one of ours."""
@@ -1895,7 +1895,8 @@ class Alerts:
         for key, value in self.shared.read().items():
             if not key.startswith('pending:'):
                 self.states[key] = value
-            elif key == self.key or not alive(key[8:]):     # a process that is gone left them
+            elif isinstance(value, list) and (key == self.key or not alive(key[8:])):
+                # a process that is gone left them
                 self.pending += [alert for alert in value if isinstance(alert, dict) and
                                  {'time', 'level', 'text', 'left'} <= set(alert)]
                 self.save(key, None)
@@ -3819,7 +3820,7 @@ class RsyncTransport(Transport):
         suffix = stamped(b'').decode()
         # what was moved there may stand nowhere else: a zip, or a twin of this batch at a target
         # that takes two names for one
-        names = collections.Counter(folded(path) for path in (e.path for e in batch.entries if foreign))
+        names = collections.Counter(folded(e.path) for e in batch.entries if foreign)
         kept = self.stream.move and any(
             names[folded(p)] > 1 or self.stream.zips and p.endswith(b'.zip') for p in foreign)
         backup = ['--backup', '--suffix=' + suffix] if kept or self.stream.on_conflict == 'backup' else []
@@ -6132,6 +6133,9 @@ class DiskMonitor:
                 message = '%s: disk space: %s' % (stream.name, error.strerror)
                 log.once(message)
                 self.alerts.turn('monitor:' + stream.name, True, 'error', message)
+            else:
+                self.alerts.turn('monitor:' + stream.name, False, 'info',
+                                 '%s: disk space: looked at again' % stream.name)
 
     @staticmethod
     def let_go(stream):
@@ -6402,7 +6406,8 @@ class Caretaker:
                     log.once('%s: %r' % (duty.__name__.replace('_', ' '), error))
         if everything:
             self.state.alerts.send_due(True)
-        elif not (self.sender and self.sender.is_alive()):      # a mail server may hang for long
+        elif self.state.alerts.pending and not (self.sender and self.sender.is_alive()):
+            # in a thread of its own, for a mail server may hang for long
             self.sender = threading.Thread(target=self.state.alerts.send_due, name='alerts', daemon=True)
             self.sender.start()
 
