@@ -2669,6 +2669,18 @@ def scratch_directory(stream):
         yield to_bytes(path)
 
 
+@contextlib.contextmanager
+def marked(directory):
+    """The name of an empty file that stands in a directory for a moment.  Raises OSError."""
+    marker = HERE_NAME + b'%d-%s' % (os.getpid(), random_hex(4))
+    path = os.path.join(directory, marker)
+    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644))
+    try:
+        yield marker
+    finally:
+        os.unlink(path)
+
+
 def staging_id(stream):
     """A random name for the staging area, kept: cloned machines must not share one."""
     path = stream.spool + '.id'
@@ -2910,16 +2922,11 @@ class Staging(Transport):
         here, there = os.path.dirname(job.entry.path), os.path.dirname(job.final)
         if (here, there) in self.apart:
             return
-        marker = HERE_NAME + b'%d-%s' % (os.getpid(), random_hex(4))
-        path = os.path.join(self.stream.root, here, marker)
         try:
-            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644))
+            with marked(os.path.join(self.stream.root, here)) as marker:
+                found = self.measure([os.path.join(there, marker)], False)
         except OSError as error:
             raise ItemError('cannot write beside %s: %s' % (show(job.entry.path), error.strerror))
-        try:
-            found = self.measure([os.path.join(there, marker)], False)
-        finally:
-            os.unlink(path)
         if found:
             raise ItemError('%s at the target is the source itself' % show(job.final),
                             'mend the link or mount that leads back')
@@ -6508,18 +6515,13 @@ class Worker:
         """transport.present(names); the first time also whether target and source are one."""
         if self.told_apart:
             return self.transport.present(names)
-        marker = HERE_NAME + b'%d-%s' % (os.getpid(), random_hex(4))
-        path = os.path.join(self.stream.root, marker)
         try:
-            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+            with marked(self.stream.root) as marker:
+                found = self.transport.present(names | {marker})
         except OSError as error:
             if self.stream.move:
                 raise StateError('cannot tell target_dir from the directory: %s' % error.strerror)
             return self.transport.present(names)    # a read-only source is mirrored, not eaten
-        try:
-            found = self.transport.present(names | {marker})
-        finally:
-            os.unlink(path)
         if marker in found:
             raise TargetError('target_dir is the incoming directory itself', 'mend target_dir')
         self.told_apart = True
