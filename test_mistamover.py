@@ -323,7 +323,8 @@ class Sshd(Server):
             'Port %d' % self.port, 'ListenAddress 127.0.0.1', 'HostKey ' + self.host_key,
             'AuthorizedKeysFile ' + authorized, 'StrictModes no', 'UsePAM no', 'PidFile none',
             'PasswordAuthentication no', 'PermitRootLogin yes', 'MaxStartups 100',
-            'Subsystem sftp internal-sftp', self.force, '')))
+            # bash(1): else each session runs the ~/.bashrc of whoever runs the tests
+            'SetEnv SHLVL=2', 'Subsystem sftp internal-sftp', self.force, '')))
         if os.getuid() == 0:
             os.makedirs('/run/sshd', exist_ok=True)
 
