@@ -2618,8 +2618,9 @@ class Transport:
         return False
 
     def send(self, batch, ready):
-        """Bring the bytes to the target under names nobody reads; ready(part, more) is called
-        with each part of the batch that can be finished, and whether another will come."""
+        """Bring the bytes to the target under names nobody reads; ready(part, more, wait=True)
+        is called with each part of the batch that can be finished, and whether another will
+        come.  It answers False if it should not wait, and the part before is not finished yet."""
         raise NotImplementedError
 
     def finish(self, batch):
@@ -3547,7 +3548,7 @@ class Push(Rows):
     each is whatever went while the one before was proven.  Of a row only its first letter is
     kept: < or c for sent, . for left alone."""
 
-    PART_FILES = 2500           # at least, for each part costs a login of rsync
+    PART_FILES = 1000           # at least, for each part costs a login of rsync
     PART_SIZE = 1 << 30         # or as many bytes
 
     def __init__(self, batch, ready, progress):
@@ -3579,8 +3580,8 @@ class Push(Rows):
     def hear(self, piece):
         Rows.hear(self, piece)
         if self.ready and (self.files >= self.PART_FILES or self.size >= self.PART_SIZE):
-            part, self.gone, self.files, self.size = self.batch.part(self.gone), [], 0, 0
-            self.ready(part, True)
+            if self.ready(self.batch.part(self.gone), True, False):
+                self.gone, self.files, self.size = [], 0, 0
 
     def end(self, done):
         self.done = done
@@ -3668,7 +3669,7 @@ class RsyncTransport(Transport):
         raise TargetError('%s: %s' % (what, done.errors or 'rsync ended with %d' % done.code),
                           hints.get(done.code, ''))
 
-    def look(self, names, subdir=b''):
+    def look(self, names):
         """Rows for names of an empty local directory: whether each stands at the target.
 
         A listing would do, but not for write-only modules; a dry run does everywhere.
@@ -3676,17 +3677,13 @@ class RsyncTransport(Transport):
         with scratch_directory(self.stream) as empty:
             for name in names:
                 open(os.path.join(empty, name), 'wb').close()
-            done, rows = self.rsync(empty, [b''] + sorted(names), ['-n', '-i', '-i'], subdir)
-            if b'.' not in rows or any(name not in rows for name in names):
-                self.fail(done, 'cannot look at %s' % target_of(self.stream))
-            found = {name: not row.endswith(b'+' * 9) for name, (row, _) in rows.items()}
-            absent = sorted(name for name in names if not found[name])
-            if absent and found[b'.']:
-                # a directory or a link of that name has such a row as well; this leaves them out
-                done, rows = self.rsync(empty, absent, ['-n', '-i', '-i', '--ignore-existing'], subdir)
-                if done.code:
-                    self.fail(done, 'cannot look at %s' % target_of(self.stream))
-                found.update((name, True) for name in absent if name not in rows)
+            done, rows = self.rsync(empty, [b''] + sorted(names),
+                                    ['-n', '-i', '-i', '--ignore-existing'])
+        standing = set(names) - set(rows)       # of what stands there, whatever it is, no row tells
+        if b'.' not in rows or standing and done.code:
+            self.fail(done, 'cannot look at %s' % target_of(self.stream))
+        found = {name: name in standing for name in names}
+        found[b'.'] = not rows[b'.'][0].endswith(b'+' * 9)
         return found
 
     def present(self, names):
@@ -5140,7 +5137,7 @@ class Releaser:
     directory is renamed aside as a whole, after a journal that lets a crash be finished.
     """
 
-    CLOSERS, CLOSED_TOGETHER = 4, 8     # threads; descriptors for each at a time
+    CLOSERS, CLOSED_TOGETHER = 2, 32    # threads; descriptors for each at a time
 
     def __init__(self, stream, state_dir):
         self.stream = stream
@@ -5480,6 +5477,9 @@ class Pipeline:
         self.join()
         self.thread = threading.Thread(target=self._run, args=(value,), name='pipeline')
         self.thread.start()
+
+    def busy(self):
+        return self.thread is not None and self.thread.is_alive()
 
     def join(self):
         if self.thread:
@@ -5890,13 +5890,16 @@ class Delivery:
             self.worker.set_dirty(True)
         self.progress.enter('transferring')
 
-    def hand_on(self, part, more):
+    def hand_on(self, part, more, wait=True):
         """A part has gone; a stop file that came meanwhile holds back the rest of its batch."""
+        if not wait and self.proving.busy():
+            return False
         self.proving.put(part)
         if not self.transport.overlaps:
             self.proving.drain()
         if more:
             self.ask_stop_files()
+        return True
 
     # -- verify, publish, record, release
 
