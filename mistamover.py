@@ -64,6 +64,7 @@ BLOCK = 1 << 20                         # bytes read at a time
 CHECK_RATE = 20 << 20                   # bytes per second any disk re-reads; slower counts as hung
 RESUME_FROM = 8 << 20                   # below this size a new start costs less than a resume
 SMALL = 128 << 10                       # bytes that pass any line within stall_timeout
+LOOK_ANYWAY = 600                       # seconds after which a directory is scanned whatever inotify says
 STOP_FILE_AGE = 10                      # seconds for which an answer about a stop file holds
 KILL_GRACE = 2                          # seconds between SIGTERM and SIGKILL for a child
 GATHER = 0.01                           # seconds that lines gather in: to wake for each costs more
@@ -2107,12 +2108,92 @@ def compile_globs(patterns):
     return re.compile(b'|'.join(b'(?:%s)' % t for t in translated)).match
 
 
+def file_system_type(device):
+    """Of a mounted file system, by its st_dev, as /proc/self/mountinfo has it (proc(5)), or None."""
+    number = b'%d:%d' % (os.major(device), os.minor(device))
+    with contextlib.suppress(OSError), open('/proc/self/mountinfo', 'rb') as mounts:
+        for words in map(bytes.split, mounts):
+            if words[2] == number:
+                return words[words.index(b'-') + 1]
+    return None
+
+
+class Watch:
+    """Tells whether anything happened in some directories since they were added (inotify(7)), so
+    that an idle daemon need not scan them.
+
+    Where nobody can tell, it says yes: outside Linux, on a file system that others change as
+    well, when there are many directories or the kernel has no watch left.  What makes no event
+    (a mapping, another hard link) is seen by the scan that comes every LOOK_ANYWAY seconds.
+    """
+
+    # IN_MODIFY, ATTRIB, CLOSE_WRITE, MOVED_FROM, MOVED_TO, CREATE, DELETE, DELETE_SELF,
+    # MOVE_SELF, ONLYDIR
+    EVENTS = 0x2 | 0x4 | 0x8 | 0x40 | 0x80 | 0x100 | 0x200 | 0x400 | 0x800 | 0x1000000
+    LOCAL = (b'ext2', b'ext3', b'ext4', b'f2fs', b'jfs', b'tmpfs', b'xfs', b'zfs')
+    MOST = 1000                 # directories: other programs need watches, too
+
+    def __init__(self, root):
+        self.root = root
+        self.added = 0
+        self.fd = None
+        self.place = self.look()
+        if sys.platform.startswith('linux') and self.place and \
+                file_system_type(self.place[0]) in self.LOCAL:
+            with contextlib.suppress(ImportError, OSError, AttributeError):
+                import ctypes
+                self.libc = ctypes.CDLL(None)
+                fd = self.libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
+                self.fd = fd if fd >= 0 else None
+
+    def look(self):
+        """Which directory the name stands for now: something may have been mounted over it."""
+        with contextlib.suppress(OSError):
+            info = os.stat(self.root)
+            return info.st_dev, info.st_ino
+        return None
+
+    def add(self, path):
+        """To be called before the directory is read."""
+        if self.fd is None:
+            return
+        self.added += 1
+        try:
+            known = self.added <= self.MOST and os.lstat(path).st_dev == self.place[0] and \
+                self.libc.inotify_add_watch(self.fd, path, self.EVENTS) >= 0
+        except OSError:
+            known = False
+        if not known:
+            self.close()
+
+    def stirred(self):
+        """Whether anything happened that was not our own doing, or nobody can tell."""
+        if self.fd is None or self.look() != self.place:
+            return True
+        while True:
+            try:
+                events = os.read(self.fd, 1 << 16)
+            except BlockingIOError:
+                return False
+            while events:       # int wd; uint32_t mask, cookie, len; char name[len]
+                end = 16 + int.from_bytes(events[12:16], sys.byteorder)
+                if not events[16:end].startswith(OWN_PREFIX):   # nor is it if it has no name
+                    return True
+                events = events[end:]
+
+    def close(self):
+        if self.fd is not None:
+            os.close(self.fd)
+            self.fd = None
+
+
 class Scanner:
     """Looks at a stream's incoming directory; os.scandir, no symlink ever followed."""
 
     def __init__(self, stream, stop):
         self.stream = stream
         self.stop = stop
+        self.watch = None           # a Watch to which every directory is added that is read
         self.root = os.path.join(stream.root, b'')
         self.ignored = compile_globs(stream.ignore)
         self.wanted = compile_globs(stream.only) or (lambda name: True)
@@ -2134,6 +2215,8 @@ class Scanner:
 
     def listing(self, relative):
         """Yield (name, stat_result) of what a directory holds; raises OSError."""
+        if self.watch:
+            self.watch.add(self.root + relative)
         with os.scandir(self.root + relative) as entries:
             for entry in entries:
                 try:
@@ -5512,6 +5595,12 @@ class Result:
         self.quarantined = 0
         self.seconds = 0.0
 
+    @property
+    def idle(self):
+        """Whether nothing was done, and nothing is there that time alone makes due."""
+        return not (self.items or self.kept or self.failed or self.settling or self.busy or
+                    self.waiting or self.quarantined)
+
     def line(self):
         parts = ['delivered %s (%s) in %s' % (count_of(self.items, 'item'), format_size(self.bytes),
                                               format_duration(self.seconds))]
@@ -6677,6 +6766,7 @@ class Worker:
         import random
         failures, suspended, share = 0, None, random.random()
         while True:
+            self.scanner.watch = Watch(self.stream.root)
             try:
                 result = self.one_pass(True)
                 if suspended:
@@ -6690,6 +6780,8 @@ class Worker:
                 pause = 0 if worked else min(self.stream.pause_time, self.next_look(result))
                 self.stop.rest(pause * share)
                 share = 1 if pause else share
+                if result.idle:
+                    self.rest_while_quiet()
             except Suspended as why:
                 if suspended != str(why):
                     log.info('%s: suspended: %s' % (self.stream.name, why))
@@ -6701,6 +6793,15 @@ class Worker:
                 pause = self.pause_after(failures)
                 self.trouble(error, failures, pause)
                 self.stop.rest(pause)
+            finally:
+                self.scanner.watch.close()
+
+    def rest_while_quiet(self):
+        """A scan of what nobody touched would find what the last one found."""
+        until = time.monotonic() + LOOK_ANYWAY
+        while time.monotonic() < until and not self.scanner.watch.stirred():
+            self.progress.enter('idle')
+            self.stop.rest(self.stream.pause_time)
 
     def next_look(self, result):
         """Do not sleep far past the moment at which something settles."""

@@ -1877,6 +1877,107 @@ class SettlingRuns(Case):
                          ([b'growing'], {b'quiet': b'q'}))
 
 
+class Watching(Doctored):
+    """An idle daemon does not scan what nobody touched."""
+
+    def setUp(self):
+        system = mm.file_system_type(os.stat(BASE).st_dev)
+        if system not in mm.Watch.LOCAL:
+            self.skipTest('no inotify is trusted on %s: set TMPDIR' % system)
+
+    def watched(self, *directories):
+        top = mm.to_bytes(tempfile.mkdtemp(dir=BASE))
+        for name in ('a', 'b', 'sub/c'):
+            write(os.path.join(top, mm.to_bytes(name)), b'old')
+        watch = mm.Watch(top)
+        self.addCleanup(watch.close)
+        for name in directories or (b'', b'sub'):
+            watch.add(os.path.join(top, name))
+        return top, watch
+
+    def test_whatever_happens_is_noticed_once(self):
+        def replace(top):
+            os.rename(top, top + b'-old')
+            shutil.copytree(top + b'-old', top)
+
+        def append(top):
+            with open(os.path.join(top, b'sub', b'c'), 'ab') as handle:
+                handle.write(b'more')
+        happenings = [
+            append, replace, lambda top: write(os.path.join(top, b'new'), b''),
+            lambda top: os.mkdir(os.path.join(top, b'sub', b'new')),
+            lambda top: os.unlink(os.path.join(top, b'sub', b'c')),
+            lambda top: os.rename(os.path.join(top, b'a'), os.path.join(top, b'A')),
+            lambda top: os.rename(os.path.join(top, b'a'), os.path.join(BASE, 'gone')),
+            lambda top: os.rename(os.path.join(top, b'sub'), os.path.join(top, b'other')),
+            lambda top: os.symlink('a', os.path.join(top, b'link')),
+            lambda top: os.link(os.path.join(top, b'a'), os.path.join(top, b'link')),
+            lambda top: os.chmod(os.path.join(top, b'a'), 0o600),
+            lambda top: os.truncate(os.path.join(top, b'a'), 1),
+            lambda top: os.utime(os.path.join(top, b'sub', b'c'), (1, 1)),
+            shutil.rmtree]
+        for happening in happenings:
+            top, watch = self.watched()
+            self.assertFalse(watch.stirred())
+            happening(top)
+            self.assertTrue(watch.stirred(), happening)
+
+    def test_what_we_do_ourselves_is_no_news(self):
+        top, watch = self.watched()
+        own = os.path.join(top, mm.CLOCK_NAME + b'1')
+        for _ in range(3000):               # more events than one read() brings
+            write(own, b'')
+            os.unlink(own)
+        os.listdir(top)
+        with open(os.path.join(top, b'a')) as handle:
+            handle.read()
+        self.assertFalse(watch.stirred())
+        write(own, b'')
+        write(os.path.join(top, b'theirs'), b'')
+        self.assertTrue(watch.stirred())
+
+    def test_where_nobody_can_tell_it_says_yes(self):
+        for directories in ((b'missing',), (b'', b'a'), [b''] * (mm.Watch.MOST + 1)):
+            self.assertTrue(self.watched(*directories)[1].stirred(), directories[0])
+        for place in (b'/proc', os.path.join(mm.to_bytes(BASE), b'no', b'where')):
+            watch = mm.Watch(place)
+            watch.add(place)
+            self.assertTrue(watch.stirred(), place)
+        top, watch = self.watched()
+        watch.add(b'/proc')                 # another file system below this one
+        self.assertTrue(watch.stirred())
+
+    def test_a_settled_mirror_is_scanned_when_something_came_and_else_not(self):
+        world = self.world('local')
+        world.configure(transfer_mode='mirror', items='files', pause_time='0.01s', mirror_delete='yes')
+        for name in ('top', 'deep/er/one', 'deep/two'):
+            write(os.path.join(world.source, name), mm.to_bytes(name))
+        done = self.doctored(world, """
+import os, signal
+real_scan, real_stirred, asked = mm.Scanner.scan, mm.Watch.stirred, []
+def scan(self):
+    print('scan after', len(asked))
+    return real_scan(self)
+def stirred(self):
+    asked.append(1)
+    if len(asked) == 20:
+        with open(os.path.join(SOURCE, 'deep/er/one'), 'a') as handle:
+            handle.write(' more')
+    if len(asked) == 40:
+        os.unlink(os.path.join(SOURCE, 'deep/two'))
+    if len(asked) == 60:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return real_stirred(self)
+mm.Scanner.scan, mm.Watch.stirred = scan, stirred
+""", '--daemon')
+        self.assertEqual(done.code, 143, str(done))
+        self.assertEqual([line for line in done.output.splitlines() if line.startswith('scan')],
+                         ['scan after ' + n for n in '0 0 20 20 40'.split()], str(done))
+        self.assertEqual(contents(tree(world.target)), {
+            b'top': b'top', b'deep': 'directory', b'deep/er': 'directory', b'deep/er/one': b'deep/er/one more'})
+        self.assertEqual(tree(world.target), tree(world.source))
+
+
 @spread
 class Daemons(Doctored):
     @on_sites()
