@@ -5220,7 +5220,7 @@ class Releaser:
     directory is renamed aside as a whole, after a journal that lets a crash be finished.
     """
 
-    CLOSERS, CLOSED_TOGETHER = 2, 32    # threads; descriptors for each at a time
+    CLOSERS, CLOSED_TOGETHER = 4, 16    # threads; descriptors for each at a time
 
     def __init__(self, stream, state_dir):
         self.stream = stream
