@@ -1974,7 +1974,8 @@ mm.Scanner.scan, mm.Watch.stirred = scan, stirred
         self.assertEqual([line for line in done.output.splitlines() if line.startswith('scan')],
                          ['scan after ' + n for n in '0 0 20 20 40'.split()], str(done))
         self.assertEqual(contents(tree(world.target)), {
-            b'top': b'top', b'deep': 'directory', b'deep/er': 'directory', b'deep/er/one': b'deep/er/one more'})
+            b'top': b'top', b'deep': 'directory', b'deep/er': 'directory',
+            b'deep/er/one': b'deep/er/one more'})
         self.assertEqual(tree(world.target), tree(world.source))
 
 
