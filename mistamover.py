@@ -2108,13 +2108,19 @@ def compile_globs(patterns):
     return re.compile(b'|'.join(b'(?:%s)' % t for t in translated)).match
 
 
-def file_system_type(device):
-    """Of a mounted file system, by its st_dev, as /proc/self/mountinfo has it (proc(5)), or None."""
+def mounts():
+    """What is mounted, as bytes for file_system_type(); b'' where nobody can tell."""
+    with contextlib.suppress(OSError), open('/proc/self/mountinfo', 'rb') as table:
+        return table.read()
+    return b''
+
+
+def file_system_type(device, table):
+    """Of a mounted file system, by its st_dev, as mounts() has it (proc(5), mountinfo), or None."""
     number = b'%d:%d' % (os.major(device), os.minor(device))
-    with contextlib.suppress(OSError), open('/proc/self/mountinfo', 'rb') as mounts:
-        for words in map(bytes.split, mounts):
-            if words[2] == number:
-                return words[words.index(b'-') + 1]
+    for words in map(bytes.split, table.splitlines()):
+        if words[2] == number:
+            return words[words.index(b'-') + 1]
     return None
 
 
@@ -2123,8 +2129,9 @@ class Watch:
     that an idle daemon need not scan them.
 
     Where nobody can tell, it says yes: outside Linux, on a file system that others change as
-    well, when there are many directories or the kernel has no watch left.  What makes no event
-    (a mapping, another hard link) is seen by the scan that comes every LOOK_ANYWAY seconds.
+    well, when there are many directories or the kernel has no watch left, or when something
+    was mounted.  What makes no event (a mapping, another hard link) is seen by the scan that
+    comes every LOOK_ANYWAY seconds.  For one thread.
     """
 
     # IN_MODIFY, ATTRIB, CLOSE_WRITE, MOVED_FROM, MOVED_TO, CREATE, DELETE, DELETE_SELF,
@@ -2137,9 +2144,9 @@ class Watch:
         self.root = root
         self.added = 0
         self.fd = None
-        self.place = self.look()
+        self.place, self.mounts = self.look(), mounts()
         if sys.platform.startswith('linux') and self.place and \
-                file_system_type(self.place[0]) in self.LOCAL:
+                file_system_type(self.place[0], self.mounts) in self.LOCAL:
             with contextlib.suppress(ImportError, OSError, AttributeError):
                 import ctypes
                 self.libc = ctypes.CDLL(None)
@@ -2147,7 +2154,7 @@ class Watch:
                 self.fd = fd if fd >= 0 else None
 
     def look(self):
-        """Which directory the name stands for now: something may have been mounted over it."""
+        """Which directory the name stands for now: it may have been replaced."""
         with contextlib.suppress(OSError):
             info = os.stat(self.root)
             return info.st_dev, info.st_ino
@@ -2168,7 +2175,7 @@ class Watch:
 
     def stirred(self):
         """Whether anything happened that was not our own doing, or nobody can tell."""
-        if self.fd is None or self.look() != self.place:
+        if self.fd is None or (self.look(), mounts()) != (self.place, self.mounts):
             return True
         while True:
             try:
@@ -2183,8 +2190,8 @@ class Watch:
 
     def close(self):
         if self.fd is not None:
-            os.close(self.fd)
-            self.fd = None
+            fd, self.fd = self.fd, None     # while it closes, the number is free for others
+            os.close(fd)
 
 
 class Scanner:
@@ -2193,7 +2200,7 @@ class Scanner:
     def __init__(self, stream, stop):
         self.stream = stream
         self.stop = stop
-        self.watch = None           # a Watch to which every directory is added that is read
+        self.watch = None           # the Watch to which a scan adds every directory it reads
         self.root = os.path.join(stream.root, b'')
         self.ignored = compile_globs(stream.ignore)
         self.wanted = compile_globs(stream.only) or (lambda name: True)
@@ -2284,16 +2291,19 @@ class Scanner:
         except OSError:
             return None
 
-    def scan(self):
+    def scan(self, watch=None):
         """Yield an Item for everything that could be sent; one at a time, for there may be a
         million.  Raises TargetError if the directory itself cannot be read (so that an
         unmounted disk is noticed)."""
+        self.watch = watch
         try:
             yield from self.found()
         except OSError as error:
             raise StateError('cannot read the directory %s: %s' % (
                 show(self.stream.directory), error.strerror),
                 'create it or mount it, or set create_directories = yes')
+        finally:
+            self.watch = None       # looks at single names, in other threads, add nothing
 
     def found(self):
         found = self.flat() if self.stream.items == 'files' else self.listing(b'')
@@ -5734,7 +5744,7 @@ class Delivery:
         settler.begin(directory_clock(self.stream), now)
         due, names, gone = [], set(), set(self.failures.items)
         size, key, oldest = 0, ORDER_KEYS[self.stream.order], None
-        for item in self.scanner.scan():
+        for item in self.scanner.scan(self.worker.watch):
             if gone:
                 gone.difference_update(to_text(name) for name in (
                     item.name, item.ready.path if item.ready else item.name))
@@ -6099,7 +6109,8 @@ class Delivery:
 
     def drop_ready(self, entry):
         try:
-            self.releaser.release(Item(entry.path, [entry]), ())
+            if self.releaser.release(Item(entry.path, [entry]), ()):
+                self.result.busy.append(entry.path)
         except ItemError as error:
             self.fail(entry.path, error)
 
@@ -6572,6 +6583,7 @@ class Worker:
         self.progress = Progress(stream, state.status)
         self.failures = Failures(state.failures, stream)
         self.scanner = Scanner(stream, self.stop)
+        self.watch = None               # a daemon's, from the start of a pass to the next
         self.settler = Settler(stream.settle_time)
         self.releaser = Releaser(stream, self.state_dir)
         self.transport = None
@@ -6766,7 +6778,7 @@ class Worker:
         import random
         failures, suspended, share = 0, None, random.random()
         while True:
-            self.scanner.watch = Watch(self.stream.root)
+            self.watch = Watch(self.stream.root)
             try:
                 result = self.one_pass(True)
                 if suspended:
@@ -6794,12 +6806,12 @@ class Worker:
                 self.trouble(error, failures, pause)
                 self.stop.rest(pause)
             finally:
-                self.scanner.watch.close()
+                self.watch.close()
 
     def rest_while_quiet(self):
         """A scan of what nobody touched would find what the last one found."""
         until = time.monotonic() + LOOK_ANYWAY
-        while time.monotonic() < until and not self.scanner.watch.stirred():
+        while time.monotonic() < until and not self.watch.stirred():
             self.progress.enter('idle')
             self.stop.rest(self.stream.pause_time)
 

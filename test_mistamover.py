@@ -1659,6 +1659,19 @@ class Companions(Doctored):
                     del expected[b'x.done']
                 self.assertEqual(contents(tree(world.target)), expected)
 
+    def test_a_ready_file_that_is_open_for_writing_waits_and_is_named(self):
+        world = self.world('local', ready_file='{name}.done', ready_file_send='no')
+        write(os.path.join(world.source, 'x'), b'x')
+        write(os.path.join(world.source, 'x.done'), b'')
+        other = os.path.join(world.top, 'another name')
+        os.link(os.path.join(world.source, 'x.done'), other)
+        with open(other, 'a'):
+            done = self.assert_run(world, 0)
+            self.assertIn('still changing or in use, left for the next run: x.done', done.output)
+            self.assertEqual(list(tree(world.source)), [b'x.done'])
+        self.assertNotIn('in use', self.assert_run(world, 0).output)
+        self.assertEqual((tree(world.source), contents(tree(world.target))), ({}, {b'x': b'x'}))
+
     def test_the_ready_file_goes_where_its_item_went(self):
         world = self.world('local', ready_file='{name}.done')
         world.configure(ready_file='{name}.done', target_dir=world.target + '/%Y')
@@ -1881,7 +1894,7 @@ class Watching(Doctored):
     """An idle daemon does not scan what nobody touched."""
 
     def setUp(self):
-        system = mm.file_system_type(os.stat(BASE).st_dev)
+        system = mm.file_system_type(os.stat(BASE).st_dev, mm.mounts())
         if system not in mm.Watch.LOCAL:
             self.skipTest('no inotify is trusted on %s: set TMPDIR' % system)
 
@@ -1947,6 +1960,26 @@ class Watching(Doctored):
         watch.add(b'/proc')                 # another file system below this one
         self.assertTrue(watch.stirred())
 
+    def test_what_is_mounted_is_noticed_though_it_makes_no_event(self):
+        for name in (b'', b'sub'):
+            top, watch = self.watched()
+            place = os.path.join(top, name)
+            if subprocess.call(['mount', '-t', 'tmpfs', 'tmpfs', place], stderr=subprocess.DEVNULL):
+                self.skipTest('this account may not mount')
+            self.addCleanup(subprocess.call, ['umount', place], stderr=subprocess.DEVNULL)
+            self.assertTrue(watch.stirred(), name)
+
+    def test_a_look_at_one_name_adds_nothing(self):
+        world = self.world('local')
+        write(os.path.join(world.source, 'day', 'file'), b'file')
+        scanner = mm.Scanner(mm.load_config(world.ini, mm.TRANSPORTS).streams[0], mm.StopRequest())
+        watch = mm.Watch(world.source)
+        self.addCleanup(watch.close)
+        self.assertEqual([item.name for item in scanner.scan(watch)], [b'day'])
+        self.assertEqual(watch.added, 2)
+        scanner.look(b'day')        # as another thread does while that of the scan goes on
+        self.assertEqual(watch.added, 2)
+
     def test_a_settled_mirror_is_scanned_when_something_came_and_else_not(self):
         world = self.world('local')
         world.configure(transfer_mode='mirror', items='files', pause_time='0.01s', mirror_delete='yes')
@@ -1955,9 +1988,9 @@ class Watching(Doctored):
         done = self.doctored(world, """
 import os, signal
 real_scan, real_stirred, asked = mm.Scanner.scan, mm.Watch.stirred, []
-def scan(self):
+def scan(self, watch):
     print('scan after', len(asked))
-    return real_scan(self)
+    return real_scan(self, watch)
 def stirred(self):
     asked.append(1)
     if len(asked) == 20:
