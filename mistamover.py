@@ -4157,7 +4157,7 @@ class ScpTransport(SshStaging):
         talk = Dialogue(self.ssh.command() + ['--', self.stream.target_host, 'exec sh -s'], self.stop,
                         self.stream.stall_timeout, lambda t: (b'echo %s\n' % t, t + b'\n'),
                         self.lock_fds)
-        self.batches, self.arrived, self.batch_patience = 0, None, 0
+        self.batches, self.batch_patience = 0, 0
         self.run_id = random_hex(4)    # what an older run staged is never taken for ours
         talk.ask(b'LC_ALL=C; export LC_ALL; umask 022\n' + self.HASH)
         return talk
@@ -4203,19 +4203,18 @@ class ScpTransport(SshStaging):
         import shutil
         spool = os.path.join(to_bytes(self.stream.spool), b'scp')
         shutil.rmtree(spool, ignore_errors=True)
-        trees = []
-        for job in jobs:
+        trees = collections.Counter()       # bytes on the line for each
+        for number, job in enumerate(jobs):
             try:
-                tree = os.path.join(spool, b'%d' % (len(trees) % self.stream.parallel),
-                                    self.batch_name())
+                tree = os.path.join(spool, b'%d' % (number % self.stream.parallel), self.batch_name())
                 link = os.path.join(tree, job.entry.path)
                 os.makedirs(os.path.dirname(link), 0o700, exist_ok=True)
                 os.symlink(os.path.join(batch.root, job.entry.path), link)
-                trees.append(tree)
+                trees[tree] += job.entry.size + (4 << 10)       # and what scp says about it
             except OSError as error:
                 raise StateError('cannot write to the spool %s: %s' % (show(spool), error.strerror))
         try:
-            if not self.copy_trees(sorted(set(trees))):
+            if not self.copy_trees(trees):
                 for job in jobs:            # a full disk leaves holes of the right size
                     job.hashed = True
         finally:
@@ -4231,15 +4230,17 @@ class ScpTransport(SshStaging):
         host = to_bytes('[%s]' % self.stream.target_host if ':' in self.stream.target_host
                         else self.stream.target_host)
         target = b'%s:%s/' % (host, os.path.join(base, self.area))
-        limit = ['-l', str(max(1, self.stream.bandwidth_limit * 8 // 1024 // len(trees)))] \
-            if self.stream.bandwidth_limit else []
         failures, codes = [], {}
 
         def copy(tree):
+            limit = []
+            if self.stream.bandwidth_limit:     # shared so that all end together
+                share = trees[tree] / sum(trees.values())
+                limit = ['-l', '%d' % max(1, self.stream.bandwidth_limit * 8 / 1024 * share)]
             try:
                 done = run([self.stream.scp_command, '-q', '-p', '-r'] + limit + self.ssh.options() +
                            ['--', tree, target], self.stop, self.stream.stall_timeout,
-                           keep_fds=self.lock_fds, alive=self.growing)
+                           keep_fds=self.lock_fds, alive=self.growth())
                 codes[tree] = done.code
                 if done.code == 255:
                     raise TargetError('scp to %s broke off: %s' % (target_of(self.stream), done.errors))
@@ -4255,15 +4256,21 @@ class ScpTransport(SshStaging):
             raise failures[0]
         return not any(codes.values())
 
-    def growing(self):
-        """scp is silent while it works: whether more has arrived since this was asked last."""
-        before = self.arrived
-        try:
-            lines = self.talk.ask(b'du -sk %s\n' % self.words([self.area]))
-        except TargetError:
-            return False
-        self.arrived = lines and lines[0].split()[0]
-        return self.arrived != before
+    def growth(self):
+        """scp is silent while it works; this makes a function for one of them that tells
+        whether more has arrived since it was asked last."""
+        arrived = None
+
+        def growing():
+            nonlocal arrived
+            before = arrived
+            try:
+                lines = self.talk.ask(b'du -sk %s\n' % self.words([self.area]))
+            except TargetError:
+                return False
+            arrived = lines and lines[0].split()[0]
+            return arrived != before
+        return growing
 
     def measure(self, paths, hashed):
         """Sizes by wc or hashes by sha256sum, which prove the size as well."""

@@ -2619,6 +2619,11 @@ mm.%s = dying
         originals = self.many(world, 1, 8 << 20)
         self.assert_all_delivered(world, originals, world.run('--once'))
 
+    def test_several_scp_that_work_side_by_side_are_no_silence(self):
+        world = self.world('scp', parallel='6', bandwidth_limit='2M', stall_timeout='2s', retry_count='1')
+        originals = self.many(world, 6, 3 << 20)
+        self.assert_all_delivered(world, originals, world.run('--once'))
+
     @on_sites('rsync_ssh', 'rsync_native')
     def test_a_line_cut_in_the_middle_keeps_what_was_not_proven(self, site):
         world = self.world(site)
