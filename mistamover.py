@@ -2142,11 +2142,11 @@ class Watch:
 
     def __init__(self, root):
         self.root = root
-        self.added = 0
+        self.added = set()          # directories
+        self.local = {}             # st_dev -> whether nobody else changes that file system
         self.fd = None
         self.place, self.mounts = self.look(), mounts()
-        if sys.platform.startswith('linux') and self.place and \
-                file_system_type(self.place[0], self.mounts) in self.LOCAL:
+        if sys.platform.startswith('linux'):
             with contextlib.suppress(ImportError, OSError, AttributeError):
                 import ctypes
                 self.libc = ctypes.CDLL(None)
@@ -2161,17 +2161,22 @@ class Watch:
         return None
 
     def add(self, path):
-        """To be called before the directory is read."""
-        if self.fd is None:
+        """To be called before the directory, or anything in it, is looked at."""
+        if self.fd is None or path in self.added:
             return
-        self.added += 1
-        try:
-            known = self.added <= self.MOST and os.lstat(path).st_dev == self.place[0] and \
-                self.libc.inotify_add_watch(self.fd, path, self.EVENTS) >= 0
-        except OSError:
-            known = False
-        if not known:
+        self.added.add(path)
+        if len(self.added) > self.MOST or not self.is_local(path) or \
+                self.libc.inotify_add_watch(self.fd, path, self.EVENTS) < 0:
             self.close()
+
+    def is_local(self, path):
+        try:
+            device = os.stat(path).st_dev
+        except OSError:
+            return False
+        if device not in self.local:
+            self.local[device] = file_system_type(device, self.mounts) in self.LOCAL
+        return self.local[device]
 
     def stirred(self):
         """Whether anything happened that was not our own doing, or nobody can tell."""
@@ -2706,8 +2711,12 @@ class Transport:
         """Which of these names stand in target_dir.  Raises TargetError if it is missing."""
         raise NotImplementedError
 
-    def stands(self, _item, _subdir):
-        """Mirrors: whether all of an item is at the target already, where a look can tell."""
+    def stands(self, _item, _subdir, watch):
+        """Mirrors: whether all of an item is at the target already, where a look can tell.
+        watch: the directories looked at are added to it, None if nobody wants to know; where
+        it cannot tell what happens at the target, it is closed."""
+        if watch:
+            watch.close()
         return False
 
     def send(self, batch, ready):
@@ -3160,9 +3169,11 @@ class LocalTransport(Staging):
                 except (Changed, ItemError) as error:
                     job.error = error
 
-    def stands(self, item, subdir):
-        return all(self.looks_like(e, os.path.join(subdir, e.path) if subdir else e.path)
-                   for e in item.entries)
+    def stands(self, item, subdir, watch):
+        finals = [os.path.join(subdir, e.path) if subdir else e.path for e in item.entries]
+        for final in finals if watch else ():
+            watch.add(self.base + os.path.dirname(final))
+        return all(map(self.looks_like, item.entries, finals))
 
     def looks_like(self, entry, final):
         """Mirror: equal by kind, size and mtime, like rsync's quick check; a link by its aim."""
@@ -5786,7 +5797,7 @@ class Delivery:
 
     def stands(self, item):
         """Mirror: nothing is to be done for it, as a look at the target tells."""
-        return self.stream.mirror and self.transport.stands(item, self.dated(item))
+        return self.stream.mirror and self.transport.stands(item, self.dated(item), self.worker.watch)
 
     def clash(self, row, names):
         """A directory `a` beside a file `a.zip`: both would be a.zip at the target."""
@@ -6816,7 +6827,7 @@ class Worker:
                 self.watch.close()
 
     def rest_while_quiet(self):
-        """A scan of what nobody touched would find what the last one found."""
+        """A look at what nobody touched would find what the last one found."""
         until = time.monotonic() + LOOK_ANYWAY
         while time.monotonic() < until and not self.watch.stirred():
             self.progress.enter('idle')

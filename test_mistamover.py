@@ -1950,7 +1950,7 @@ class Watching(Doctored):
         self.assertTrue(watch.stirred())
 
     def test_where_nobody_can_tell_it_says_yes(self):
-        for directories in ((b'missing',), (b'', b'a'), [b''] * (mm.Watch.MOST + 1)):
+        for directories in ((b'missing',), (b'', b'a'), [b'./' * n for n in range(mm.Watch.MOST + 1)]):
             self.assertTrue(self.watched(*directories)[1].stirred(), directories[0])
         for place in (b'/proc', os.path.join(mm.to_bytes(BASE), b'no', b'where')):
             watch = mm.Watch(place)
@@ -1976,11 +1976,30 @@ class Watching(Doctored):
         watch = mm.Watch(world.source)
         self.addCleanup(watch.close)
         self.assertEqual([item.name for item in scanner.scan(watch)], [b'day'])
-        self.assertEqual(watch.added, 2)
+        self.assertEqual(len(watch.added), 2)
         scanner.look(b'day')        # as another thread does while that of the scan goes on
-        self.assertEqual(watch.added, 2)
+        self.assertEqual(len(watch.added), 2)
 
-    def test_a_settled_mirror_is_scanned_when_something_came_and_else_not(self):
+    def test_a_mirror_whose_target_cannot_be_watched_is_scanned_after_each_pause(self):
+        world = self.world('rsync_native')
+        world.configure(transfer_mode='mirror', pause_time='0.01s')
+        write(os.path.join(world.source, 'item'), b'item')
+        done = self.doctored(world, """
+import os, signal
+real, passes = mm.Worker.one_pass, []
+def one_pass(self, patient):
+    passes.append(1)
+    if len(passes) == 4:
+        os.unlink(os.path.join(TARGET, 'item'))
+    if len(passes) == 6:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return real(self, patient)
+mm.Worker.one_pass = one_pass
+""", '--daemon')
+        self.assertEqual(done.code, 143, str(done))
+        self.assertEqual(contents(tree(world.target)), {b'item': b'item'})
+
+    def test_a_settled_mirror_is_scanned_when_something_came_or_went_and_else_not(self):
         world = self.world('local')
         world.configure(transfer_mode='mirror', items='files', pause_time='0.01s', mirror_delete='yes')
         for name in ('top', 'deep/er/one', 'deep/two'):
@@ -1999,13 +2018,15 @@ def stirred(self):
     if len(asked) == 40:
         os.unlink(os.path.join(SOURCE, 'deep/two'))
     if len(asked) == 60:
+        os.unlink(os.path.join(TARGET, 'deep/er/one'))
+    if len(asked) == 80:
         os.kill(os.getpid(), signal.SIGTERM)
     return real_stirred(self)
 mm.Scanner.scan, mm.Watch.stirred = scan, stirred
 """, '--daemon')
         self.assertEqual(done.code, 143, str(done))
         self.assertEqual([line for line in done.output.splitlines() if line.startswith('scan')],
-                         ['scan after ' + n for n in '0 0 20 20 40'.split()], str(done))
+                         ['scan after ' + n for n in '0 0 20 20 40 60 60'.split()], str(done))
         self.assertEqual(contents(tree(world.target)), {
             b'top': b'top', b'deep': 'directory', b'deep/er': 'directory',
             b'deep/er/one': b'deep/er/one more'})
