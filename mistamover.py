@@ -5343,7 +5343,7 @@ class Releaser:
             self.put_back(name, aside, parent)
             return 'changed while it was released'
         self.discard(name, entry.path, aside)
-        if here.st_nlink > 1:
+        if here.st_nlink > 1 and not linked:
             self.changed[(here.st_dev, here.st_ino)] = os.fstat(fd).st_ctime_ns
         return None
 
@@ -5439,6 +5439,7 @@ class Releaser:
         """Remove the private directory, which is empty unless a crash left something in it; on
         NFS what is open keeps a name in it."""
         self.forget_directory()
+        self.changed.clear()            # the next scan sees what is true by then
         for thread in self.closers:
             thread.join(KILL_GRACE)
         top = os.path.join(self.root, RELEASE_DIR)

@@ -2078,6 +2078,26 @@ class Daemons(Doctored):
         process.terminate()
         self.assertEqual(self.ended(process, 5), 143)
 
+    def test_a_pass_leaves_nothing_in_memory_about_what_is_gone(self):
+        for chmod, most in ((None, 0), ('644', 1)):     # a link at the target needs no note at all
+            world = self.world('local', target_chmod=chmod)
+            for number in range(3):
+                write(os.path.join(world.source, 'file%d' % number), b'file')
+            os.link(os.path.join(world.source, 'file0'), os.path.join(world.source, 'twin'))
+            done = self.doctored(world, """
+real = mm.Delivery.leave
+def leave(self):
+    print('noted', len(self.releaser.changed), end=' ')
+    real(self)
+    print('left', len(self.releaser.changed))
+mm.Delivery.leave = leave
+""")
+            self.assertEqual(done.code, 0, str(done))
+            self.assertIn('noted %d left 0' % most, done.output)
+            self.assertEqual(tree(world.source), {})
+            self.assertEqual(contents(tree(world.target)), dict.fromkeys(
+                [b'file0', b'file1', b'file2', b'twin'], b'file'))
+
     def test_background_writes_a_pid_file(self):
         world = self.world('local')
         world.configure('log_file = %s' % os.path.join(world.top, 'the.log'))
