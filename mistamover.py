@@ -3684,7 +3684,7 @@ class Push(Rows):
     def hear(self, piece):
         Rows.hear(self, piece)
         if self.ready and (self.files >= self.PART_FILES or self.size >= self.PART_SIZE):
-            if self.ready(self.batch.part(self.gone), True, False):
+            if self.ready(self.batch.part(self.gone), True, wait=False):
                 self.gone, self.files, self.size = [], 0, 0
 
     def end(self, done):

@@ -1908,7 +1908,7 @@ class Watching(Doctored):
             watch.add(os.path.join(top, name))
         return top, watch
 
-    def test_whatever_happens_is_noticed_once(self):
+    def test_whatever_happens_is_noticed(self):
         def replace(top):
             os.rename(top, top + b'-old')
             shutil.copytree(top + b'-old', top)
