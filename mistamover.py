@@ -1166,15 +1166,28 @@ def check_secrets(config, stream):
         stream.password = read_secret(config, section, stream.password_file)
 
 
-def finish_stream(config, stream, state_dir):
+# target_form of a protocol -> what its target_dir must look like, and how to say so
+TARGET_FORMS = {
+    'path': None,                       # a path on target_host
+    'here': None,                       # a path on this machine
+    'module': (r'[^/]', 'must begin with the name of a module, not with a slash', 'MODULE/path'),
+}
+
+
+def finish_stream(config, stream, protocols, state_dir):
     """Derive what the rest of the program works with."""
+    stream.protocol = protocols.get(stream.transfer_protocol)
+    if stream.protocol is None:
+        config.fail('stream:' + stream.name, 'transfer_protocol',
+                    'unknown protocol %r' % stream.transfer_protocol,
+                    nearest(stream.transfer_protocol, protocols))
     stream.root = to_bytes(stream.directory)
     stream.mirror = stream.transfer_mode == 'mirror'
     stream.move = not stream.mirror
     stream.quarantine_dir = stream.quarantine_dir or os.path.join(stream.directory, '.quarantine')
     stream.spool = os.path.join(state_dir, 'spool', stream.name)
     stream.control_dir = os.path.join(state_dir, stream.name + '.ssh')
-    if stream.transfer_protocol == 'local':
+    if stream.protocol.target_form == 'here':
         home = 'stream:' + stream.name
         home = home if 'target_dir' in config.sections[home] else 'defaults'
         base = os.path.dirname(config.origins[(home, 'target_dir')][0])
@@ -1192,10 +1205,7 @@ def check_stream(config, stream, protocols):
     def fail(option, message, hint=''):
         config.fail(section, option, message, hint)
 
-    protocol = protocols.get(stream.transfer_protocol)
-    if protocol is None:
-        fail('transfer_protocol', 'unknown protocol %r' % stream.transfer_protocol,
-             nearest(stream.transfer_protocol, protocols))
+    protocol = stream.protocol
     if stream.mirror and not protocol.mirrors:
         fail('transfer_mode', 'mirror does not work with %s' % stream.transfer_protocol,
              'use %s, or transfer_mode = move'
@@ -1222,8 +1232,9 @@ def check_stream(config, stream, protocols):
         fail('target_dir', 'must not begin with a dash or hold control characters')
     if '..' in stream.target_dir.split('/'):
         fail('target_dir', 'must not hold ".."', 'write the path it means')
-    if stream.transfer_protocol == 'rsync_native' and stream.target_dir.startswith('/'):
-        fail('target_dir', 'must begin with the name of a module, not with a slash', 'MODULE/path')
+    form = TARGET_FORMS[protocol.target_form]
+    if form and not re.match(form[0], stream.target_dir):
+        fail('target_dir', *form[1:])
     if stream.target_base == '.' != stream.target_dir:
         fail('target_dir', 'must begin with a fixed part', 'dates go below it')
     if stream.mirror_delete and stream.mirror and stream.target_dates:
@@ -1238,9 +1249,9 @@ def overlap(one, two):
     """Whether the targets of two streams are one place or lie in each other, as far as the
     configuration tells."""
     if one.target_host != two.target_host or \
-            (one.transfer_protocol == 'rsync_native') != (two.transfer_protocol == 'rsync_native'):
+            one.protocol.target_form != two.protocol.target_form:
         return False
-    if not one.target_host:
+    if one.protocol.target_form == 'here':
         return lies_below(one.target_base, two.target_base) or lies_below(two.target_base, one.target_base)
     paths = [os.path.join(os.path.normpath(s.target_base), '') for s in (one, two)]
     return paths[0].startswith(paths[1]) or paths[1].startswith(paths[0])
@@ -1258,7 +1269,7 @@ def check_mirror_delete(config, stream):
         if other is not stream and overlap(stream, other):
             fail('would delete what stream %s brings to the same place' % other.name,
                  'give each its own target_dir')
-    if stream.transfer_protocol == 'local':
+    if stream.protocol.target_form == 'here':
         settings = config.settings
         kept = [settings.state_dir, settings.log_file, settings.status_page, settings.metrics_file]
         kept += [path for other in config.streams if other is not stream
@@ -1282,7 +1293,7 @@ def check_places(config, state_dir):
                     lies_below(other.directory, stream.directory):
                 config.fail(section, 'directory', 'this and the directory of stream %s lie in each other'
                             % other.name, 'give each stream its own')
-        if stream.transfer_protocol == 'local' and (
+        if stream.protocol.target_form == 'here' and (
                 lies_below(stream.directory, stream.target_base) or
                 lies_below(stream.target_base, stream.directory)):
             config.fail(section, 'target_dir', '%s and directory %s lie in each other' % (
@@ -1349,7 +1360,7 @@ def load_config(path, protocols, names=(), mode=None):
         if stream.pause_time is None:
             stream.pause_time = config.settings.pause_time
         check_secrets(config, stream)
-        finish_stream(config, stream, config.settings.state_dir)
+        finish_stream(config, stream, protocols, config.settings.state_dir)
         config.streams.append(stream)
     if not config.streams:
         config.fail('stream:NAME', None, 'no stream is configured', 'add a [stream:NAME] section')
@@ -2690,6 +2701,7 @@ class Transport:
     mirrors = False             # mirror mode works
     stages = False              # a crash may leave temporary files for tidy()
     keeps_directories = False   # directories travel as they are
+    target_form = 'path'        # what target_dir is: one of TARGET_FORMS
     needs_host = True
     takes_password = False
     overlaps = True             # sending takes so long that the part before is finished meanwhile
@@ -3095,6 +3107,7 @@ class LocalTransport(Staging):
 
     mirrors = True
     keeps_directories = True
+    target_form = 'here'
     needs_host = False
 
     def __init__(self, *args, **kwargs):
@@ -4046,6 +4059,7 @@ class RsyncNative(RsyncTransport):
     """An rsync daemon (rsyncd.conf(5)); target_dir = MODULE/path."""
 
     takes_password = True
+    target_form = 'module'
 
     def secret(self):
         return {'RSYNC_PASSWORD': self.stream.password} if self.stream.password else {}
@@ -6683,8 +6697,7 @@ class Worker:
         make_private_directory(self.state_dir)
         self.lock.acquire()
         self.sweep()
-        self.transport = TRANSPORTS[self.stream.transfer_protocol](
-            self.stream, self.stop, self.progress, self.lock.fds)
+        self.transport = self.stream.protocol(self.stream, self.stop, self.progress, self.lock.fds)
         for record in self.ledger.read(2) if self.stream.zips else ():
             if record.get('stream') == self.stream.name and record.get('snapshot'):
                 self.zipped[record['item']] = record['snapshot'] \
@@ -7219,7 +7232,7 @@ def command_check(config, _args, stop):
             stream.spool = os.path.join(scratch, 'spool')
             stream.control_dir = os.path.join(scratch, 'ssh')   # a running daemon keeps its own
             worker = Worker(stream, State(scratch, config))
-            worker.transport = TRANSPORTS[stream.transfer_protocol](stream, stop, worker.progress)
+            worker.transport = stream.protocol(stream, stop, worker.progress)
             try:
                 for what, answer in check_steps(worker):
                     say('%-12s OK      %s: %s' % (stream.name, what, answer))
@@ -7458,7 +7471,7 @@ def command_print_unit(config, args, _stop):
         paths.append(stream.directory)
         if stream.move:
             paths.append(os.path.dirname(stream.quarantine_dir))
-        if stream.transfer_protocol == 'local':
+        if stream.protocol.target_form == 'here':
             paths.append(stream.target_base)
     unique = list(collections.OrderedDict.fromkeys(paths))
     say(UNIT % dict(command=' '.join(unit_word(word) for word in words), paths='\n'.join(
