@@ -26,11 +26,14 @@ import contextlib
 import email
 import errno
 import functools
+import glob
+import grp
 import hashlib
 import html.parser
 import itertools
 import json
 import os
+import pwd
 import queue
 import random
 import re
@@ -258,10 +261,48 @@ def find_program(name):
     return shutil.which(name, path=os.environ.get('PATH', '') + ':/usr/sbin:/sbin')
 
 
+def servers_folder():
+    """Where .ci/servers unpacked the servers that Debian would not install beside each other."""
+    places = ['/var/cache/mistamover-servers', os.path.expanduser('~/.cache/mistamover-servers')]
+    places.insert(0, os.environ.get('MISTAMOVER_TEST_SERVERS', places[0]))
+    return next((place for place in places if os.path.isdir(place)), places[0])
+
+
+FOLDER = servers_folder()
+PROGRAMS = os.path.join(HERE, '.ci', 'servers.d')       # servers of a few lines, by foreign libraries
+
+
+def installed(what):
+    """A program on PATH, or, with a slash, a file below FOLDER (a pattern); None if it is missing."""
+    if '/' in what:
+        return next(iter(glob.glob(os.path.join(FOLDER, what))), None)
+    return find_program(what)
+
+
+def ftp_ids():
+    """The account that FTP servers work as when root starts them: the one Debian's vsftpd makes."""
+    if os.getuid():
+        return os.getuid(), os.getgid()
+    try:
+        entry = pwd.getpwnam('ftp')
+        return entry.pw_uid, entry.pw_gid
+    except KeyError:
+        return os.getuid(), os.getgid()
+
+
+def hashed(password):
+    """As crypt(3) knows it."""
+    return subprocess.check_output(['openssl', 'passwd', '-6', '-stdin'],
+                                   input=password.encode()).decode().strip()
+
+
 class Server:
     """A real server on loopback with its own keys, port and directory; ended by pid."""
 
-    needs = ()          # (program, Debian package)
+    needs = ()              # (program or pattern below FOLDER, Debian package or None: .ci/servers)
+    needs_root = False
+    user = 'mover'
+    password = 'open sesame $5 %d'
 
     def __init__(self):
         self.port = free_port()
@@ -273,8 +314,11 @@ class Server:
     def start(self):
         with open(self.log, 'ab') as log:
             self.process = subprocess.Popen(self.command(), stdin=subprocess.DEVNULL, stdout=log,
-                                            stderr=log, start_new_session=True)
+                                            stderr=log, start_new_session=True, env=self.environment())
         wait_for(self.answers, 'the server ' + type(self).__name__)
+
+    def environment(self):
+        return None             # as it is
 
     def answers(self):
         if self.process.poll() is not None:
@@ -340,7 +384,6 @@ class SftpOnly(Sshd):
 
 class RsyncDaemon(Server):
     needs = (('rsync', 'rsync'),)
-    password = 'open sesame $5 %d'
 
     def prepare(self):
         secrets = self.file('secrets', 'mover:%s\n' % self.password)
@@ -358,8 +401,8 @@ class RsyncDaemon(Server):
 
 class Vsftpd(Server):
     needs = (('vsftpd', 'vsftpd'),)
+    user = 'anonymous'
     password = 'mover@example.org'
-    tls = ''
 
     def prepare(self):
         emails = self.file('emails', self.password + '\n')
@@ -404,16 +447,127 @@ class VsftpdExpired(VsftpdTls):
     days = '-1'
 
 
+class ProFtpd(Server):
+    """ProFTPD as Debian configures it: AllowOverwrite on, AllowStoreRestart off."""
+
+    needs = (('root/usr/sbin/proftpd', None), ('openssl', 'openssl'))
+    lines = ('AllowOverwrite on',)
+
+    def prepare(self):
+        uid, gid = ftp_ids()
+        users = self.file('users', 'mover:%s:%d:%d::%s:/bin/false\n' % (
+            hashed(self.password), uid, gid, BASE))
+        groups = self.file('groups', 'mover:x:%d:\n' % gid)
+        self.config = self.file('proftpd.conf', '\n'.join((
+            'ModulePath ' + os.path.join(FOLDER, 'root/usr/lib/proftpd'), 'ServerName mover',
+            'DefaultAddress 127.0.0.1', 'Port %d' % self.port, 'SocketBindTight on', 'UseIPv6 off',
+            'User ' + pwd.getpwuid(uid).pw_name, 'Group ' + grp.getgrgid(gid).gr_name,
+            'AuthOrder mod_auth_file.c', 'AuthUserFile ' + users, 'AuthGroupFile ' + groups,
+            'RequireValidShell off', 'UseReverseDNS off', 'WtmpLog off',
+            'PidFile %s/pid' % self.top, 'ScoreboardFile %s/scoreboard' % self.top, 'TransferLog none',
+            'DelayTable %s/delay' % self.top, 'Umask 022 022', 'DefaultRoot ~', 'MaxInstances 100',
+            'DenyFilter \\*.*/', '<IfModule mod_delay.c>', 'DelayEngine off', '</IfModule>',
+            '<IfModule mod_ctrls.c>', 'ControlsEngine off', '</IfModule>') + self.lines) + '\n')
+
+    def environment(self):
+        return dict(os.environ, LD_LIBRARY_PATH=os.path.join(FOLDER, 'root/usr/lib/x86_64-linux-gnu'))
+
+    def command(self):
+        return [installed('root/usr/sbin/proftpd'), '-n', '-q', '-c', self.config]
+
+
+class ProFtpdUpstream(ProFtpd):
+    """As its makers configure it: nothing is overwritten, nothing is resumed."""
+
+    lines = ()
+
+
+class ProFtpdSizeLimit(ProFtpd):
+    lines = ('AllowOverwrite on', 'AllowStoreRestart on', 'MaxStoreFileSize 100 Kb')
+
+
+class ProFtpdEncoding(ProFtpd):
+    """The names of clients are taken for Latin-1 and stored as UTF-8."""
+
+    lines = ('AllowOverwrite on', '<IfModule mod_lang.c>', 'UseEncoding UTF-8 ISO-8859-1', '</IfModule>')
+
+
+class PureFtpd(Server):
+    needs = (('root/usr/sbin/pure-ftpd', None), ('openssl', 'openssl'))
+    needs_root = True           # it changes to the account and into its home
+
+    def prepare(self):
+        uid, gid = ftp_ids()
+        users = self.file('users', 'mover:%s:%d:%d::%s/./::::::::::::\n' % (
+            hashed(self.password), uid, gid, BASE))
+        self.users = os.path.join(self.top, 'users.pdb')
+        subprocess.check_call([installed('root/usr/bin/pure-pw'), 'mkdb', self.users, '-f', users])
+
+    def command(self):
+        return [installed('root/usr/sbin/pure-ftpd'), '-S', '127.0.0.1,%d' % self.port, '-l',
+                'puredb:' + self.users, '-E', '-H', '-u', '1', '-g', os.path.join(self.top, 'pid')]
+
+
+class Script(Server):
+    """A server of a few lines beside the tests, made with somebody's library."""
+
+    program = None              # its name in .ci/servers.d
+
+    def prepare(self):
+        pass
+
+    def arguments(self):
+        return [BASE, self.password]
+
+    def command(self):
+        run = 'node' if self.program.endswith('.js') else os.path.join(FOLDER, 'venv/bin/python')
+        return [run, os.path.join(PROGRAMS, self.program), str(self.port)] + self.arguments()
+
+    def environment(self):
+        return dict(os.environ, NODE_PATH=os.path.join(FOLDER, 'npm/node_modules'))
+
+
+class PyFtpdLib(Script):
+    needs = (('venv/lib/python3*/site-packages/pyftpdlib', None),)
+    program = 'ftp_pyftpdlib.py'
+
+
+class TwistedFtp(Script):
+    needs = (('venv/lib/python3*/site-packages/twisted', None),)
+    program = 'ftp_twisted.py'
+
+
+class AioFtp(Script):
+    needs = (('venv/lib/python3*/site-packages/aioftp', None),)
+    program = 'ftp_aioftp.py'
+
+
+class FtpSrv(Script):
+    needs = (('npm/node_modules/ftp-srv', None), ('node', 'nodejs'))
+    program = 'ftp_srv.js'
+
+
+class NpmFtpd(Script):
+    needs = (('npm/node_modules/ftpd', None), ('node', 'nodejs'))
+    program = 'ftpd.js'
+
+
 CLASSES = {'sshd': Sshd, 'sftp': SftpOnly, 'rsyncd': RsyncDaemon, 'ftp': Vsftpd, 'ftps': VsftpdTls,
-           'expired': VsftpdExpired}
+           'expired': VsftpdExpired, 'proftpd': ProFtpd, 'proftpd_upstream': ProFtpdUpstream,
+           'proftpd_limit': ProFtpdSizeLimit, 'proftpd_encoding': ProFtpdEncoding, 'pureftpd': PureFtpd,
+           'pyftpdlib': PyFtpdLib, 'twisted': TwistedFtp, 'aioftp': AioFtp, 'ftp_srv': FtpSrv,
+           'npm_ftpd': NpmFtpd}
 
 
 def server(name):
     """The running server of that name, started at first use; skips the test without it."""
-    missing = [package for program, package in CLASSES[name].needs if not find_program(program)]
+    missing = {package for what, package in CLASSES[name].needs if not installed(what)}
     if missing:
-        MISSING[name] = 'apt-get install ' + ' '.join(sorted(set(missing)))
-        raise unittest.SkipTest('%s is not installed' % name)
+        MISSING[name] = ' and '.join(sorted(
+            'apt-get install ' + package if package else 'run .ci/servers' for package in missing))
+        raise unittest.SkipTest('%s is not installed (%s)' % (name, MISSING[name]))
+    if CLASSES[name].needs_root and os.getuid():
+        raise unittest.SkipTest('%s needs root' % name)
     with STARTED:
         if name not in SERVERS:
             SERVERS[name] = CLASSES[name]()
@@ -488,7 +642,7 @@ class Ftp(Site):
     def options(self, world):
         ftpd = server(self.needs)
         return {'transfer_protocol': 'ftp', 'target_host': '127.0.0.1', 'target_port': ftpd.port,
-                'username': 'anonymous', 'password': ftpd.password,
+                'username': ftpd.user, 'password': ftpd.password,
                 'tls': 'yes' if self.needs == 'ftps' else None,
                 'target_dir': os.path.relpath(world.target, BASE)}
 
@@ -504,6 +658,13 @@ SITES = {site.name: site for site in (
     Ftp('ftp', 'ftp'),
     Ftp('ftps', 'ftps'),
 )}
+STANDARD = list(SITES)          # what every test is about; the others are for the contract suite
+SITES.update((site.name, site) for site in (
+    Ftp('proftpd', 'proftpd'), Ftp('proftpd_upstream', 'proftpd_upstream'),
+    Ftp('proftpd_limit', 'proftpd_limit'), Ftp('proftpd_encoding', 'proftpd_encoding'),
+    Ftp('pureftpd', 'pureftpd'), Ftp('pyftpdlib', 'pyftpdlib'), Ftp('twisted', 'twisted'),
+    Ftp('aioftp', 'aioftp'), Ftp('ftp_srv', 'ftp_srv'), Ftp('npm_ftpd', 'npm_ftpd'),
+))
 
 
 def spread(cls):
@@ -523,7 +684,7 @@ ONE_EACH = ('local', 'rsync_ssh', 'rsync_native', 'scp', 'sftp', 'ftp')
 
 def on_sites(*names):
     def mark(method):
-        method.sites = names or list(SITES)
+        method.sites = names or STANDARD
         return method
     return mark
 
@@ -1008,16 +1169,6 @@ setattr(cls, verb, damaging)
         (name, content), = target.items()
         self.assertRegex(name, rb'^run001\.~\d{8}T\d{6}\.\d{3}Z~$')
         self.assertEqual(content, b'old!')
-
-
-def ftp_ids():
-    """The user vsftpd works as may rename only its own files in some directories."""
-    import pwd
-    try:
-        entry = pwd.getpwnam('ftp')
-        return entry.pw_uid, entry.pw_gid
-    except KeyError:
-        return -1, -1
 
 
 @spread
