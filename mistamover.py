@@ -723,6 +723,43 @@ def kind_ready(text, base):
     return kind_name(text, base)
 
 
+HASH_NAMES = ('sha256', 'sha512', 'sha1', 'md5')
+
+
+def hash_named(text):
+    """The hash that the name of a checksum file tells, or None."""
+    return next((name for name in HASH_NAMES if name in text.lower()), None)
+
+
+def kind_check_file(text, base):
+    """{name}.sha256, a file inside of a directory like {name}/md5sum.txt, or SHA256SUMS for several."""
+    kind_name(text[7:] if text.startswith('{name}/') else text, base)
+    if not hash_named(text):
+        raise ValueError('%r does not tell the hash: one of %s must be in it' % (
+            text, ', '.join(HASH_NAMES)))
+    return text
+
+
+def kind_send_checksum(text, base):
+    if not hash_named(text):
+        raise ValueError('%r does not tell the hash: write e.g. {name}.sha256' % text)
+    return kind_ready(text, base)
+
+
+def kind_suffix(text, base):
+    """What is put behind a name; it neither hides the file nor leads elsewhere."""
+    if not re.match(r'[.~_-]?[\w.~-]*\w[\w.~-]*$', text):
+        raise ValueError('%r is no suffix like .part' % text)
+    return kind_name(text, base)
+
+
+def kind_tls(text, base):
+    """None, 'explicit' or 'implicit'."""
+    if text.lower() in ('implicit', 'explicit'):
+        return text.lower()
+    return 'explicit' if kind_flag(text, base) else None
+
+
 def kind_chmod(text, _base):
     """'640' or 'F640,D750' as (mode of files, mode of directories)."""
     modes = dict(re.findall(r'([FD]?)([0-7]{3,4})(?:,|$)', text))
@@ -792,128 +829,152 @@ def one_of(*words):
 
 
 # default: the text, '' for none, or a pair (in move mode, in mirror mode)
-Option = collections.namedtuple('Option', 'section name kind default text')
+# need: what a stream must be for the option to mean anything: a transfer_mode, or words that its
+# protocol has in `takes`; all of them, '' for any stream
+Option = collections.namedtuple('Option', 'section name kind default need text')
 
 OPTIONS = [Option(*row) for row in (
-    ('mistamover', 'state_dir', kind_path, 'mistamover-state',
+    ('mistamover', 'state_dir', kind_path, 'mistamover-state', '',
      'locks, ledger, status; on a local disk'),
-    ('mistamover', 'log_file', kind_path, '', 'where to log; standard error if empty'),
-    ('mistamover', 'log_level', one_of('debug', 'info', 'warning', 'error'), 'INFO',
+    ('mistamover', 'log_file', kind_path, '', '', 'where to log; standard error if empty'),
+    ('mistamover', 'log_level', one_of('debug', 'info', 'warning', 'error'), 'INFO', '',
      'DEBUG, INFO, WARNING or ERROR'),
-    ('mistamover', 'log_format', one_of('text', 'json', 'journal'), 'text',
+    ('mistamover', 'log_format', one_of('text', 'json', 'journal'), 'text', '',
      'text; json: an object a line; journal: lines for journald or logger --prio-prefix'),
-    ('mistamover', 'log_size', kind_size, '10M', 'log_file is rotated at this size; five are kept'),
-    ('mistamover', 'pause_time', kind_duration, '10s',
+    ('mistamover', 'log_size', kind_size, '10M', '', 'log_file is rotated at this size; five are kept'),
+    ('mistamover', 'pause_time', kind_duration, '10s', '',
      'pause between two scans when nothing was found'),
-    ('mistamover', 'status_page', kind_path, '', 'an HTML page to look at, e.g. status.html'),
-    ('mistamover', 'metrics_file', kind_path, '',
+    ('mistamover', 'status_page', kind_path, '', '', 'an HTML page to look at, e.g. status.html'),
+    ('mistamover', 'metrics_file', kind_path, '', '',
      "numbers for Prometheus's textfile collector, e.g. mistamover.prom"),
-    ('mistamover', 'alert_command', kind_command, '',
+    ('mistamover', 'alert_command', kind_command, '', '',
      'a command (no shell) that gets alerts on its standard input'),
-    ('mistamover', 'stream_files', kind_path, '', 'more files with streams, e.g. streams.d/*.ini'),
+    ('mistamover', 'stream_files', kind_path, '', '', 'more files with streams, e.g. streams.d/*.ini'),
 
-    ('stream', 'directory', kind_path, '', 'the incoming directory to watch (required)'),
-    ('stream', 'status', one_of('running', 'stopped'), 'running', 'running or stopped'),
-    ('stream', 'transfer_protocol', kind_text, 'rsync_ssh',
+    ('stream', 'directory', kind_path, '', '', 'the incoming directory to watch (required)'),
+    ('stream', 'status', one_of('running', 'stopped'), 'running', '', 'running or stopped'),
+    ('stream', 'transfer_protocol', kind_text, 'rsync_ssh', '',
      'local, rsync_ssh, rsync_native, scp, sftp or ftp'),
-    ('stream', 'transfer_mode', one_of('move', 'mirror'), 'move',
+    ('stream', 'transfer_mode', one_of('move', 'mirror'), 'move', '',
      'move deletes the source after the verified delivery; mirror deletes nothing'),
-    ('stream', 'target_host', kind_host, '', 'the host that keeps the data (not for local)'),
-    ('stream', 'target_port', kind_port, '', "the port, if not the protocol's own"),
-    ('stream', 'target_dir', kind_text, '',
+    ('stream', 'target_host', kind_host, '', 'host', 'the host that keeps the data'),
+    ('stream', 'target_port', kind_port, '', 'host', "the port, if not the protocol's own"),
+    ('stream', 'target_dir', kind_text, '', '',
      'where the data goes (required); rsync_native: MODULE/path; may end in dates of the '
      "item's mtime, like data/%Y/%m/%d"),
-    ('stream', 'target_marker', kind_name, '',
+    ('stream', 'target_marker', kind_name, '', '',
      'a file that must exist in target_dir, so that an unmounted disk is not taken for it'),
-    ('stream', 'create_directories', kind_flag, 'no',
+    ('stream', 'create_directories', kind_flag, 'no', '',
      'yes: make a missing directory or target_dir; else a missing one is an error'),
-    ('stream', 'username', kind_user, '', 'login name at the target'),
-    ('stream', 'password', kind_text, '', 'ftp, rsync_native; read raw; the file must be yours alone'),
-    ('stream', 'password_file', kind_path, '', 'file whose first line is the password'),
-    ('stream', 'ssh_key', kind_path, '', 'private key for rsync_ssh, scp and sftp'),
-    ('stream', 'ssh_options', kind_words, '',
+    ('stream', 'username', kind_user, '', 'host', 'login name at the target'),
+    ('stream', 'password', kind_text, '', 'password', 'read raw; the file must be yours alone'),
+    ('stream', 'password_file', kind_path, '', 'password', 'file whose first line is the password'),
+    ('stream', 'ssh_key', kind_path, '', 'ssh', 'private key'),
+    ('stream', 'ssh_options', kind_words, '', 'ssh',
      'more options for ssh, e.g. -o UserKnownHostsFile=/etc/m/known_hosts'),
-    ('stream', 'rsync_options', kind_words, '', 'more options for rsync, e.g. -z'),
-    ('stream', 'tls', kind_flag, 'no', 'ftp: yes = explicit TLS, certificate checked'),
-    ('stream', 'rsync_command', kind_program, 'rsync', 'the rsync program'),
-    ('stream', 'ssh_command', kind_program, 'ssh', 'the ssh program'),
-    ('stream', 'scp_command', kind_program, 'scp', 'the scp program'),
-    ('stream', 'sftp_command', kind_program, 'sftp', 'the sftp program'),
-    ('stream', 'settle_time', kind_duration, '60s',
+    ('stream', 'rsync_options', kind_words, '', 'rsync', 'more options for rsync, e.g. -z'),
+    ('stream', 'tls', kind_tls, 'no', 'tls',
+     'yes: explicit TLS (AUTH TLS); implicit: TLS from the first byte, port 990; certificate checked'),
+    ('stream', 'tls_ca_file', kind_path, '', 'tls',
+     'certificates (PEM) to trust instead of those that the system trusts'),
+    ('stream', 'rsync_command', kind_program, 'rsync', 'rsync', 'the rsync program'),
+    ('stream', 'ssh_command', kind_program, 'ssh', 'ssh', 'the ssh program'),
+    ('stream', 'scp_command', kind_program, 'scp', 'scp', 'the scp program'),
+    ('stream', 'sftp_command', kind_program, 'sftp', 'sftp', 'the sftp program'),
+    ('stream', 'rclone_command', kind_program, 'rclone', 'rclone', 'the rclone program'),
+    ('stream', 'rclone_config', kind_path, '', 'rclone',
+     "rclone's configuration, which must be yours alone; its own default if empty"),
+    ('stream', 'rclone_options', kind_words, '', 'rclone', 'more options for rclone'),
+    ('stream', 'settle_time', kind_duration, '60s', '',
      'an item must have been unchanged for this long before it is sent'),
-    ('stream', 'ready_file', kind_ready, '',
+    ('stream', 'settle_max', kind_duration, '', '',
+     'a file that never rests for settle_time is copied after this time and never released'),
+    ('stream', 'stale_after', kind_duration, '1d', '',
+     'an alert names what has waited for this long, whatever the reason; 0: none'),
+    ('stream', 'ready_file', kind_ready, '', '',
      'e.g. {name}.done: an item is complete only when this exists'),
-    ('stream', 'ready_file_send', kind_flag, 'yes', 'send the ready file too, after its item'),
-    ('stream', 'items', one_of('top', 'files'), 'top',
+    ('stream', 'ready_file_send', kind_flag, 'yes', '', 'send the ready file too, after its item'),
+    ('stream', 'check_file', kind_check_file, '', '',
+     'e.g. {name}.sha256: an item is complete when this exists, and sent only if it agrees with it'),
+    ('stream', 'send_checksum', kind_send_checksum, '', '',
+     'e.g. {name}.sha256: such a file is made and published beside each item'),
+    ('stream', 'items', one_of('top', 'files'), 'top', '',
      'top: each entry of the directory is one item; files: each file below it is one'),
-    ('stream', 'pause_time', kind_duration, '', 'as in [mistamover], for this stream'),
-    ('stream', 'ignore', kind_globs, ('.*, *.tmp, *.part', ''),
+    ('stream', 'pause_time', kind_duration, '', '', 'as in [mistamover], for this stream'),
+    ('stream', 'ignore', kind_globs, ('.*, *.tmp, *.part', ''), '',
      'shell globs of names to leave alone, at any depth'),
-    ('stream', 'only', kind_globs, '*', 'shell globs: only items with such names'),
-    ('stream', 'symlinks', one_of('keep', 'leave'), ('leave', 'keep'),
+    ('stream', 'only', kind_globs, '*', '', 'shell globs: only items with such names'),
+    ('stream', 'symlinks', one_of('keep', 'leave'), ('leave', 'keep'), '',
      'keep: mirror links as links; leave: leave them alone; they are never followed'),
-    ('stream', 'verify', one_of('checksum', 'size'), 'checksum',
-     'checksum: bytes are read back or hashed at the target; size: only their number'),
-    ('stream', 'on_conflict', one_of('backup', 'overwrite', 'refuse'), ('backup', 'overwrite'),
+    ('stream', 'verify', one_of('checksum', 'size', 'accepted'), 'checksum', '',
+     "checksum: bytes are read back or hashed at the target; size: only their number; accepted: the "
+     "server's last answer alone (move: only with keep_delivered)"),
+    ('stream', 'staging', one_of('area', 'beside', 'none'), 'area', 'staging',
+     'where a file is while it is sent: in a hidden directory of ours, beside its final name with '
+     'staging_suffix, or under its final name at once, for all to see'),
+    ('stream', 'staging_suffix', kind_suffix, '.part', 'staging', 'for staging = beside'),
+    ('stream', 'target_uploads_later', one_of('no', 'accepted'), 'no', 'here',
+     'accepted: move to a mount that uploads later (davfs, rclone), where nothing is proven'),
+    ('stream', 'on_conflict', one_of('backup', 'overwrite', 'refuse'), ('backup', 'overwrite'), '',
      'if other content stands there: rename that to NAME.~TIME~, overwrite it, or report'),
-    ('stream', 'directories', one_of('auto', 'keep', 'zip'), 'auto',
+    ('stream', 'directories', one_of('auto', 'keep', 'zip'), 'auto', '',
      'keep them, zip them, or what the protocol can (auto)'),
-    ('stream', 'dir_size_limit', kind_size, '',
+    ('stream', 'dir_size_limit', kind_size, '', 'move',
      'a directory above this size is not zipped but reported'),
-    ('stream', 'remove_directories', kind_flag, 'yes', 'move: no keeps emptied directories'),
-    ('stream', 'target_chmod', kind_chmod, '', 'modes of what arrives: 640, or F640,D750'),
-    ('stream', 'order', one_of('oldest', 'newest', 'name', 'smallest', 'largest'), 'oldest',
+    ('stream', 'remove_directories', kind_flag, 'yes', 'move', 'no keeps emptied directories'),
+    ('stream', 'target_chmod', kind_chmod, '', 'chmod', 'modes of what arrives: 640, or F640,D750'),
+    ('stream', 'order', one_of('oldest', 'newest', 'name', 'smallest', 'largest'), 'oldest', '',
      'what goes first: oldest, newest, name, smallest or largest'),
-    ('stream', 'batch_files', kind_count, ('10000', '1000000'), 'most files in one push'),
-    ('stream', 'batch_size', kind_size, ('2G', '1000T'), 'most bytes in one push (one item may be more)'),
-    ('stream', 'parallel', kind_count, '4', 'connections at a time (ftp, scp)'),
-    ('stream', 'retry_count', kind_count, '3', 'tries of --once; failures before quarantine'),
-    ('stream', 'retry_pause', kind_duration, '5s', 'pause after a failure, doubled each time'),
-    ('stream', 'retry_pause_max', kind_duration, '5m', 'longest pause after a failure'),
-    ('stream', 'connect_timeout', kind_limit, '20s', 'to reach the target'),
-    ('stream', 'stall_timeout', kind_limit, '2m', 'no progress for this long ends the attempt'),
-    ('stream', 'bandwidth_limit', kind_size, '', 'bytes per second'),
-    ('stream', 'transfer_window', kind_window, '', 'local hours to send in, e.g. 20:00-06:00'),
-    ('stream', 'quarantine_dir', kind_path, '', 'move: default DIRECTORY/.quarantine'),
-    ('stream', 'quarantine_after', kind_duration, '1d',
+    ('stream', 'batch_files', kind_count, ('10000', '1000000'), '', 'most files in one push'),
+    ('stream', 'batch_size', kind_size, ('2G', '1000T'), '', 'most bytes in one push (one item may be more)'),
+    ('stream', 'parallel', kind_count, '4', 'parallel', 'connections at a time'),
+    ('stream', 'retry_count', kind_count, '3', '', 'tries of --once; failures before quarantine'),
+    ('stream', 'retry_pause', kind_duration, '5s', '', 'pause after a failure, doubled each time'),
+    ('stream', 'retry_pause_max', kind_duration, '5m', '', 'longest pause after a failure'),
+    ('stream', 'connect_timeout', kind_limit, '20s', 'network', 'to reach the target'),
+    ('stream', 'stall_timeout', kind_limit, '2m', '', 'no progress for this long ends the attempt'),
+    ('stream', 'bandwidth_limit', kind_size, '', '', 'bytes per second'),
+    ('stream', 'transfer_window', kind_window, '', '', 'local hours to send in, e.g. 20:00-06:00'),
+    ('stream', 'quarantine_dir', kind_path, '', 'move', 'default DIRECTORY/.quarantine'),
+    ('stream', 'quarantine_after', kind_duration, '1d', 'move',
      'an item that failed by its own fault retry_count times over this long goes there'),
-    ('stream', 'stop_file', kind_name, '.stop',
+    ('stream', 'stop_file', kind_name, '.stop', '',
      'in directory or target_dir, it suspends the stream until it is gone'),
-    ('stream', 'mirror_delete', kind_flag, 'no',
-     'mirror: delete at the target what is gone here; an empty directory deletes nothing'),
-    ('stream', 'after_delivery', kind_command, '',
+    ('stream', 'mirror_delete', kind_flag, 'no', 'mirror',
+     'delete at the target what is gone here; an empty directory deletes nothing'),
+    ('stream', 'after_delivery', kind_command, '', '',
      'a command (no shell) run after each batch, with the names on its standard input'),
-    ('stream', 'after_delivery_format', one_of('nul', 'json'), 'nul',
+    ('stream', 'after_delivery_format', one_of('nul', 'json'), 'nul', '',
      'nul: names, each ended by a NUL; json: the ledger line of each'),
-    ('stream', 'priority', kind_number, '100',
+    ('stream', 'priority', kind_number, '100', '',
      'at or below base_priority, senders into directory are stopped when its disk is low'),
-    ('stream', 'deletion_enabled', kind_flag, 'no',
+    ('stream', 'deletion_enabled', kind_flag, 'no', 'move',
      'yes: at level_vlow the oldest copies of keep_delivered are deleted early'),
-    ('stream', 'keep_delivered', kind_duration, '0',
-     'move: keep what was released in DIRECTORY/.delivered for this long'),
+    ('stream', 'keep_delivered', kind_duration, '0', 'move',
+     'keep what was released in DIRECTORY/.delivered for this long'),
 
-    ('email', 'from', kind_mail, '', 'the sender of alerts'),
-    ('email', 'recipient', kind_mails, '', 'who gets them: addresses separated by commas'),
-    ('email', 'subject', kind_text, 'MiStaMover', 'how the subject begins'),
-    ('email', 'smarthost', kind_host, '', 'the mail server; no mail is sent without one'),
-    ('email', 'port', kind_port, '25', 'its port'),
-    ('email', 'tls', one_of('no', 'starttls', 'tls'), 'no', 'no, starttls or tls; certificate checked'),
-    ('email', 'username', kind_text, '', 'login name at the mail server (with tls only)'),
-    ('email', 'password_file', kind_path, '', 'file whose first line is the password'),
-    ('email', 'threshold', one_of('info', 'warning', 'error'), 'info',
+    ('email', 'from', kind_mail, '', '', 'the sender of alerts'),
+    ('email', 'recipient', kind_mails, '', '', 'who gets them: addresses separated by commas'),
+    ('email', 'subject', kind_text, 'MiStaMover', '', 'how the subject begins'),
+    ('email', 'smarthost', kind_host, '', '', 'the mail server; no mail is sent without one'),
+    ('email', 'port', kind_port, '25', '', 'its port'),
+    ('email', 'tls', one_of('no', 'starttls', 'tls'), 'no', '', 'no, starttls or tls; certificate checked'),
+    ('email', 'username', kind_text, '', '', 'login name at the mail server (with tls only)'),
+    ('email', 'password_file', kind_path, '', '', 'file whose first line is the password'),
+    ('email', 'threshold', one_of('info', 'warning', 'error'), 'info', '',
      'least level of an alert: info (good news too), warning or error; also for alert_command'),
-    ('email', 'digest_time', kind_duration, '15m',
+    ('email', 'digest_time', kind_duration, '15m', '',
      'the first alert goes at once; what follows within this time goes together'),
-    ('email', 'heartbeat', kind_clock, '', 'time of a daily mail that all is well, e.g. 08:00'),
+    ('email', 'heartbeat', kind_clock, '', '', 'time of a daily mail that all is well, e.g. 08:00'),
 
-    ('disk_space_monitor', 'level_good', kind_level, '',
+    ('disk_space_monitor', 'level_good', kind_level, '', '',
      'free space at the incoming directories, as 20% or 50G: above it, senders go on'),
-    ('disk_space_monitor', 'level_low', kind_level, '', 'below it, senders are stopped'),
-    ('disk_space_monitor', 'level_vlow', kind_level, '',
+    ('disk_space_monitor', 'level_low', kind_level, '', '', 'below it, senders are stopped'),
+    ('disk_space_monitor', 'level_vlow', kind_level, '', '',
      'below it, kept copies are deleted where deletion_enabled says so'),
-    ('disk_space_monitor', 'base_priority', kind_number, '100',
+    ('disk_space_monitor', 'base_priority', kind_number, '100', '',
      'streams of at most this priority are concerned'),
-    ('disk_space_monitor', 'poll_interval', kind_duration, '60s', 'how often free space is looked at'),
+    ('disk_space_monitor', 'poll_interval', kind_duration, '60s', '', 'how often free space is looked at'),
 )]
 
 REQUIRED = ('directory', 'target_dir')
@@ -1086,6 +1147,17 @@ def make_interpolator(config):
     return text_of
 
 
+def value_of(option, text, base, mode):
+    """(value, text) of an option from its text, or from its default.  Raises ValueError."""
+    if text is None or not text and option.kind is not kind_globs:
+        text = default_of(option, mode)
+    if re.search(r'[\0-\037]', text) and option.kind not in LISTS:
+        raise ValueError('goes on in the next line: an indented line continues the one before')
+    if option.kind is kind_path and re.search(r'\s[;#]', text):
+        raise ValueError('holds a comment: give it a line of its own')
+    return option.kind(text, base) if text or option.kind in LISTS else None, text
+
+
 def read_section(config, section, kind, text_of, mode=None):
     """The values of a section: its own text, else [defaults], else the table."""
     values = {}
@@ -1097,20 +1169,45 @@ def read_section(config, section, kind, text_of, mode=None):
             option.name in config.sections.get(section, ()) else None
         home = section if option.name in config.sections.get(section, ()) else 'defaults'
         base = os.path.dirname((config.origins.get((home, option.name)) or (config.path,))[0])
-        if text is None or not text and option.kind is not kind_globs:
-            text = default_of(option, mode)
         try:
-            if re.search(r'[\0-\037]', text) and option.kind not in LISTS:
-                raise ValueError('goes on in the next line: an indented line continues the one before')
-            if option.kind is kind_path and re.search(r'\s[;#]', text):
-                raise ValueError('holds a comment: give it a line of its own')
-            values[option.name] = option.kind(text, base) if text or option.kind in LISTS else None
+            values[option.name], text = value_of(option, text, base, mode)
         except ValueError as error:
             config.fail(home, option.name, str(error))
         if kind == 'stream' and option.name in REQUIRED and not text:
             config.fail(section, None, '%s is missing' % option.name, 'add a line "%s = ..."'
                         % option.name)
     return values
+
+
+def means_something(option, protocol, mode):
+    return set(option.need.split()) <= set(protocol.takes.split()) | {mode}
+
+
+def whom_for(option, protocols):
+    """The protocols, or the mode, that an option is for, to be shown; '' for all."""
+    if option.need in ('', 'move', 'mirror'):
+        return option.need
+    fit = [name for name, protocol in protocols.items() if means_something(option, protocol, '')]
+    return ', '.join(fit)
+
+
+def drop_meaningless(config, section, values, protocols, mode):
+    """Options that mean nothing for this stream: an error where the stream says them itself,
+    not applied where they come from [defaults] or where the command line chose another mode."""
+    protocol, configured = protocols[values['transfer_protocol']], values['transfer_mode']
+    for option in OPTIONS:
+        if option.section != 'stream':
+            continue
+        default, _ = value_of(option, None, '', mode)
+        if option.name in config.sections[section] and values[option.name] != default and \
+                not means_something(option, protocol, configured):
+            config.fail(section, option.name, 'means nothing with %s' % (
+                'transfer_mode = ' + configured if option.need in ('move', 'mirror')
+                else 'transfer_protocol = ' + values['transfer_protocol']),
+                'use a key: ssh-keygen, ssh-copy-id, ssh_key' if option.need == 'password' else
+                'remove it, it is for %s' % whom_for(option, protocols))
+        if not means_something(option, protocol, mode):
+            values[option.name] = default
 
 
 def only_mine(path):
@@ -1176,11 +1273,7 @@ TARGET_FORMS = {
 
 def finish_stream(config, stream, protocols, state_dir):
     """Derive what the rest of the program works with."""
-    stream.protocol = protocols.get(stream.transfer_protocol)
-    if stream.protocol is None:
-        config.fail('stream:' + stream.name, 'transfer_protocol',
-                    'unknown protocol %r' % stream.transfer_protocol,
-                    nearest(stream.transfer_protocol, protocols))
+    stream.protocol = protocols[stream.transfer_protocol]
     stream.root = to_bytes(stream.directory)
     stream.mirror = stream.transfer_mode == 'mirror'
     stream.move = not stream.mirror
@@ -1198,6 +1291,14 @@ def finish_stream(config, stream, protocols, state_dir):
     stream.target_dates = '/'.join(parts[first:])
 
 
+def check_settle_max(stream, fail):
+    if stream.settle_max <= stream.settle_time:
+        fail('settle_max', 'must be longer than settle_time')
+    if stream.ready_file or stream.check_file or stream.directories == 'zip':
+        fail('settle_max', 'does not go with ready_file, check_file or directories = zip',
+             'it sends files before they are complete')
+
+
 def check_stream(config, stream, protocols):
     """Everything that can be known to be wrong without touching anything."""
     section = 'stream:' + stream.name
@@ -1210,19 +1311,22 @@ def check_stream(config, stream, protocols):
         fail('transfer_mode', 'mirror does not work with %s' % stream.transfer_protocol,
              'use %s, or transfer_mode = move'
              % ' or '.join(n for n, p in sorted(protocols.items()) if p.mirrors))
-    if protocol.needs_host and not stream.target_host:
+    if 'host' in protocol.takes.split() and not stream.target_host:
         fail('target_host', 'is missing', '%s needs one' % stream.transfer_protocol)
-    if stream.password and not protocol.takes_password:
-        fail('password', '%s takes no password' % stream.transfer_protocol,
-             'use a key: ssh-keygen, ssh-copy-id, ssh_key')
-    if stream.directories == 'keep' and not protocol.keeps_directories:
-        fail('directories', '%s cannot keep directories' % stream.transfer_protocol, 'use zip')
+    if stream.directories not in protocol.directories + ('auto',):
+        fail('directories', '%s does not %s directories' % (stream.transfer_protocol, stream.directories),
+             'use ' + protocol.directories[0])
     if stream.directories == 'zip' and (stream.mirror or stream.items == 'files'):
         fail('directories', 'zip goes with transfer_mode = move and items = top only')
     if WINDOWS and stream.keep_delivered:
         fail('keep_delivered', 'does not work on Windows')
-    if stream.mirror and stream.keep_delivered:
-        fail('keep_delivered', 'goes with transfer_mode = move only', 'a mirror releases nothing')
+    if stream.verify == 'accepted' and stream.move and not stream.keep_delivered:
+        fail('verify', 'accepted proves nothing, so transfer_mode = move needs a copy for a while',
+             'set keep_delivered, e.g. to 30d')
+    if stream.settle_max is not None:
+        check_settle_max(stream, fail)
+    if stream.check_file and stream.check_file.startswith('{name}/') and stream.items == 'files':
+        fail('check_file', 'in a directory does not go with items = files', 'use {name}.sha256')
     if stream.move and stream.symlinks == 'keep':
         fail('symlinks', 'keep goes with transfer_mode = mirror only', 'use leave')
     bad = refused_rsync_option(stream.rsync_options)
@@ -1239,10 +1343,7 @@ def check_stream(config, stream, protocols):
         fail('target_dir', 'must begin with a fixed part', 'dates go below it')
     if stream.mirror_delete and stream.mirror and stream.target_dates:
         fail('mirror_delete', 'does not go with dates in target_dir', 'mirror to a fixed directory')
-    if stream.target_host and not protocol.needs_host:
-        fail('target_host', '%s takes no host' % stream.transfer_protocol, 'remove it')
-    stream.zips = stream.directories == 'zip' or \
-        stream.directories == 'auto' and not protocol.keeps_directories
+    stream.zips = 'zip' == (protocol.directories[0] if stream.directories == 'auto' else stream.directories)
 
 
 def overlap(one, two):
@@ -1354,6 +1455,10 @@ def load_config(path, protocols, names=(), mode=None):
             continue
         chosen = mode or (text_of(section, 'transfer_mode') or 'move').lower()
         values = read_section(config, section, 'stream', text_of, chosen)
+        if values['transfer_protocol'] not in protocols:
+            config.fail(section, 'transfer_protocol', 'unknown protocol %r' % values['transfer_protocol'],
+                        nearest(values['transfer_protocol'], protocols))
+        drop_meaningless(config, section, values, protocols, chosen)
         values['configured_mode'] = values['transfer_mode']
         values['transfer_mode'] = mode or values['transfer_mode']
         stream = Settings(section[len('stream:'):], values)
@@ -1378,7 +1483,7 @@ def load_config(path, protocols, names=(), mode=None):
     return config
 
 
-def example_ini():
+def example_ini(protocols):
     """The text of mistamover.ini.example, made of the option table."""
     lines = ['# MiStaMover: an example that runs as it stands.',
              '#',
@@ -1397,7 +1502,8 @@ def example_ini():
             if option.section == kind:
                 default = option.default if isinstance(option.default, str) else \
                     '%s in move, %s in mirror mode' % tuple(d or 'none' for d in option.default)
-                lines += ['', '# ' + option.text]
+                only = whom_for(option, protocols)
+                lines += ['', '# ' + ('%s: ' % only if only else '') + option.text]
                 lines += ['#%s = %s' % (option.name, option.default)
                           if isinstance(option.default, str) else
                           '# (%s)\n#%s = %s' % (default, option.name, option.default[0])]
@@ -1408,11 +1514,11 @@ def example_ini():
     return re.sub(r' +\n', '\n', '\n'.join(lines)) + '\n'
 
 
-def reference_rows():
-    """(option, default, meaning) of every option: README's table."""
+def reference_rows(protocols):
+    """(option, default, for, meaning) of every option: README's table."""
     return [(o.name, (o.default if isinstance(o.default, str) else
-                      '%s; mirror: %s' % tuple(d or 'none' for d in o.default)) or 'none', o.text)
-            for o in OPTIONS]
+                      '%s; mirror: %s' % tuple(d or 'none' for d in o.default)) or 'none',
+             whom_for(o, protocols), o.text) for o in OPTIONS]
 
 
 # ----------------------------------------------------------------------------------------
@@ -2700,10 +2806,9 @@ class Transport:
 
     mirrors = False             # mirror mode works
     stages = False              # a crash may leave temporary files for tidy()
-    keeps_directories = False   # directories travel as they are
+    directories = 'zip',        # what it can do with them; the first is what `auto` means
     target_form = 'path'        # what target_dir is: one of TARGET_FORMS
-    needs_host = True
-    takes_password = False
+    takes = 'network'           # words of the option table's column `need` that it fulfils
     overlaps = True             # sending takes so long that the part before is finished meanwhile
     forbidden = b''             # bytes the protocol cannot carry in a name
 
@@ -3106,9 +3211,9 @@ class LocalTransport(Staging):
     and an unlink: no byte is copied, nothing can be overwritten, nothing can be lost."""
 
     mirrors = True
-    keeps_directories = True
+    directories = 'keep', 'zip'
+    takes = 'here chmod'
     target_form = 'here'
-    needs_host = False
 
     def __init__(self, *args, **kwargs):
         Staging.__init__(self, *args, **kwargs)
@@ -3715,7 +3820,8 @@ class RsyncTransport(Transport):
     """
 
     mirrors = True
-    keeps_directories = True
+    directories = 'keep', 'zip'
+    takes = 'network host rsync chmod'
 
     CONNECTION_LOST = (2, 5, 10, 12, 14, 20, 22, 30, 35, 255)
 
@@ -4034,6 +4140,8 @@ class RsyncSsh(RsyncTransport):
     """rsync over one shared ssh connection; nothing but rsync is needed at the target, so a
     key restricted by rrsync works."""
 
+    takes = RsyncTransport.takes + ' ssh'
+
     def __init__(self, *args, **kwargs):
         RsyncTransport.__init__(self, *args, **kwargs)
         self.ssh = SshConnection(self.stream, self.stop)
@@ -4058,7 +4166,7 @@ class RsyncSsh(RsyncTransport):
 class RsyncNative(RsyncTransport):
     """An rsync daemon (rsyncd.conf(5)); target_dir = MODULE/path."""
 
-    takes_password = True
+    takes = RsyncTransport.takes + ' password'
     target_form = 'module'
 
     def secret(self):
@@ -4174,6 +4282,8 @@ class ScpTransport(SshStaging):
     The names of a batch reach scp as a tree of symlinks in the spool, so no name ever
     stands in an argument list.
     """
+
+    takes = 'network host ssh scp chmod parallel'
 
     HASH = (b'if command -v sha256sum >/dev/null 2>&1; then H=sha256sum; '
             b'elif command -v shasum >/dev/null 2>&1; then H="shasum -a 256"; else H=; fi\n')
@@ -4396,6 +4506,8 @@ class SftpTransport(SshStaging):
     """Accounts with no shell: everything by sftp(1) commands, one running sftp each for the
     bytes and for the rest.  A line feed in a name would begin a command, so it is refused."""
 
+    directories = 'zip', 'keep'
+    takes = 'network host ssh sftp chmod staging'
     forbidden = b'\n'
     LISTED = re.compile(rb'^(\S)\S{9}.*? (\d+) [A-Z][a-z]{2} [ \d]\d (?:\d\d:\d\d| \d{4})$')
 
@@ -4633,7 +4745,7 @@ class FtpTransport(Staging):
     offers one, else the bytes are read back.
     """
 
-    takes_password = True
+    takes = 'network host password tls chmod parallel staging'
     forbidden = b'\r\n\0'
     AHEAD = 32                          # questions under way; their answers fit any buffer
     EAGER = 1 << 14                     # bytes that fit a socket's buffer whether read or not
@@ -7490,9 +7602,9 @@ def ask(question, default=''):
 INIT_QUESTIONS = (      # option, default, whether to ask, given the answers so far
     ('directory', 'incoming', lambda a: True),
     ('transfer_protocol', 'rsync_ssh', lambda a: True),
-    ('target_host', '', lambda a: TRANSPORTS[a['transfer_protocol']].needs_host),
-    ('username', '', lambda a: TRANSPORTS[a['transfer_protocol']].needs_host),
-    ('password_file', '', lambda a: TRANSPORTS[a['transfer_protocol']].takes_password),
+    ('target_host', '', lambda a: 'host' in TRANSPORTS[a['transfer_protocol']].takes),
+    ('username', '', lambda a: 'host' in TRANSPORTS[a['transfer_protocol']].takes),
+    ('password_file', '', lambda a: 'password' in TRANSPORTS[a['transfer_protocol']].takes),
     ('target_dir', 'archive', lambda a: True),
     ('transfer_mode', 'move', lambda a: TRANSPORTS[a['transfer_protocol']].mirrors),
     ('create_directories', 'yes', lambda a: True),

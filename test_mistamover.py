@@ -840,7 +840,9 @@ class Configuration(Case):
         self.refused(two + '[stream:b]\ntransfer_protocol = local\ndirectory = TOP/b\n'
                      'target_dir = TOP/out/b\n', 'mirror_delete', 'stream b')
         self.refused('[mistamover]\nstate_dir = TOP/out/state\n' + two, 'mirror_delete', 'state')
-        self.refused(two.replace('= mirror', '= move'), 'mirror_delete', '--mirror', args=['--mirror'])
+        self.refused(two.replace('= mirror', '= move'), 'mirror_delete', 'transfer_mode = move')
+        self.refused('[defaults]\nmirror_delete = yes\n' + self.stream(), 'mirror_delete', '--mirror',
+                     args=['--mirror'])
         for place in ('in', 'in/deep/quarantine'):
             self.refused(self.stream(more='quarantine_dir = TOP/' + place), 'quarantine_dir')
         for name in ('..', '.', '-x', 'status.json'):
@@ -850,6 +852,69 @@ class Configuration(Case):
         self.refused(self.stream(more='rsync_options = --force'), 'rsync_options')
         self.refused(self.stream(more='status_page = x', protocol='local').replace(
             'status_page = x', '') + '[mistamover]\nstatus_page = TOP/in/page.html\n', 'status_page')
+
+    def test_an_option_that_means_nothing_here_is_an_error(self):
+        for protocol, line, whom in (
+                ('scp', 'tls = yes', 'ftp'), ('local', 'ssh_key = k', 'rsync_ssh, scp, sftp'),
+                ('rsync_ssh', 'parallel = 2', 'ftp'), ('ftp', 'rsync_options = -z', 'rsync_native'),
+                ('local', 'mirror_delete = yes', 'mirror'), ('local', 'target_host = h', 'rsync_ssh'),
+                ('scp', 'staging = beside', 'sftp, ftp'), ('ftp', 'target_uploads_later = accepted', 'local'),
+                ('local', 'rclone_options = -v', 'rclone_options'), ('ftp', 'scp_command = /x', 'scp')):
+            host = '' if protocol == 'local' else 'target_host = h\n'
+            place = 'line %d: [stream:a] %s' % (6 if host else 5, line.split()[0])
+            self.refused(self.stream(protocol, 'x' if host else 'TOP/out', host + line), place, whom)
+        for line in ('keep_delivered = 1d', 'quarantine_dir = q', 'remove_directories = no',
+                     'dir_size_limit = 1M', 'quarantine_after = 2d', 'deletion_enabled = yes'):
+            self.refused(self.stream(more='transfer_mode = mirror\n' + line), line.split()[0],
+                         'means nothing with transfer_mode = mirror', 'it is for move')
+
+    def loaded(self, text, **kwargs):
+        path = os.path.join(tempfile.mkdtemp(dir=BASE), 'm.ini')
+        write(path, text.replace('TOP', os.path.dirname(path)).encode())
+        os.chmod(path, 0o600)
+        return mm.load_config(path, mm.TRANSPORTS, **kwargs).streams[0]
+
+    def test_what_means_nothing_here_is_not_applied(self):
+        defaults = ('[defaults]\nkeep_delivered = 1d\nssh_key = k\ntarget_host = h\ntls = implicit\n'
+                    'mirror_delete = yes\npassword = hunter2\n')
+        stream = self.loaded(defaults + self.stream())
+        self.assertEqual((stream.keep_delivered, stream.ssh_key, stream.target_host, stream.tls,
+                          stream.mirror_delete, stream.password), (86400, None, None, None, False, None))
+        stream = self.loaded(defaults + self.stream(more='transfer_mode = mirror'))
+        self.assertEqual((stream.keep_delivered, stream.mirror_delete), (0, True))
+        stream = self.loaded(defaults + self.stream('ftp', 'x'))
+        self.assertEqual((stream.target_host, stream.tls, stream.password), ('h', 'implicit', 'hunter2'))
+        # what equals the default may be written down; what fits the configured mode may stay
+        # when the command line chooses the other
+        stream = self.loaded(self.stream(more='tls = no\nkeep_delivered = 0\nparallel = 4'))
+        self.assertEqual((stream.tls, stream.parallel), (None, 4))
+        stream = self.loaded(self.stream(more='keep_delivered = 1d\nquarantine_after = 2h'), mode='mirror')
+        self.assertEqual((stream.keep_delivered, stream.quarantine_after), (0, 86400))
+        stream = self.loaded(self.stream(more='transfer_mode = mirror\nmirror_delete = yes'), mode='move')
+        self.assertEqual((stream.mirror_delete, stream.transfer_mode), (False, 'move'))
+
+    def test_values_that_do_not_go_together(self):
+        for lines, parts in (
+                ('verify = accepted', ('verify', 'keep_delivered')),
+                ('settle_max = 10s', ('settle_max', 'longer than settle_time')),
+                ('settle_max = 1h\nready_file = {name}.done', ('settle_max', 'ready_file')),
+                ('settle_max = 1h\ndirectories = zip', ('settle_max', 'zip')),
+                ('check_file = {name}.sum', ('check_file', 'sha256')),
+                ('check_file = a/b.md5', ('check_file', 'plain file name')),
+                ('check_file = {name}/md5sum.txt\nitems = files', ('check_file', 'items = files')),
+                ('send_checksum = SHA256SUMS', ('send_checksum', '{name}')),
+                ('send_checksum = {name}.x', ('send_checksum', 'hash'))):
+            self.refused(self.stream(more=lines), *parts)
+        for name in ('.', '..', 'a/b', '/', '-'):
+            self.refused(self.stream('ftp', 'x', 'target_host = h\nstaging_suffix = ' + name), 'suffix')
+        self.refused(self.stream('scp', 'x', 'target_host = h\ndirectories = keep'), 'directories', 'use zip')
+        stream = self.loaded(self.stream('sftp', 'x', 'target_host = h\ndirectories = keep\n'
+                                         'verify = accepted\nkeep_delivered = 30d\n'
+                                         'settle_max = 1h\nstaging = none\n'
+                                         'send_checksum = {name}.MD5\nstale_after = 0'))
+        self.assertEqual((stream.zips, stream.verify, stream.settle_max, stream.staging, stream.stale_after,
+                          mm.hash_named(stream.send_checksum)), (False, 'accepted', 3600, 'none', 0, 'md5'))
+        self.assertTrue(self.loaded(self.stream('sftp', 'x', 'target_host = h')).zips)
 
     def test_indented_options_have_their_place(self):
         indented = self.stream(more='settle_time = x').replace('\n', '\n    ')
@@ -4280,9 +4345,9 @@ class Documents(Case):
         return text_of(os.path.join(HERE, name))
 
     def test_the_example_is_what_the_table_generates(self):
-        self.assertEqual(self.text('mistamover.ini.example'), mm.example_ini(),
-                         'write it anew: python3 -c "import mistamover; '
-                         'print(mistamover.example_ini(), end=str())" > mistamover.ini.example')
+        self.assertEqual(self.text('mistamover.ini.example'), mm.example_ini(mm.TRANSPORTS),
+                         'write it anew: python3 -c "import mistamover as m; print(m.example_ini('
+                         'm.TRANSPORTS), end=str())" > mistamover.ini.example')
 
     def test_the_first_command_of_the_readme_works(self):
         top = tempfile.mkdtemp(dir=BASE)
@@ -4297,9 +4362,9 @@ class Documents(Case):
         self.assertIn(b'moved run001.dat, 6 B', done.stdout)
 
     def test_the_reference_lists_exactly_the_options(self):
-        rows = re.findall(r'^\| `(\w+)` \| (.*?) \| (.*?) \|$',
+        rows = re.findall(r'^\| `(\w+)` \| (.*?) \| (.*?) \| (.*?) \|$',
                           self.text('README.md').split('## Reference')[1], re.M)
-        self.assertEqual(rows, mm.reference_rows())
+        self.assertEqual(rows, mm.reference_rows(mm.TRANSPORTS))
 
 
 # ----------------------------------------------------------------------------------------
