@@ -486,6 +486,8 @@ class Program:
                 self.errors_file.close()
                 raise TargetError('cannot start %s: %s' % (self.name, error.strerror),
                                   'install %s or set its path in the configuration' % self.name)
+        if feed is None and not WINDOWS:
+            os.set_blocking(self.process.stdin.fileno(), False)
         self.reader = threading.Thread(target=self._read, name=self.name, daemon=True)
         self.reader.start()
 
@@ -539,18 +541,36 @@ class Program:
 
     def write(self, data, limit):
         """To its standard input, under the same watchdog: a hung program reads nothing."""
-        import select
-        fd = self.process.stdin.fileno()
         since = time.monotonic()
+        data = memoryview(data)
         try:
             while data:
-                if not WINDOWS and not select.select([], [fd], [], 0.1)[1]:
+                count = self._write_some(data[:self.PIPE])
+                data = data[count:]
+                if count:
+                    since = time.monotonic()
+                else:
                     self.watch(since, limit)
-                    continue
-                data = data[os.write(fd, data[:4096]):]     # PIPE_BUF: never blocks after select
-                since = time.monotonic()
         except OSError:
+            self.stop.check()               # then another thread has ended it
             raise TargetError('%s ended early: %s' % (self.name, self.errors()))
+
+    def _write_some(self, data):
+        """How much of it the pipe took; after a tenth of a second perhaps nothing."""
+        import select
+        fd = self.process.stdin.fileno()
+        try:
+            return os.write(fd, data)
+        except BlockingIOError:
+            ready = select.poll()           # unlike select() it knows descriptors above 1,023
+            ready.register(fd, select.POLLOUT)
+            ready.poll(100)
+            return 0
+
+    def end_input(self):
+        """Close its standard input: that was all."""
+        with contextlib.suppress(OSError):
+            self.process.stdin.close()
 
     def errors(self):
         """The last lines it wrote to standard error, for a message."""
@@ -588,8 +608,7 @@ class Program:
         if self.process.poll() is None:
             self.kill()
         if self.process.stdin:
-            with contextlib.suppress(OSError):
-                self.process.stdin.close()
+            self.end_input()
         self.reader.join(KILL_GRACE)
         if not self.reader.is_alive():      # else the pipe is its, until a grandchild lets go
             self.process.stdout.close()
