@@ -273,7 +273,9 @@ PROGRAMS = os.path.join(HERE, '.ci', 'servers.d')       # servers of a few lines
 
 
 def installed(what):
-    """A program on PATH, or, with a slash, a file below FOLDER (a pattern); None if it is missing."""
+    """A program on PATH, a file, or one below FOLDER (a pattern with a slash); None if it is missing."""
+    if what.startswith('/'):
+        return what if os.path.exists(what) else None
     if '/' in what:
         return next(iter(glob.glob(os.path.join(FOLDER, what))), None)
     return find_program(what)
@@ -343,9 +345,10 @@ class Server:
         return path
 
 
-class Sshd(Server):
-    needs = (('sshd', 'openssh-server'), ('ssh', 'openssh-client'), ('rrsync', 'rsync'))
-    force = ''
+class SshServer(Server):
+    """Any server that speaks ssh, with a key for it and a key of its own."""
+
+    needs = (('ssh', 'openssh-client'),)
 
     def keygen(self, name):
         path = os.path.join(self.top, name)
@@ -353,22 +356,36 @@ class Sshd(Server):
         return path
 
     def public(self, path):
-        with open(path + '.pub') as handle:
-            return handle.read()
+        return text_of(path + '.pub')
+
+    def host_keys(self):
+        self.host_key = self.keygen('host')
+        return self.public(self.host_key)
 
     def prepare(self):
-        self.host_key = self.keygen('host')
-        self.key, self.restricted_key = self.keygen('key'), self.keygen('restricted')
+        # under an alias, so that a proxy on another port may stand before it
+        self.known_hosts = self.file('known_hosts', 'mover-test ' + self.host_keys())
+        self.key = self.keygen('key')
+        self.authorized = self.file('authorized', self.public(self.key), 0o644)
+
+
+class Sshd(SshServer):
+    needs = (('sshd', 'openssh-server'), ('ssh', 'openssh-client'), ('rrsync', 'rsync'))
+    user = None             # whoever runs the tests
+    force = ()
+    sftp = 'internal-sftp'
+
+    def prepare(self):
+        SshServer.prepare(self)
+        self.restricted_key = self.keygen('restricted')
         authorized = self.file('authorized', self.public(self.key) + 'command="%s %s",restrict %s' % (
             find_program('rrsync'), BASE, self.public(self.restricted_key)))
-        # under an alias, so that a proxy on another port may stand before it
-        self.known_hosts = self.file('known_hosts', 'mover-test ' + self.public(self.host_key))
         self.config = self.file('sshd_config', '\n'.join((
             'Port %d' % self.port, 'ListenAddress 127.0.0.1', 'HostKey ' + self.host_key,
             'AuthorizedKeysFile ' + authorized, 'StrictModes no', 'UsePAM no', 'PidFile none',
             'PasswordAuthentication no', 'PermitRootLogin yes', 'MaxStartups 100',
             # bash(1): else each session runs the ~/.bashrc of whoever runs the tests
-            'SetEnv SHLVL=2', 'Subsystem sftp internal-sftp', self.force, '')))
+            'SetEnv SHLVL=2', 'Subsystem sftp ' + self.sftp) + self.force) + '\n')
         if os.getuid() == 0:
             os.makedirs('/run/sshd', exist_ok=True)
 
@@ -379,7 +396,25 @@ class Sshd(Server):
 class SftpOnly(Sshd):
     """Accounts without a shell."""
 
-    force = 'ForceCommand internal-sftp'
+    force = ('ForceCommand internal-sftp',)
+
+
+class OneSession(SftpOnly):
+    """One channel a connection."""
+
+    force = SftpOnly.force + ('MaxSessions 1',)
+
+
+class GesFtpServer(Sshd):
+    needs = Sshd.needs + (('root/usr/libexec/gesftpserver', None),)
+
+    @property
+    def sftp(self):
+        return installed('root/usr/libexec/gesftpserver')
+
+    @property
+    def force(self):
+        return 'ForceCommand ' + self.sftp,
 
 
 class RsyncDaemon(Server):
@@ -508,6 +543,130 @@ class PureFtpd(Server):
                 'puredb:' + self.users, '-E', '-H', '-u', '1', '-g', os.path.join(self.top, 'pid')]
 
 
+class ProFtpdSftp(ProFtpd, SshServer):
+    """mod_sftp."""
+
+    needs = ProFtpd.needs + SshServer.needs + (('root/usr/lib/proftpd/mod_sftp.so', None),)
+
+    def prepare(self):
+        SshServer.prepare(self)
+        rfc4716 = subprocess.check_output(['ssh-keygen', '-e', '-f', self.key]).decode()
+        self.lines = ('LoadModule mod_sftp.c', 'AllowOverwrite on', 'SFTPEngine on',
+                      'SFTPHostKey ' + self.host_key,
+                      'SFTPAuthorizedUserKeys file:' + self.file('rfc4716', rfc4716, 0o644))
+        ProFtpd.prepare(self)
+
+
+class Accounts:
+    """A mount namespace in which the machine has one account more: mover, .top being its home."""
+
+    needs_root = True
+    home = '/mnt'               # tinysshd takes no home below a directory that everybody may write to
+    shell = '/bin/sh'
+
+    def accounts(self):
+        uid, gid = ftp_ids()
+        passwd = self.file('passwd', text_of('/etc/passwd') + 'mover:x:%d:%d::%s:%s\n' % (
+            uid, gid, self.home, self.shell), 0o644)
+        shadow = self.file('shadow', text_of('/etc/shadow') + 'mover:%s:20000::::::\n' % hashed(
+            self.password))
+        os.chmod(self.top, 0o755)
+        return [passwd, shadow]
+
+    def inside(self, command):
+        """The command, run in there; what is mounted below BASE later is seen in there, too."""
+        mount = 'mount --bind "$1" /etc/passwd && mount --bind "$2" /etc/shadow && ' \
+            'mount --bind "$3" /mnt && shift 3 && exec "$@"'
+        return ['unshare', '--mount', '--propagation', 'slave', 'sh', '-c', mount, 'sh'] + \
+            self.accounts() + [self.top] + command
+
+    def inetd(self, command):
+        """The command, a process a connection."""
+        return [sys.executable, os.path.join(PROGRAMS, 'inetd.py'), str(self.port)] + command
+
+    def let_in(self):
+        """What sshd calls ~/.ssh/authorized_keys."""
+        directory = os.path.join(self.top, '.ssh')
+        os.mkdir(directory, 0o700)
+        shutil.copyfile(self.authorized, os.path.join(directory, 'authorized_keys'))
+        for path in (directory, os.path.join(directory, 'authorized_keys')):
+            os.chown(path, *ftp_ids())
+
+
+class InetutilsFtpd(Accounts, Server):
+    needs = (('root/usr/sbin/ftpd', None), ('openssl', 'openssl'))
+    home = BASE
+
+    def prepare(self):
+        pass
+
+    def command(self):
+        return self.inside(self.inetd([installed('root/usr/sbin/ftpd'), '-a', 'default']))
+
+
+class Dropbear(Accounts, SshServer):
+    """With OpenSSH's sftp-server."""
+
+    needs = SshServer.needs + (('dropbear', 'dropbear-bin'), ('/usr/lib/sftp-server', 'openssh-sftp-server'))
+
+    def prepare(self):
+        SshServer.prepare(self)
+        self.let_in()
+        subprocess.check_call(['dropbearconvert', 'openssh', 'dropbear', self.host_key,
+                               os.path.join(self.top, 'dropbear')], stderr=subprocess.DEVNULL)
+
+    def command(self):
+        return self.inside([find_program('dropbear'), '-F', '-E', '-s', '-p', '127.0.0.1:%d' % self.port,
+                            '-r', '/mnt/dropbear', '-P', '/mnt/pid'])
+
+
+class Nas(Dropbear):
+    """A small box: dropbear and busybox's applets, no sftp-server, no scp, no /proc."""
+
+    needs = SshServer.needs + (('dropbear', 'dropbear-bin'), ('busybox', 'busybox-static'))
+
+    def prepare(self):
+        Dropbear.prepare(self)
+        self.root = os.path.join(self.top, 'root')
+        for name in ('bin', 'dev', 'etc', 'mnt', 'tmp', 'run', BASE[1:]):
+            os.makedirs(os.path.join(self.root, name))
+        busybox, dropbear = find_program('busybox'), find_program('dropbear')
+        libraries = re.findall(r'(/\S+) \(0x', subprocess.check_output(['ldd', dropbear]).decode())
+        for path, place in [(busybox, '/bin/busybox'), (dropbear, dropbear)] + [(p, p) for p in libraries]:
+            os.makedirs(os.path.dirname(self.root + place), exist_ok=True)
+            shutil.copy(path, self.root + place)
+        for applet in subprocess.check_output([busybox, '--list']).decode().split():
+            if not os.path.lexists(self.root + '/bin/' + applet):
+                os.symlink('busybox', self.root + '/bin/' + applet)
+        for path in self.accounts():
+            shutil.copy(path, self.root + '/etc')
+
+    def inside(self, command):
+        mount = 'mount --bind "$1" "$2/mnt" && mount --bind "$3" "$2$3" && mount --bind /dev "$2/dev" && ' \
+            'root="$2" && shift 3 && exec chroot "$root" "$@"'
+        return ['unshare', '--mount', '--propagation', 'slave', 'sh', '-c', mount, 'sh', self.top, self.root,
+                BASE] + command
+
+
+class TinySshd(Accounts, SshServer):
+    """One channel a connection; with OpenSSH's sftp-server."""
+
+    needs = SshServer.needs + (('tinysshd', 'tinysshd'), ('/usr/lib/sftp-server', 'openssh-sftp-server'))
+
+    def host_keys(self):
+        self.keys = os.path.join(self.top, 'keys')
+        subprocess.check_call(['tinysshd-makekey', '-q', self.keys])
+        return subprocess.check_output(['tinysshd-printkey', self.keys]).decode()
+
+    def prepare(self):
+        SshServer.prepare(self)
+        self.let_in()
+
+    def command(self):
+        return self.inside(self.inetd([find_program('tinysshd'), '-v', '-x', 'sftp=/usr/lib/sftp-server',
+                                       self.keys]))
+
+
 class Script(Server):
     """A server of a few lines beside the tests, made with somebody's library."""
 
@@ -525,6 +684,42 @@ class Script(Server):
 
     def environment(self):
         return dict(os.environ, NODE_PATH=os.path.join(FOLDER, 'npm/node_modules'))
+
+
+class SshScript(Script, SshServer):
+    def prepare(self):
+        SshServer.prepare(self)
+
+    def arguments(self):
+        return [self.host_key, self.key + '.pub']
+
+
+class AsyncSsh(SshScript):
+    needs = SshServer.needs + (('venv/lib/python3*/site-packages/asyncssh', None),)
+    program = 'sftp_asyncssh.py'
+
+
+class Paramiko(SshScript):
+    needs = SshServer.needs + (('venv/lib/python3*/site-packages/sftpserver', None),)
+    program = 'sftp_paramiko.py'
+
+
+class Conch(SshScript):
+    needs = SshServer.needs + (('venv/lib/python3*/site-packages/twisted', None),)
+    program = 'sftp_conch.py'
+
+
+class NpmSsh2(SshScript):
+    needs = SshServer.needs + (('npm/node_modules/ssh2', None), ('node', 'nodejs'))
+    program = 'sftp_ssh2.js'
+
+
+class RcloneSftp(SshServer):
+    needs = SshServer.needs + (('venv/bin/rclone', None),)
+
+    def command(self):
+        return [installed('venv/bin/rclone'), 'serve', 'sftp', BASE, '--addr', '127.0.0.1:%d' % self.port,
+                '--key', self.host_key, '--authorized-keys', self.authorized, '--config', '/dev/null']
 
 
 class PyFtpdLib(Script):
@@ -552,11 +747,19 @@ class NpmFtpd(Script):
     program = 'ftpd.js'
 
 
-CLASSES = {'sshd': Sshd, 'sftp': SftpOnly, 'rsyncd': RsyncDaemon, 'ftp': Vsftpd, 'ftps': VsftpdTls,
-           'expired': VsftpdExpired, 'proftpd': ProFtpd, 'proftpd_upstream': ProFtpdUpstream,
-           'proftpd_limit': ProFtpdSizeLimit, 'proftpd_encoding': ProFtpdEncoding, 'pureftpd': PureFtpd,
-           'pyftpdlib': PyFtpdLib, 'twisted': TwistedFtp, 'aioftp': AioFtp, 'ftp_srv': FtpSrv,
-           'npm_ftpd': NpmFtpd}
+CLASSES = {
+    'sshd': Sshd, 'sftp': SftpOnly, 'rsyncd': RsyncDaemon, 'ftp': Vsftpd, 'ftps': VsftpdTls,
+    'expired': VsftpdExpired,
+    # more of FTP
+    'proftpd': ProFtpd, 'proftpd_upstream': ProFtpdUpstream, 'proftpd_limit': ProFtpdSizeLimit,
+    'proftpd_encoding': ProFtpdEncoding, 'pureftpd': PureFtpd, 'inetutils': InetutilsFtpd,
+    'pyftpdlib': PyFtpdLib, 'twisted': TwistedFtp, 'aioftp': AioFtp, 'ftp_srv': FtpSrv,
+    'npm_ftpd': NpmFtpd,
+    # more of ssh
+    'one_session': OneSession, 'gesftpserver': GesFtpServer, 'mod_sftp': ProFtpdSftp,
+    'dropbear': Dropbear, 'nas': Nas, 'tinysshd': TinySshd, 'asyncssh': AsyncSsh, 'paramiko': Paramiko,
+    'conch': Conch, 'npm_ssh2': NpmSsh2, 'rclone_sftp': RcloneSftp,
+}
 
 
 def server(name):
@@ -606,17 +809,18 @@ class Local(Site):
 
 
 class OverSsh(Site):
-    def __init__(self, name, needs, protocol, key='key'):
+    def __init__(self, name, needs, protocol, key='key', below=None):
         Site.__init__(self, name, needs)
         self.protocol, self.key = protocol, key
+        self.below = below          # what the account sees as its root, or starts in
         self.mirrors = protocol == 'rsync_ssh'
         self.zips = not self.mirrors
         self.carries_newline = protocol != 'sftp'
 
     def options(self, world):
         sshd = server(self.needs)
-        target = world.target if self.key == 'key' else os.path.relpath(world.target, BASE)
-        return {'transfer_protocol': self.protocol, 'target_host': '127.0.0.1',
+        target = os.path.relpath(world.target, self.below) if self.below else world.target
+        return {'transfer_protocol': self.protocol, 'target_host': '127.0.0.1', 'username': sshd.user,
                 'target_port': sshd.port, 'target_dir': target, 'ssh_key': getattr(sshd, self.key),
                 'ssh_options': '-F none -o HostKeyAlias=mover-test -o UserKnownHostsFile=' +
                 sshd.known_hosts}
@@ -650,7 +854,7 @@ class Ftp(Site):
 SITES = {site.name: site for site in (
     Local('local'),
     OverSsh('rsync_ssh', 'sshd', 'rsync_ssh'),
-    OverSsh('rrsync', 'sshd', 'rsync_ssh', 'restricted_key'),
+    OverSsh('rrsync', 'sshd', 'rsync_ssh', 'restricted_key', BASE),
     Native('rsync_native', 'all'),
     Native('write_only', 'drop'),
     OverSsh('scp', 'sshd', 'scp'),
@@ -664,6 +868,14 @@ SITES.update((site.name, site) for site in (
     Ftp('proftpd_limit', 'proftpd_limit'), Ftp('proftpd_encoding', 'proftpd_encoding'),
     Ftp('pureftpd', 'pureftpd'), Ftp('pyftpdlib', 'pyftpdlib'), Ftp('twisted', 'twisted'),
     Ftp('aioftp', 'aioftp'), Ftp('ftp_srv', 'ftp_srv'), Ftp('npm_ftpd', 'npm_ftpd'),
+    Ftp('inetutils', 'inetutils'),
+    OverSsh('one_session', 'one_session', 'sftp'), OverSsh('gesftpserver', 'gesftpserver', 'sftp'),
+    OverSsh('mod_sftp', 'mod_sftp', 'sftp', below=BASE), OverSsh('dropbear_sftp', 'dropbear', 'sftp'),
+    OverSsh('tinysshd', 'tinysshd', 'sftp'), OverSsh('asyncssh', 'asyncssh', 'sftp'),
+    OverSsh('paramiko', 'paramiko', 'sftp'), OverSsh('conch', 'conch', 'sftp'),
+    OverSsh('npm_ssh2', 'npm_ssh2', 'sftp'), OverSsh('rclone_sftp', 'rclone_sftp', 'sftp', below=BASE),
+    OverSsh('dropbear_scp', 'dropbear', 'scp'), OverSsh('dropbear_rsync', 'dropbear', 'rsync_ssh'),
+    OverSsh('nas', 'nas', 'scp'),
 ))
 
 
