@@ -78,43 +78,59 @@ CLOCK_TOLERANCE = 2                     # seconds two clocks may drift apart bet
 # ----------------------------------------------------------------------------------------
 
 class MoverError(Exception):
-    """What went wrong and where (message), and how to mend it (hint)."""
+    """What went wrong and where (message), how to fix it (hint), and at which file (path, bytes
+    relative to the root of its batch; None: nobody knows)."""
 
     exit_code = EXIT_FAILED
+    scope = 'program'           # whose trouble it looks like: see next_step()
 
-    def __init__(self, message, hint=''):
+    def __init__(self, message, hint='', path=None):
         Exception.__init__(self, message)
         self.message = message
         self.hint = hint
+        self.path = path
 
     def __str__(self):
         return '%s (%s)' % (self.message, self.hint) if self.hint else self.message
 
 
 class ConfigError(MoverError):
-    """Nothing was touched; a person must mend the configuration."""
+    """Nothing was touched; a person must fix the configuration."""
 
     exit_code = EXIT_USAGE
+    scope = 'configuration'
 
 
 class TargetError(MoverError):
-    """The target, or the way to it, is in trouble: keep everything, back off, try again."""
+    """The target, or the way to it, is in trouble: keep everything, back off, try again.  With a
+    path it may be that file's own trouble: the others are sent first."""
+
+    scope = 'target'
 
 
 class StateError(TargetError):
     """This machine cannot write its own files: the same back-off, nothing is released."""
 
-
-class NoRoom(StateError):
-    """The spool is too full for this item; others may fit."""
-
-
-class IntegrityError(TargetError):
-    """What stands at the target is not what was sent: never release, send again."""
+    scope = 'machine'
 
 
 class ItemError(MoverError):
-    """The fault of one item: count it, go on with the others."""
+    """The trouble of one item, it seems: the others go on, and the target is asked whether it
+    works before it counts against the item."""
+
+    scope = 'item'
+
+
+class Unfit(ItemError):
+    """Certainly the item's own: its name, its size, its content, what has its name there."""
+
+
+class NoRoom(ItemError):
+    """No room for this item, at the target or in the spool; smaller ones may fit."""
+
+
+class IntegrityError(ItemError):
+    """What arrived is not what was sent: never release, alert, send again."""
 
 
 class Changed(MoverError):
@@ -1891,24 +1907,37 @@ class Failures:
         self.items = {name: entry for name, entry in shared.read().get(stream.name, {}).items()
                       if isinstance(entry, dict) and all(
                           isinstance(entry.get(key), (int, float)) for key in ('count', 'first', 'last'))}
+        self.held_back = {}         # name -> (tries, time of the last): not by its own fault, it seems
+        self.late = set(self.items)     # names that failed before: they go last
 
     def count(self, name, error, now):
         entry = self.items.setdefault(to_text(name), {'count': 0, 'first': now})
+        self.late.add(to_text(name))
         entry.update(count=entry['count'] + 1, last=now, error=str(error))
         return entry
 
+    def hold_back(self, name, now):
+        """It waits like one that failed, but nothing is counted; how often in a row it did."""
+        tries = self.held_back.get(to_text(name), (0, 0))[0] + 1
+        self.held_back[to_text(name)] = tries, now
+        self.late.add(to_text(name))
+        return tries
+
     def forget(self, name):
-        if self.items:
-            self.items.pop(to_text(name), None)
+        if self.late:
+            for notes in (self.items, self.held_back):
+                notes.pop(to_text(name), None)
+            self.late.discard(to_text(name))
 
     def must_wait(self, name, now):
         """Whether the item's own back-off still runs (a poison file must not heat the loop)."""
-        entry = self.items and self.items.get(to_text(name))
-        if not entry:
+        if not self.late:
             return False
-        pause = min(self.stream.retry_pause * 2 ** min(entry['count'] - 1, 30),
-                    self.stream.retry_pause_max)
-        return 0 <= now - entry['last'] < pause
+        name = to_text(name)
+        entry = self.items.get(name)
+        tries, last = (entry['count'], entry['last']) if entry else self.held_back.get(name, (0, 0))
+        pause = min(self.stream.retry_pause * 2 ** min(tries - 1, 30), self.stream.retry_pause_max)
+        return tries > 0 and 0 <= now - last < pause
 
     def hopeless(self, name, now):
         entry = self.items.get(to_text(name))
@@ -2874,6 +2903,10 @@ class Transport:
         """Bytes free at the target, or None where nobody can tell."""
         return None
 
+    def arrived(self, _entries):
+        """Bytes of one file that stay at the target for a resume, or None where nobody can tell."""
+        return None
+
     def tidy(self):
         """Remove our temporary files at the target; whether nothing is left."""
         return True
@@ -3109,10 +3142,12 @@ class Staging(Transport):
                     if isinstance(found.get(job.staged), ItemError):
                         raise found[job.staged]
                     size, digest = found.get(job.staged, (None, None))
-                    if size not in (None, job.entry.size) or job.staged not in found or \
-                            hashed and digest != self.digest(batch, job):
-                        job.error = IntegrityError(
-                            '%s arrived damaged (%s of %s)' % (show(job.final), size, job.entry.size))
+                    if size not in (None, job.entry.size) or job.staged not in found:
+                        job.error = ItemError('%s did not arrive whole (%s of %d bytes)' % (
+                            show(job.final), 'nothing' if size is None else size, job.entry.size))
+                        wrong.append(job.staged)
+                    elif hashed and digest != self.digest(batch, job):
+                        job.error = IntegrityError('%s arrived damaged' % show(job.final))
                         wrong.append(job.staged)
                     elif hashed:
                         job.digest = digest
@@ -3196,6 +3231,10 @@ class Staging(Transport):
 
     def remove(self, name):
         self.delete([name])
+
+    def arrived(self, entries):
+        staged = self.staged_name(entries[0])
+        return (self.measure([staged], False).get(staged) or (0,))[0]
 
     def tidy(self):
         self.made.discard(self.area)
@@ -4036,7 +4075,9 @@ class RsyncTransport(Transport):
                 equal.update(proven)
                 known.update(rows)
         problems = {}
-        if batch is push.last:
+        if batch is push.last and push.done.code == 11:
+            problems = self.make_room(batch, everything - set(equal))
+        elif batch is push.last:
             problems = self.send_again(batch, everything - set(equal), sent, known, equal)
         else:
             push.late = [p for p in batch.parcels if any(e.path not in equal for e in p.entries)]
@@ -4045,6 +4086,17 @@ class RsyncTransport(Transport):
             for path in equal:
                 push.pop(path, None)
         return [self.outcome(batch, parcel, equal, problems, sent) for parcel in batch.parcels]
+
+    def make_room(self, batch, missing):
+        """The disk was full at one file, the first in the order of rsync(1) that is missing: its
+        part goes, and the others are sent again."""
+        path = min(missing)
+        head, name = os.path.split(batch.final(path))
+        parts = os.path.join(head, to_bytes(PARTIAL_DIR))
+        self.delete([os.path.join(parts, name)])
+        self.delete([parts])            # a directory that is not empty stays
+        return {path: NoRoom('%s was not taken: %s' % (show(path), batch.jobs.done.errors),
+                             'is the disk full, or the quota?')}
 
     def send_again(self, batch, missing, sent, rows, equal):
         """What differs at the target is ours and damaged, or somebody else's: on_conflict."""
@@ -5755,6 +5807,51 @@ class Pipeline:
                 self.after.drain()
 
 
+# What is known about one failure when a pass has ended.  strikes: how often the line broke at
+# this item; advanced: whether more of it had arrived at the second; larger: whether an item at
+# least as large went after it had failed, and the target has room; half: whether one at least half
+# as large went in this pass; any: whether anything went; alike: how many failed in the same way.
+Evidence = collections.namedtuple('Evidence', 'strikes advanced larger half any alike')
+
+MOST_ALIKE = 3              # items that fail alike while nothing goes: beyond, it is the target
+
+
+def next_step(error, works, evidence):
+    """Whose fault a failure is, as what to do next: 'count' it against the item, let the item
+    'wait' without counting, or treat the target as 'down'.
+
+    Two facts decide: whose trouble it looks like (error.scope and class), and whether a probe of
+    the target by the usual verbs works now.
+    """
+    if error.scope == 'machine' or not works and not isinstance(error, Unfit):
+        return 'down'
+    if isinstance(error, Unfit):
+        return 'count'
+    if evidence.alike > MOST_ALIKE and not evidence.any:
+        return 'down'
+    if error.scope == 'target':             # the line broke at this file
+        if evidence.strikes > 1 and not evidence.advanced and evidence.half:
+            return 'count'
+        return 'wait' if evidence.any else 'down'
+    if isinstance(error, NoRoom) and not evidence.larger:
+        return 'wait'
+    return 'count'
+
+
+class Case:
+    """A parcel that failed in this pass, and what is known of it."""
+
+    def __init__(self, place, parcel, error):
+        self.place = place          # (root, subdir) of its batch
+        self.parcel = parcel
+        self.error = error
+        self.strikes = 0            # of the line, at this item
+        self.arrived = None         # bytes of it at the target after the first one, if known
+        self.advanced = False       # whether there were more after the second
+        self.room = True            # False: the target says that it has too little for it
+        self.larger = False         # whether one at least as large went after it had failed
+
+
 class Result:
     """What one pass did."""
 
@@ -5797,6 +5894,7 @@ class Delivery:
     """One pass over one stream."""
 
     HELD = 10000                # Items kept from the scan
+    MOST_STRIKES = 12           # times the line may break in a pass before the target counts as down
 
     def __init__(self, worker):
         self.worker = worker
@@ -5814,8 +5912,14 @@ class Delivery:
         self.connecting = Pipeline(self.connect)
         self.releasing = Pipeline(self.finish)      # while one part is recorded and released,
         self.proving = Pipeline(self.prove, self.releasing)     # the next is proven, the third sent
-        self.suspects = []              # (parcel, error): its own fault or the target's?
+        self.open = collections.OrderedDict()   # name -> (place, Parcel): sent, not answered yet
+        self.again = collections.deque()        # batches to be sent again after the line broke
+        self.aside = collections.OrderedDict()  # name -> Case: sent again, alone, when all else has gone
+        self.alone = None               # the Case that is sent alone now
+        self.suspects = []              # Cases: their own fault or the target's?
+        self.strikes = 0                # how often the line broke
         self.delivered = 0
+        self.largest = 0                # bytes of the largest item that went
         self.hopeless = {}              # name -> its entry of failures.json
         self.stood = False              # mirror: whether anything stood at the target already
 
@@ -5834,10 +5938,9 @@ class Delivery:
                 self.ask_stop_files()           # nothing is due, but all the same
             for source in (lambda: self.look_again(due), lambda: self.take_ready()):
                 for batch in self.batches(source()):
-                    self.ask_stop_files()
-                    self.begin_transfer()
-                    self.transport.send(batch, self.hand_on)
-                self.proving.drain()
+                    self.send(batch)
+                self.drain()
+                self.send_again()
             self.judge_suspects()
             self.quarantine_hopeless()
             self.delete_missing()
@@ -5906,7 +6009,7 @@ class Delivery:
         now, wall = time.monotonic(), self.worker.wall()
         settler = self.worker.settler
         settler.begin(directory_clock(self.stream), now)
-        due, names, gone = [], set(), set(self.failures.items)
+        due, names, gone = [], set(), set(self.failures.late)
         size, key, oldest = 0, ORDER_KEYS[self.stream.order], None
         for item in self.scanner.scan(self.worker.watch):
             if gone:
@@ -5936,6 +6039,8 @@ class Delivery:
         self.follow_orphans()
         for column in (1, 0):       # nothing behind the names is ever compared
             due.sort(key=lambda row: row[column], reverse=True)
+        if self.failures.late:      # what failed before goes last
+            due.sort(key=lambda row: to_text(row[1]) not in self.failures.late)
         if names:
             due = [row for row in due if not self.clash(row, names)]
         self.progress.begin(len(due), size, oldest)
@@ -6039,7 +6144,7 @@ class Delivery:
                 pending.clear()
                 files = size = 0
             if name in before:
-                self.proving.drain()       # the other one stands there when this one comes
+                self.drain()            # the other one is there when this one comes
             names.add(name)
             files, size = files + count, size + item.size
             if not self.stream.zips:        # which may take longer than an idle line is kept
@@ -6066,7 +6171,7 @@ class Delivery:
             # the ledger says that this very tree was delivered before a crash
             log.info('%s: %s was delivered before; its release is finished' % (
                 self.stream.name, show(item.name)))
-            self.proving.drain()       # one release at a time
+            self.drain()               # one release at a time
             self.ask_stop_files()
             try:
                 for reason in self.releaser.release_tree(item, self.scanner):
@@ -6076,7 +6181,7 @@ class Delivery:
             return None
         limit = self.stream.dir_size_limit
         if limit is not None and item.size > limit:
-            self.fail(item.name, ItemError('%s holds %s, more than dir_size_limit' % (
+            self.fail(item.name, Unfit('%s holds %s, more than dir_size_limit' % (
                 show(item.name), format_size(item.size)), 'raise the limit or move it by hand'))
             return None
         name = item.name + b'.zip'
@@ -6086,9 +6191,7 @@ class Delivery:
             zip_item(self.stream.root, item, path, self.stop)
             return Parcel(item, [Entry.of(name, os.lstat(path))])
         except NoRoom as error:
-            self.result.failed += 1         # no fault of the item; the others can still go
-            self.progress.failed(str(error))
-            log.once('%s: %s' % (self.stream.name, error))
+            self.hold_back(item.name, error)    # the others can still go
         except Changed as error:
             log.info('%s: %s while it was zipped' % (self.stream.name, error))
             self.result.busy.append(item.name)
@@ -6153,6 +6256,100 @@ class Delivery:
             self.worker.set_dirty(True)
         self.progress.enter('transferring')
 
+    def send(self, batch):
+        """Send a batch.  Where the line breaks, what is left of it goes to self.again.  Raises
+        Suspended, Interrupted, TargetError when the target does not work any more."""
+        self.ask_stop_files()
+        self.begin_transfer()
+        self.open.update((parcel.item.name, ((batch.root, batch.subdir), parcel))
+                         for parcel in batch.parcels)
+        try:
+            self.transport.send(batch, self.hand_on)
+        except TargetError as error:
+            self.strike(error)
+
+    def drain(self):
+        """Wait until nothing is under way.  Raises as send()."""
+        try:
+            self.proving.drain()
+        except TargetError as error:
+            self.strike(error)
+
+    def send_again(self):
+        """What was left when the line broke; then, each alone, what it broke at."""
+        while self.again or self.aside:
+            if self.again:
+                self.send(self.again.popleft())
+            else:
+                _, self.alone = self.aside.popitem(last=False)
+                self.send(Batch(*self.alone.place + ([self.alone.parcel],)))
+            self.drain()
+            self.alone = None
+
+    def strike(self, error):
+        """The line broke in the middle of a batch.  If the target works again at once, the item
+        under way is set aside and all else is sent again; else raises the error."""
+        self.settle_what_went()
+        self.strikes += 1
+        left, self.open = self.open, collections.OrderedDict()
+        if error.scope == 'machine' or not left or self.strikes > self.MOST_STRIKES:
+            raise error
+        log.debug('%s: %s' % (self.stream.name, error))
+        self.transport.close()
+        self.worker.asked = -STOP_FILE_AGE
+        self.transport.open()
+        self.ask_there()
+        if self.probed():
+            raise error
+        name = self.under_way(left, error)
+        if name is not None:
+            place, parcel = left.pop(name)
+            self.set_aside(place, parcel, error)
+        self.again.extend(self.halves(left, 1 if name is not None else 2))
+
+    def settle_what_went(self):
+        """Wait for what is under way, whatever becomes of it: it is sent again."""
+        for _ in range(3):              # each of the two pipelines, and what one gave the other
+            try:
+                self.proving.drain()
+                return
+            except StateError:
+                raise
+            except TargetError as error:
+                log.debug('%s: %s' % (self.stream.name, error))
+
+    @staticmethod
+    def under_way(left, error):
+        """The name of the item at which the line broke, or None if nobody knows."""
+        if len(left) == 1:
+            return next(iter(left))
+        return next((name for name, (_, parcel) in left.items() if error.path is not None and
+                     any(entry.path == error.path for entry in parcel.entries)), None)
+
+    @staticmethod
+    def halves(left, count):
+        """Batches of what is left, in at least `count` pieces: the culprit is in one of them."""
+        places = collections.OrderedDict()
+        for place, parcel in left.values():
+            places.setdefault(place, []).append(parcel)
+        for place, parcels in places.items():
+            size = -(-len(parcels) // count)
+            for chunk in in_chunks(parcels, size):
+                yield Batch(*place + (chunk,))
+
+    def set_aside(self, place, parcel, error):
+        """The item at which the line broke is sent once more, alone; then it is judged."""
+        case = self.alone or Case(place, parcel, error)
+        case.error, case.strikes = error, case.strikes + 1
+        arrived = self.transport.arrived(parcel.entries) if len(parcel.entries) == 1 else None
+        case.advanced = None not in (case.arrived, arrived) and arrived > case.arrived
+        case.arrived = arrived
+        self.failures.late.add(to_text(parcel.item.name))
+        if case.strikes == 1:
+            self.aside[parcel.item.name] = case
+        else:
+            self.suspects.append(case)
+
     def hand_on(self, part, more, wait=True):
         """A part has gone; a stop file that came meanwhile holds back the rest of its batch."""
         if not wait and self.proving.busy():
@@ -6183,8 +6380,16 @@ class Delivery:
             word = 'mirrored' if self.stream.mirror else 'moved' if released else 'delivered'
             log.info('%s: %s %s, %s' % (self.stream.name, word, self.names_of(sent), format_size(size)))
         self.delivered += len(good)
+        self.note_largest(max([parcel.item.size for parcel, _ in good] or [0]))
         self.after_delivery(sent)
-        self.judge([pair for pair in outcomes if pair[1].error is not None])
+        for parcel, _ in outcomes:
+            self.open.pop(parcel.item.name, None)
+        self.judge(batch, [pair for pair in outcomes if pair[1].error is not None])
+
+    def note_largest(self, size):
+        self.largest = max(self.largest, size)
+        for case in self.suspects:
+            case.larger = case.larger or size >= case.parcel.item.size > 0
 
     def after_delivery(self, sent):
         """Tell the hook; whatever it does, the items are delivered."""
@@ -6280,32 +6485,85 @@ class Delivery:
 
     # -- when something failed
 
-    def judge(self, bad):
+    def judge(self, batch, bad):
         """Sort failures by what happens next; raises the target's.  Whether it was the items'
         own fault is asked when the connection is free."""
         trouble = None
         for parcel, outcome in bad:
-            error = outcome.error
+            error, name = outcome.error, parcel.item.name
             if isinstance(error, Changed) or self.has_changed(parcel.item):
                 log.debug('%s: %s' % (self.stream.name, error))
-                self.result.busy.append(parcel.item.name)
-            elif isinstance(error, ItemError):
-                self.suspects.append((parcel, error))
-            else:
+                self.result.busy.append(name)
+            elif not isinstance(error, ItemError):
                 trouble = trouble or error
-                if isinstance(error, IntegrityError):
-                    self.worker.state.alerts.tell('error', '%s: %s' % (self.stream.name, error))
+                self.open[name] = (batch.root, batch.subdir), parcel
+            else:
+                self.suspect((batch.root, batch.subdir), parcel, error)
         if trouble:
             raise trouble
 
+    def suspect(self, place, parcel, error):
+        """An item seems to be at fault: the first ones are sent once more, alone."""
+        if isinstance(error, IntegrityError):
+            self.worker.state.alerts.tell('error', '%s: %s' % (self.stream.name, error))
+        case = Case(place, parcel, error)
+        known = isinstance(error, (Unfit, NoRoom)) or self.alone or len(self.aside) > MOST_ALIKE
+        if known:
+            self.suspects.append(case)
+        else:
+            self.aside[parcel.item.name] = case
+
     def judge_suspects(self):
-        """Only a fault of the item itself counts against the item."""
-        if self.suspects:
-            trouble = self.target_trouble()
-            if trouble:
-                raise trouble
-            for parcel, error in self.suspects:
-                self.fail(parcel.item.name, error)
+        """Only a fault of the item itself counts against the item.  Raises TargetError."""
+        if not self.suspects:
+            return
+        trouble = None if self.delivered else self.probed()
+        for case in self.suspects:
+            self.ask_for_room(case)
+        alike = collections.Counter(type(case.error) for case in self.suspects)
+        down = None
+        for case in self.suspects:
+            size, error = case.parcel.item.size, case.error
+            step = next_step(error, trouble is None, Evidence(
+                case.strikes, case.advanced, case.room and case.larger, 2 * self.largest >= size,
+                self.delivered > 0, alike[type(error)]))
+            if step == 'count':
+                self.fail(case.parcel.item.name, error)
+            elif step == 'wait':
+                self.hold_back(case.parcel.item.name, error)
+            else:
+                down = down or error
+        if isinstance(down, ItemError):
+            down = TargetError(down.message, str(trouble or down.hint))
+        if down:
+            raise trouble if isinstance(trouble, TargetError) else down
+
+    def ask_for_room(self, case):
+        """Where the target says that it has less free space than the item needs, that is why."""
+        error, size = case.error, case.parcel.item.size
+        if error.scope != 'item' or isinstance(error, Unfit):
+            return
+        free = self.transport.free_space()
+        case.room = free is None or free >= size
+        if not isinstance(error, NoRoom) and not case.room:
+            case.error = NoRoom('%s: %s has %s left, too little' % (
+                show(case.parcel.item.name), target_of(self.stream), format_size(free)), 'make room there')
+
+    def probed(self):
+        """What keeps a tiny file of ours from being delivered by the usual verbs, or None."""
+        try:
+            self.worker.probe()
+        except (ItemError, TargetError) as error:
+            return error
+        return None
+
+    def hold_back(self, name, error):
+        """It failed, but nobody knows by whose fault: it is tried again later, and not counted."""
+        self.result.failed += 1
+        self.progress.failed(str(error))
+        tries = self.failures.hold_back(name, self.worker.wall())
+        if tries == 1:
+            log.error('%s: %s' % (self.stream.name, error))
 
     def has_changed(self, item):
         """Its content, that is: a link that we made and removed again changes a ctime."""
@@ -6313,23 +6571,6 @@ class Delivery:
             return [e[:4] + (e.dev, e.ino) for e in entries if e.kind == 'f']
         now = self.scanner.look(item.name)
         return now is None or essence(now.entries) != essence(item.entries)
-
-    def target_trouble(self):
-        """The TargetError behind failures that look like the items' own, or None."""
-        faults = self.suspects
-        biggest = max(parcel.item.size for parcel, _ in faults)
-        free = self.transport.free_space()
-        if free is not None and free < biggest:
-            return TargetError('%s has %s left, too little' % (target_of(self.stream), format_size(free)),
-                               'make room there')
-        if not self.delivered:
-            try:
-                self.worker.probe()
-            except ItemError as error:
-                return TargetError(str(faults[0][1]), str(error))
-            except TargetError as error:
-                return error
-        return None
 
     def fail(self, name, error):
         """Count a fault of the item itself; quarantine it when it is hopeless."""
@@ -6860,8 +7101,8 @@ class Worker:
         try:
             result = delivery.run(patient)
         except Suspended:
-            for _, error in delivery.suspects:
-                log.error('%s: %s' % (self.stream.name, error))
+            for case in delivery.suspects:
+                log.error('%s: %s' % (self.stream.name, case.error))
             if delivery.suspects or delivery.result.failed:
                 self.exit_code = EXIT_FAILED
             raise
