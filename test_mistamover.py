@@ -217,6 +217,12 @@ class Case(unittest.TestCase):
         self.addCleanup(shutil.rmtree, world.top, True)
         return world
 
+    def mount(self, kind, where):
+        """That file system on a directory of a world, until the end of the test."""
+        mounted = MOUNTS[kind](where)
+        self.addCleanup(mounted.end)
+        return mounted
+
     def ended(self, process, limit=PATIENCE):
         """Wait for a process and return its exit code; kill it if it hangs."""
         try:
@@ -762,19 +768,150 @@ CLASSES = {
 }
 
 
-def server(name):
-    """The running server of that name, started at first use; skips the test without it."""
-    missing = {package for what, package in CLASSES[name].needs if not installed(what)}
+def skip_without(name, needs, needs_root):
+    """Skip the test, and say at the end of the run why, if one of needs is not here."""
+    missing = {package for what, package in needs if not installed(what)}
     if missing:
         MISSING[name] = ' and '.join(sorted(
             'apt-get install ' + package if package else 'run .ci/servers' for package in missing))
         raise unittest.SkipTest('%s is not installed (%s)' % (name, MISSING[name]))
-    if CLASSES[name].needs_root and os.getuid():
+    if needs_root and os.getuid():
         raise unittest.SkipTest('%s needs root' % name)
+
+
+def server(name):
+    """The running server of that name, started at first use; skips the test without it."""
+    skip_without(name, CLASSES[name].needs, CLASSES[name].needs_root)
     with STARTED:
         if name not in SERVERS:
             SERVERS[name] = CLASSES[name]()
         return SERVERS[name]
+
+
+class WebDav(Server):
+    needs = (('venv/bin/wsgidav', None),)
+
+    def prepare(self):
+        pass
+
+    def command(self):
+        return [installed('venv/bin/wsgidav'), '--host=127.0.0.1', '--port=%d' % self.port, '--root=' + BASE,
+                '--auth=anonymous', '--server=cheroot', '--no-config', '-q']
+
+
+CLASSES['webdav'] = WebDav
+
+
+class Mount:
+    """A file system on a directory; .backing is the directory behind it, where there is one."""
+
+    needs = ()                  # as a Server's
+    options = ()
+
+    def __init__(self, where):
+        skip_without(type(self).__name__, self.needs + (('/dev/fuse', 'a kernel with FUSE'),), True)
+        self.where = where
+        self.backing = tempfile.mkdtemp(prefix='behind-', dir=BASE)
+        os.chmod(self.backing, 0o777)
+        self.image = self.backing + '.image'
+        log = self.backing + '.log'
+        with open(log, 'wb') as handle:
+            self.process = subprocess.Popen(self.command(), stdin=subprocess.DEVNULL, stdout=handle,
+                                            stderr=handle)
+        wait_for(lambda: os.path.ismount(where) or self.process.poll(), 'the mount')
+        if not os.path.ismount(where):
+            raise AssertionError('%s: %s' % (type(self).__name__, text_of(log)))
+
+    def make_image(self, *command):
+        with open(self.image, 'wb') as handle:
+            handle.truncate(64 << 20)
+        subprocess.check_call(command + (self.image,), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def end(self):
+        def gone():
+            return not os.path.ismount(self.where) or not subprocess.call(
+                ['umount', self.where], stderr=subprocess.DEVNULL)
+        wait_for(gone, 'the end of the mount')
+        self.process.wait(PATIENCE)
+
+
+class ExFat(Mount):
+    needs = (('mkfs.exfat', 'exfatprogs'), ('mount.exfat-fuse', 'exfat-fuse'))
+
+    def command(self):
+        self.make_image('mkfs.exfat')
+        self.loop = subprocess.check_output(['losetup', '-f', '--show', self.image]).decode().strip()
+        return ['mount.exfat-fuse', '-d', self.loop, self.where, '-o', 'umask=0']
+
+    def end(self):
+        Mount.end(self)
+        subprocess.check_call(['losetup', '-d', self.loop])
+
+
+class Ntfs(Mount):
+    needs = (('mkfs.ntfs', 'ntfs-3g'), ('ntfs-3g', 'ntfs-3g'))
+    driver, options = 'ntfs-3g', 'umask=0'
+
+    def command(self):
+        self.make_image('mkfs.ntfs', '-F', '-Q')
+        return [self.driver, '-o', 'no_detach,' + self.options, self.image, self.where]
+
+
+class NtfsWindowsNames(Ntfs):
+    options = 'umask=0,windows_names'
+
+
+class NtfsFoldsCase(Ntfs):
+    """Names in lower case only, whatever was written."""
+
+    driver, options = 'lowntfs-3g', 'umask=0,ignore_case'
+
+
+class BindFs(Mount):
+    needs = (('bindfs', 'bindfs'),)
+
+    def command(self):
+        return ['bindfs', '-f', self.backing, self.where]
+
+
+class SshFs(Mount):
+    needs = (('sshfs', 'sshfs'),)
+
+    def command(self):
+        sshd = server('sshd')
+        options = 'HostKeyAlias=mover-test,UserKnownHostsFile=%s,IdentityFile=%s,allow_other' % (
+            sshd.known_hosts, sshd.key)
+        return ['sshfs', '-f', '-F', 'none', '-p', str(sshd.port), '127.0.0.1:' + self.backing, self.where,
+                '-o', options]
+
+
+class DavFs(Mount):
+    """davfs2 before wsgidav: what is written goes up after close, from a cache of its own."""
+
+    needs = (('mount.davfs', 'davfs2'),)
+
+    def command(self):
+        conf = self.backing + '.conf'
+        write(conf, ('ask_auth 0\nuse_locks 0\ndelay_upload 0\ncache_dir %s.cache\n' % self.backing).encode())
+        os.mkdir(self.backing + '.cache')
+        os.chmod(self.backing + '.cache', 0o777)
+        os.chmod(conf, 0o600)
+        url = 'http://127.0.0.1:%d/%s/' % (server('webdav').port, os.path.basename(self.backing))
+        return ['mount.davfs', url, self.where, '-o',
+                'conf=%s,uid=root,gid=root,file_mode=666,dir_mode=777' % conf]
+
+
+class RcloneMount(Mount):
+    needs = (('venv/bin/rclone', None), ('fusermount3', 'fuse3'))
+    options = ()
+
+    def command(self):
+        return [installed('venv/bin/rclone'), 'mount', self.backing, self.where, '--config', '/dev/null',
+                '--allow-other', '--vfs-cache-mode', 'writes', '--vfs-write-back', '0s']
+
+
+MOUNTS = {'exfat': ExFat, 'ntfs': Ntfs, 'ntfs_windows_names': NtfsWindowsNames, 'ntfs_folds': NtfsFoldsCase,
+          'bindfs': BindFs, 'sshfs': SshFs, 'davfs': DavFs, 'rclone_mount': RcloneMount}
 
 
 def tearDownModule():
