@@ -483,6 +483,7 @@ class Program:
         import tempfile
         stop.check()
         self.stop, self.gather, self.signals = stop, gather, signals
+        self.hung = False               # whether it was ended for its silence
         self.name = os.path.basename(to_text(argv[0]))
         self.chunks = queue.Queue()
         self.errors_file = tempfile.TemporaryFile()
@@ -551,6 +552,7 @@ class Program:
             self.kill()
         self.stop.check()
         if self.overdue(since, limit):
+            self.hung = True
             self.kill()
             raise TargetError('%s gave no sign of life for %s and was ended' % (
                 self.name, format_duration(limit)), 'does the target or the network hang? see stall_timeout')
@@ -4265,6 +4267,7 @@ class Dialogue:
     def __init__(self, argv, stop, limit, marker, keep_fds=()):
         self.marker = marker
         self.limit = limit
+        self.stop = stop
         self.program = Program(argv, stop, None, keep_fds=keep_fds)
         self.rest = b''
         self.asked = 0
@@ -4275,12 +4278,14 @@ class Dialogue:
         limit, alive: as for Program.read()."""
         limit = limit or self.limit
         with self.lock:
+            self.stop.check()           # at a stop whoever asked before has ended the program
             self.asked += 1
             command, trace = self.marker(b'%d-%s' % (self.asked, random_hex(12)))
             self.program.write(script + command, limit)
             while trace not in self.rest:
                 piece = self.program.read(limit, alive)
                 if not piece:
+                    self.stop.check()
                     self.program.wait(KILL_GRACE)
                     raise TargetError('%s ended: %s' % (
                         self.program.name, self.program.errors() or 'no reason given'))
@@ -4347,40 +4352,168 @@ def shell_quote(name):
     return b"'" + name.replace(b"'", b"'\"'\"'") + b"'"
 
 
-class ScpTransport(SshStaging):
-    """scp for the bytes, one remote POSIX shell for hashing, renaming and the rest.
+def tar_head(name, size, mode, mtime_ns=0, kind=b'0'):
+    """What stands before a member's bytes in a tar stream, in GNU format: the one that every
+    receiver reads with names of any bytes and length (tar(5)).  Times are whole seconds."""
+    import tarfile
+    info = tarfile.TarInfo(to_text(b'./' + name))
+    info.type, info.size, info.mode = kind, size, mode
+    info.mtime = min(max(0, mtime_ns // 10 ** 9), 0o77777777777)
+    return info.tobuf(tarfile.GNU_FORMAT, 'utf-8', 'surrogateescape')
 
-    The names of a batch reach scp as a tree of symlinks in the spool, so no name ever
-    stands in an argument list.
+
+class Feed:
+    """A command at the other end that reads what we write, in an ssh session of its own.
+
+    The login shell sees constant words, which csh and fish read as sh does; sh takes the script
+    from the first line and leaves what follows to its commands (sh(1p), read: not a byte more).
+    """
+
+    SHELL = """exec sh -c 'IFS= read -r line; eval "$line"'"""
+
+    def __init__(self, ssh, stop, script, limit, throttle, keep_fds=()):
+        self.limit, self.throttle = limit, throttle
+        self.trace = random_hex(12)     # a login script may print, too
+        self.gathered = bytearray()     # a write for each small file would cost more than its bytes
+        self.broken = None              # why it takes no more
+        self.program = Program(ssh.command() + ['--', ssh.stream.target_host, self.SHELL], stop, None,
+                               keep_fds=keep_fds)
+        self.write(b'LC_ALL=C; export LC_ALL; echo %s; (%s); echo "%s $?"\n' % (
+            self.trace, script, self.trace))
+
+    def write(self, data):
+        """Send bytes, sooner or later.  Raises TargetError (it hangs), Interrupted."""
+        self.gathered += data
+        if len(self.gathered) >= Program.PIPE:
+            self.flush()
+
+    def flush(self):
+        data, self.gathered = self.gathered, bytearray()
+        self.throttle.spend(len(data))
+        try:
+            if not self.broken:
+                self.program.write(data, self.limit)
+        except TargetError as error:
+            if self.program.hung:
+                raise
+            self.broken = error         # end() tells whether the command or the line has ended
+
+    def end(self, alive=None):
+        """That was all: Finished(exit code, output, errors).  alive: as for Program.read().
+        Raises TargetError if the line broke, Interrupted."""
+        self.flush()
+        self.program.end_input()
+        output = b''.join(iter(lambda: self.program.read(self.limit, alive), b''))
+        told = re.search(rb'%s\n(.*)%s (\d+)\n' % (self.trace, self.trace), output, re.S)
+        self.program.wait(self.limit)
+        if not told:
+            raise TargetError('%s ended: %s' % (
+                self.program.name, self.program.errors() or 'no reason given'))
+        return Finished(int(told.group(2)), told.group(1), self.program.errors())
+
+    def digest(self, size):
+        """The SHA-256 of the first `size` bytes of its output.  Raises TargetError, Interrupted."""
+        import hashlib
+        digest, head, left = hashlib.sha256(), b'', size
+        self.flush()
+        self.program.end_input()
+        for piece in iter(lambda: self.program.read(self.limit), b''):
+            if head is not None:
+                head += piece
+                if self.trace not in head:
+                    continue
+                piece, head = head.partition(self.trace + b'\n')[2], None
+            digest.update(piece[:left])
+            left -= len(piece[:left])
+        if left:
+            raise TargetError('%s ended after %d of %d bytes: %s' % (
+                self.program.name, size - left, size, self.program.errors()))
+        return digest.hexdigest()
+
+    def close(self):
+        self.program.close()
+
+
+class ScpTransport(SshStaging):
+    """A tar stream for the bytes of many files, a plain one for a large file, which can be
+    resumed, and one remote POSIX shell for hashing, renaming and the rest.
+
+    Where the target has no tar, the scp program carries the bytes.  The names reach it as a
+    tree of symlinks in the spool, so no name ever stands in an argument list.
     """
 
     takes = 'network host ssh scp chmod parallel'
+    # what prints a SHA-256 first, then the name
+    HASHES = (b'sha256sum', b'shasum -a 256', b'sha256 -r', b'digest -a sha256',
+              b'openssl dgst -sha256 -r', b'cksum -a sha256 --untagged', b'busybox sha256sum')
+    KNOWN = b'ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad'     # of abc
 
-    HASH = (b'if command -v sha256sum >/dev/null 2>&1; then H=sha256sum; '
-            b'elif command -v shasum >/dev/null 2>&1; then H="shasum -a 256"; else H=; fi\n')
+    # place FROM TO: by a link, which never overwrites, or where there are none by a rename; not
+    # where links work but not here: mv would copy to another file system
+    PLACE = b'''place() {
+    if [ -e "$2" ] || [ -L "$2" ]; then [ "$1" -ef "$2" ]
+    elif ln -- "$1" "$2" 2>/dev/null; then :
+    elif ln -- "$1" "$1.ln" 2>/dev/null; then rm -f -- "$1.ln"; false
+    else mv -n -- "$1" "$2" && [ ! -e "$1" ] && [ ! -L "$1" ]
+    fi
+}
+put() { place "$1" "$2" && rm -f -- "$1" && echo 1 || echo 0; }
+'''
+
+    FRUITLESS = 3               # streams that brought nothing, after which the rest is not tried
 
     def start_dialogue(self):
-        talk = Dialogue(self.ssh.command() + ['--', self.stream.target_host, 'exec sh -s'], self.stop,
+        self.batches, self.batch_patience = 0, 0
+        self.run_id = random_hex(4)     # what an older run staged is never taken for ours
+        return Dialogue(self.ssh.command() + ['--', self.stream.target_host, 'exec sh -s'], self.stop,
                         self.stream.stall_timeout, lambda t: (b'echo %s\n' % t, t + b'\n'),
                         self.lock_fds)
-        self.batches, self.batch_patience = 0, 0
-        self.run_id = random_hex(4)    # what an older run staged is never taken for ours
-        talk.ask(b'LC_ALL=C; export LC_ALL; umask 022\n' + self.HASH)
-        return talk
 
     def words(self, names):
         return b' '.join(shell_quote(b'./' + name) for name in names)
 
+    @property
+    def base(self):
+        return shell_quote(to_bytes(self.stream.target_base))
+
     def check_base(self):
-        base = shell_quote(to_bytes(self.stream.target_base))
-        make = b'mkdir -p -- %s 2>/dev/null\n' % base if self.stream.create_directories else b''
-        if self.talk.ask(make + b'cd -- %s && echo yes\n' % base) != [b'yes']:
+        """Go to target_dir, and learn what this machine has."""
+        make = b'mkdir -p -- %s 2>/dev/null\n' % self.base if self.stream.create_directories else b''
+        mark = random_hex(12)           # a login script may print, too
+        script = b'echo; echo %s; LC_ALL=C; export LC_ALL\n%s%s' % (mark, self.PLACE, make)
+        script += b'for h in %s; do case $(printf abc | $h 2>/dev/null) in %s*)\n' \
+            b'echo "hash $h"; break;; esac; done\n' % (b' '.join(map(shell_quote, self.HASHES)), self.KNOWN)
+        script += b'cd -- %s && B=$PWD && echo base\n' \
+            b'command -v tar >/dev/null && echo tar\necho umask $(umask)\n' % self.base
+        try:
+            lines = self.talk.ask(script)
+        except TargetError as error:
+            raise self.no_shell(error)
+        lines = lines[lines.index(mark) + 1:]
+        told = dict(line.split(b' ', 1) for line in lines if b' ' in line)
+        self.hash, self.tar = told.get(b'hash'), b'tar' in lines
+        self.umask = int(told.get(b'umask', b'022'), 8)
+        if b'base' not in lines:
             self.end_dialogue()
             raise self.missing()
+        if not self.hash:
+            log.once('%s: %s has no program for SHA-256: what has to be compared is read back' % (
+                self.stream.name, self.stream.target_host))
+
+    def no_shell(self, error):
+        """What to say when the first question had no answer."""
+        code = self.talk.program.process.poll()
+        self.end_dialogue()
+        if code in (None, 255):
+            return error
+        return TargetError('%s gives this account no shell that runs sh: %s' % (
+            self.stream.target_host, error.message),
+            'use transfer_protocol = sftp, or give it another login shell (chsh)')
 
     def exist(self, names):
-        script = b'for f in %s; do if [ -e "$f" ] || [ -L "$f" ]; then echo 1; else echo 0; fi; done\n'
-        answer = self.talk.ask(script % self.words(names) + b'[ -d . ] && echo yes\n')
+        answer = self.talk.ask(
+            b'cd -- "$B" && for f in %s; do [ -e "$f" ] || [ -L "$f" ] && echo 1 || echo 0; done\n'
+            b'[ -x . ] && echo yes\n' % self.words(names))
         if answer[-1:] != [b'yes'] or len(answer) != len(names) + 1:
             raise self.missing()
         return [line == b'1' for line in answer[:-1]]
@@ -4395,8 +4528,15 @@ class ScpTransport(SshStaging):
                     show(path), target_of(self.stream), self.talk.program.errors()))
 
     def staged_name(self, entry):
-        """Under its own name in a directory of this batch, so that many can be placed at once."""
+        """Under its own name in a directory of this batch, so that many can be placed at once; a
+        large file under the one name that a later run finds again."""
+        if self.resumes(entry):
+            return SshStaging.staged_name(self, entry)
         return os.path.join(self.area, self.batch_name(), entry.path)
+
+    @staticmethod
+    def resumes(entry):
+        return entry.size >= RESUME_FROM
 
     def batch_name(self):
         return b'%s-%d' % (self.run_id, self.batches)
@@ -4405,7 +4545,149 @@ class ScpTransport(SshStaging):
         self.batches += 1
         return SshStaging.make_jobs(self, batch)
 
+    def mode_of(self, entry):
+        """As a program at the target would make it: its umask counts; what we cannot read there
+        could not be proven."""
+        if self.stream.target_chmod:
+            return self.stream.target_chmod[0]
+        return entry.mode & 0o777 & ~self.umask | 0o400
+
     def stage(self, batch, jobs):
+        large = [job for job in jobs if self.resumes(job.entry)]
+        rest, fruitless = [job for job in jobs if not self.resumes(job.entry)], 0
+        while rest and self.tar:
+            before, rest = rest, self.pour(batch, rest)
+            fruitless = fruitless + 1 if len(rest) == len(before) - 1 else 0
+            if fruitless > self.FRUITLESS:
+                for job in rest:
+                    job.error = before[0].error
+                rest = []
+        if rest:
+            self.stage_by_scp(batch, rest)
+        there = self.measure([job.staged for job in large], False)
+        for job in large:
+            self.append(batch, job, there.get(job.staged, (0,))[0])
+        self.delete([job.staged for job in jobs if job.error])
+
+    # -- the bytes, as a tar stream
+
+    def feed(self, script):
+        return Feed(self.ssh, self.stop, b'umask 077; cd -- %s && cd %s && %s' % (
+            self.base, self.words([self.area]), script), self.stream.stall_timeout, self.throttle,
+            self.lock_fds)
+
+    def one_tar(self, batch, jobs):
+        """One tar stream; what tar said of it, `output` is empty if it did not come to its end."""
+        mark = os.path.join(self.batch_name(), random_hex(12))      # a stream that is cut ends with 0
+        word = self.words([mark])
+        feed = self.feed(b'tar -x -o -p -f -; c=$?; rm %s && echo whole; exit $c' % word)
+        with contextlib.closing(feed):
+            made = set()
+            for job in jobs:
+                self.write_parents(feed, job, made)
+                self.write_member(feed, batch, job)
+                if feed.broken:
+                    break
+            feed.write(tar_head(mark, 0, 0o600) + bytes(2 * 512))
+            return feed.end(self.growth())
+
+    def pour(self, batch, jobs):
+        """Send files in one tar stream.  Returns those that are left for another one, because
+        the receiver ended at the one before them; that one has its error."""
+        done = self.one_tar(batch, jobs)
+        if done.output and done.code == 0:
+            return []
+        missing = self.short(jobs)
+        if len(missing) == len(jobs) and not self.one_tar(batch, []).output:
+            self.tar = False            # not such a tar
+            return jobs
+        self.refuse(missing if done.output else missing[:1], done.errors)
+        return [] if done.output else missing[1:]
+
+    def short(self, jobs):
+        """Those of some files that are not there in their full size.  Of the others only the hash
+        tells: a full disk leaves holes of the right size."""
+        for job in jobs:
+            job.hashed = True
+        there = self.measure([job.staged for job in jobs], False)
+        return [job for job in jobs if not job.error and there.get(job.staged, (None,))[0] != job.entry.size]
+
+    def refuse(self, jobs, reason):
+        """The target could not write these: say so, and give it the room again."""
+        if not jobs:
+            return
+        self.delete([job.staged for job in jobs])
+        free = self.free_space()
+        for job in jobs:
+            fault = ItemError if free is None or free > job.entry.size else NoRoom
+            job.error = fault('%s cannot be written at %s: %s' % (
+                show(job.final), target_of(self.stream), reason or 'no reason given'))
+
+    def write_parents(self, feed, job, made):
+        """The directories above it, those that are no members yet."""
+        path = os.path.dirname(job.staged[len(self.area) + 1:])
+        steps = path.split(b'/')
+        for number in range(len(steps)):
+            step = b'/'.join(steps[:number + 1])
+            if step not in made:
+                made.add(step)
+                feed.write(tar_head(step, 0, 0o700, time.time() * 1e9, b'5'))
+
+    def write_member(self, feed, batch, job):
+        """Its bytes; where the source has less of them than it had, zeros, or what follows would
+        be taken for it.  Sets job.error."""
+        import hashlib
+        entry, digest, sent = job.entry, hashlib.sha256(), 0
+
+        def write(block):
+            nonlocal sent
+            sent += len(block)
+            feed.write(block)
+            if job.hashed:
+                digest.update(block)
+        feed.write(tar_head(job.staged[len(self.area) + 1:], entry.size, self.mode_of(entry), entry.mtime_ns))
+        try:
+            copy_entry(batch.root, entry, write, self.stop)
+            job.digest = digest.hexdigest() if job.hashed else None
+        except (Changed, ItemError) as error:
+            job.error = error
+        feed.write(bytes(entry.size - sent + -entry.size % 512))
+        self.progress.sent(sent)
+
+    # -- the bytes of a large file
+
+    def append(self, batch, job, part):
+        """Send what is missing of a file of which `part` bytes are there, perhaps from an earlier run."""
+        import hashlib
+        entry, digest = job.entry, hashlib.sha256()
+        start = part if part <= entry.size else 0
+        job.hashed = job.hashed or start > 0        # only the whole proves what was continued
+        seconds = min(max(0, entry.mtime_ns // 10 ** 9), LAST_SECOND)
+        stamp = time.strftime('%Y%m%d%H%M.%S', time.gmtime(seconds)).encode()
+        word = self.words([job.staged[len(self.area) + 1:]])
+        feed = self.feed(b'%s cat >> %s; c=$?; chmod %o %s; TZ=UTC0 touch -t %s %s; exit $c' % (
+            b'' if start else b'rm -f %s;' % word, word, self.mode_of(entry), word, stamp, word))
+
+        def write(block):
+            if feed.broken:
+                raise ItemError('%s was refused' % show(entry.path))
+            feed.write(block)
+            digest.update(block)
+            self.progress.sent(len(block))
+        with contextlib.closing(feed):
+            try:
+                copy_prefix(batch.root, entry, digest, start, self.stop)
+                copy_entry(batch.root, entry, write, self.stop, start)
+                job.digest = digest.hexdigest()
+            except (Changed, ItemError) as error:
+                job.error = error
+            done = feed.end(self.growth())
+        if done.code:
+            self.refuse([job], done.errors)
+
+    # -- the bytes, by the scp program
+
+    def stage_by_scp(self, batch, jobs):
         import shutil
         spool = os.path.join(to_bytes(self.stream.spool), b'scp')
         shutil.rmtree(spool, ignore_errors=True)
@@ -4420,15 +4702,18 @@ class ScpTransport(SshStaging):
             except OSError as error:
                 raise StateError('cannot write to the spool %s: %s' % (show(spool), error.strerror))
         try:
-            if not self.copy_trees(trees):
-                for job in jobs:            # a full disk leaves holes of the right size
-                    job.hashed = True
+            trouble = self.copy_trees(trees)
+            if trouble:
+                self.refuse(self.short(jobs), trouble)
         finally:
             shutil.rmtree(spool, ignore_errors=True)
+        if self.stream.target_chmod:
+            for chunk in in_chunks([job.staged for job in jobs], 500):
+                self.talk.ask(b'chmod %o %s\n' % (self.stream.target_chmod[0], self.words(chunk)))
         self.progress.sent(sum(job.entry.size for job in jobs))
 
     def copy_trees(self, trees):
-        """One scp for each tree, side by side; whether all said that it went well, which
+        """One scp for each tree, side by side; what they complained of, '' if nothing, which
         proves nothing yet."""
         base = to_bytes(self.stream.target_base)
         if not base.startswith(b'/'):
@@ -4436,7 +4721,7 @@ class ScpTransport(SshStaging):
         host = to_bytes('[%s]' % self.stream.target_host if ':' in self.stream.target_host
                         else self.stream.target_host)
         target = b'%s:%s/' % (host, os.path.join(base, self.area))
-        failures, codes = [], {}
+        failures, complaints = [], []
 
         def copy(tree):
             limit = []
@@ -4447,7 +4732,8 @@ class ScpTransport(SshStaging):
                 done = run([self.stream.scp_command, '-q', '-p', '-r'] + limit + self.ssh.options() +
                            ['--', tree, target], self.stop, self.stream.stall_timeout,
                            keep_fds=self.lock_fds, alive=self.growth())
-                codes[tree] = done.code
+                if done.code:
+                    complaints.append(done.errors or 'scp ended with %d' % done.code)
                 if done.code == 255:
                     raise TargetError('scp to %s broke off: %s' % (target_of(self.stream), done.errors))
             except MoverError as error:
@@ -4460,7 +4746,7 @@ class ScpTransport(SshStaging):
             thread.join()
         if failures:
             raise failures[0]
-        return not any(codes.values())
+        return '; '.join(complaints)[-500:]
 
     def growth(self):
         """scp is silent while it works; this makes a function for one of them that tells
@@ -4479,38 +4765,36 @@ class ScpTransport(SshStaging):
         return growing
 
     def measure(self, paths, hashed):
-        """Sizes by wc or hashes by sha256sum, which prove the size as well."""
+        """Sizes by wc or hashes by what the target has, which prove the size as well."""
+        if hashed and not self.hash:
+            return {p: (size, self.read_back(p, size)) for p, (size, _) in self.measure(paths, False).items()}
         found = {}
-        command = b'$H' if hashed else b'wc -c'
-        plain = [p for p in paths if not re.search(rb'[\n\r\\]', p)]
-        odd = [p for p in paths if re.search(rb'[\n\r\\]', p)]
-        for chunk in in_chunks(plain, 500):
+        command = self.hash if hashed else b'wc -c'
+        for chunk in in_chunks([p for p in paths if not re.search(rb'[\n\r\\]', p)], 500):
             lines = self.talk.ask(
                 b'set --; for f in %s; do [ -f "$f" ] && [ ! -L "$f" ] && set -- "$@" "$f"; done\n'
-                b'[ $# -gt 0 ] && %s -- "$@"\n' % (self.words(chunk), command), self.hash_limit())
+                b'[ $# -gt 0 ] && %s "$@"\n' % (self.words(chunk), command), self.hash_limit())
             for line in lines:
                 match = re.match(rb'\s*(\w+) [ *]?(\./.*)$', line)
                 if match:
                     found[match.group(2)[2:]] = match.group(1)
-        for path in odd:
-            word = self.words([path])
-            lines = self.talk.ask(b'[ -f %s ] && [ ! -L %s ] && %s < %s\n' % (
-                word, word, command, word), self.hash_limit())
-            if lines:
-                found[path] = lines[0].split()[0]
+        for chunk in in_chunks([p for p in paths if p not in found], 500):
+            # names that are printed in another way, a program that names no files, what is not there
+            lines = self.talk.ask(
+                b'for f in %s; do set --; [ -f "$f" ] && [ ! -L "$f" ] && set -- $(%s < "$f")\n'
+                b'echo "$1"; done\n' % (self.words(chunk), command), self.hash_limit())
+            found.update((path, line) for path, line in zip(chunk, lines) if line)
         return {p: (None, v.decode()) if hashed else (int(v), None) for p, v in found.items()}
 
     def hash_limit(self):
         return max(self.stream.stall_timeout, self.batch_patience)
 
+    def read_back(self, path, size):
+        with contextlib.closing(self.feed(b'cd .. && cat %s' % self.words([path]))) as feed:
+            return feed.digest(size)
+
     def verify(self, batch, jobs):
         self.batch_patience = self.stream.stall_timeout + batch.size / CHECK_RATE
-        if jobs and any(job.hashed for job in jobs) and self.talk.ask(b'echo "$H"\n') == [b'']:
-            raise TargetError('no sha256sum or shasum at %s' % self.stream.target_host,
-                              'install one there, or set verify = size')
-        if self.stream.target_chmod:
-            for chunk in in_chunks([job.staged for job in jobs], 500):
-                self.talk.ask(b'chmod %o %s\n' % (self.stream.target_chmod[0], self.words(chunk)))
         SshStaging.verify(self, batch, jobs)
         self.sync()             # before they have names: what is proven must survive a power cut there
 
@@ -4524,34 +4808,22 @@ class ScpTransport(SshStaging):
         done = set()
         groups = collections.defaultdict(list)
         for job in jobs:
-            # ln into the directory keeps the base name; after a rename that is another one
-            if os.path.basename(job.staged) == os.path.basename(job.final):
-                groups[os.path.dirname(job.final)].append(job)
-            elif self.place_one(job):
-                done.add(job)
+            # ln into the directory keeps the base name; a large file, or one after a rename, has another
+            many = os.path.basename(job.staged) == os.path.basename(job.final)
+            groups[os.path.dirname(job.final) if many else None].append(job)
         for directory, members in groups.items():
+            place = self.words([directory or b'.'])
             for chunk in in_chunks(members, 500):
-                pairs = b' '.join(self.words([job.staged, job.final]) for job in chunk)
-                lines = self.talk.ask(
-                    b'ln -- %s %s/ 2>/dev/null\nset -- %s\n'
-                    b'while [ $# -gt 0 ]; do [ "$1" -ef "$2" ] && echo 1 || echo 0; shift 2; done\n'
-                    % (self.words([job.staged for job in chunk]),
-                       self.words([directory or b'.']), pairs))
-                for job, line in zip(chunk, lines):
-                    if line == b'1' or self.place_one(job):
-                        done.add(job)
-        self.delete([job.staged for job in done])
+                if directory is None:
+                    script = b''.join(b'put %s\n' % self.words([job.staged, job.final]) for job in chunk)
+                else:               # all in one command, if nothing is in the way
+                    script = b'set -- %s\nif ln -- "$@" %s/ 2>/dev/null; then rm -f -- "$@"; echo all\n' \
+                        b'else for f in "$@"; do put "$f" %s/"${f##*/}"; done; fi\n' % (
+                            self.words(job.staged for job in chunk), place, place)
+                lines = self.talk.ask(script)
+                done.update(chunk if lines == [b'all'] else
+                            (job for job, line in zip(chunk, lines) if line == b'1'))
         return done
-
-    def place_one(self, job):
-        """By a link, which never overwrites, or where there are none at all by a rename."""
-        old, new, try_ = self.words([job.staged]), self.words([job.final]), self.words([job.staged + b'.ln'])
-        return self.talk.ask(
-            b'if [ -e %s ] || [ -L %s ]; then [ %s -ef %s ] && echo yes; '
-            b'elif ln -- %s %s 2>/dev/null; then echo yes; '
-            b'elif ln -- %s %s 2>/dev/null; then rm -f -- %s; '     # another file system: mv would copy
-            b'elif [ ! -e %s ] && [ ! -L %s ] && mv -f -- %s %s; then echo yes; fi\n'
-            % (new, new, old, new, old, new, old, try_, try_, new, new, old, new)) == [b'yes']
 
     def rename(self, old, new):
         answer = self.talk.ask(b'[ ! -d %s ] && mv -f -- %s %s && echo yes\n' % (
@@ -4569,8 +4841,8 @@ class ScpTransport(SshStaging):
 
     def free_space(self):
         lines = self.talk.ask(b'df -Pk .\n')
-        match = re.search(rb' (\d+) +\d+% ', lines[-1]) if lines else None
-        return int(match.group(1)) * 1024 if match else None
+        match = re.search(rb' (\d+) +\d+ +(\d+) +\d+% ', lines[-1]) if lines else None
+        return int(match.group(2)) * 1024 if match and int(match.group(1)) else None
 
 
 class SftpTransport(SshStaging):
