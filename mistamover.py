@@ -54,6 +54,7 @@ EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_LOCKED = 0, 1, 2, 3
 WINDOWS = os.name == 'nt'
 OWN_PREFIX = b'.mistamover'             # our own entries in other people's directories
 RELEASE_DIR = OWN_PREFIX + b'-release'  # in the incoming directory: what is being deleted
+HELD_DIR = OWN_PREFIX + b'-held'        # in RELEASE_DIR: the file of a tree that is being deleted
 CLOCK_NAME = OWN_PREFIX + b'-clock-'    # in the incoming directory: touched to read its clock
 MONITOR_LINE = b'made by the disk space monitor of MiStaMover\n'     # marks its stop files
 KEPT_DIR = b'.delivered'                # in the incoming directory: copies for keep_delivered
@@ -2647,29 +2648,118 @@ def open_entry(root, entry):
     return fd
 
 
-def lease(fd):
-    """Take a read lease, which ends when the descriptor is closed (fcntl(2), F_SETLEASE): True,
-    False if somebody has the file open for writing, None if that cannot be asked here.
+@contextlib.contextmanager
+def marked(directory):
+    """The name of an empty file that stands in a directory for a moment.  Raises OSError."""
+    marker = HERE_NAME + b'%d-%s' % (os.getpid(), random_hex(4))
+    path = os.path.join(directory, marker)
+    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644))
+    try:
+        yield marker
+    finally:
+        os.unlink(path)
 
-    EAGAIN means that there is a writer, EACCES and EINVAL that the file system or the owner
-    does not let us ask.
-    """
+
+def lease(fd):
+    """Take a read lease, which ends when the descriptor is closed (fcntl(2), F_SETLEASE): None,
+    or the errno of the refusal."""
     try:
         import fcntl
         fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
-        return True
+        return None
     except OSError as error:
-        return False if error.errno == errno.EAGAIN else None
+        return error.errno
     except (ImportError, AttributeError):
+        return errno.ENOSYS
+
+
+def lease_broken(fd):
+    """Whether somebody wants to write what a lease was taken on, and waits until it ends."""
+    import fcntl
+    return fcntl.fcntl(fd, fcntl.F_GETLEASE) != fcntl.F_RDLCK
+
+
+class Leases:
+    """Tells whether somebody has a file of the incoming directory open for writing, as far as
+    read leases can.
+
+    EAGAIN means that there is a writer, unless a file of our own that nobody writes gets it
+    as well (NFSv4 without a delegation, cifs without an oplock).  EACCES: the file belongs to
+    another account and we lack CAP_LEASE.  Anything else: there are no leases here.  Where
+    they cannot tell, one warning says so.
+    """
+
+    HINTS = {errno.EACCES: 'run this program under the account that owns the files or give it '
+                           'CAP_LEASE; else set ready_file or a longer settle_time'}
+    HINT = 'set ready_file, or a settle_time longer than any pause of a writer'
+
+    def __init__(self, stream):
+        self.stream = stream
+        self.own = self.tried = None        # the errno for a file of our own; when it was asked
+        self.lock = threading.Lock()        # guards these two
+
+    def take(self, fd):
+        """True: the descriptor holds a lease until it is closed; False: somebody has the file
+        open for writing; None: that cannot be asked here."""
+        refused = lease(fd)
+        if not refused:
+            return True
+        if refused == errno.EAGAIN and self.of_our_own() != errno.EAGAIN:
+            return False
+        log.once('%s: %s' % (self.stream.name, self.sentence(refused)))
         return None
 
+    def of_our_own(self):
+        """The errno that a file of ours in the incoming directory gets, which nobody writes; None:
+        it gets its lease, or nothing can be made there to try."""
+        with self.lock:
+            if self.tried is None or time.monotonic() - self.tried > LOOK_ANYWAY:
+                self.tried = time.monotonic()
+                self.own = self.try_one()
+            return self.own
 
-def check_unused(stream, item):
+    def try_one(self):
+        try:
+            with marked(self.stream.root) as marker:
+                fd = os.open(os.path.join(self.stream.root, marker), OPEN_FLAGS)
+                try:
+                    return lease(fd)
+                finally:
+                    os.close(fd)
+        except OSError:
+            return None
+
+    def sentence(self, refused):
+        why = {errno.EACCES: 'files of another account do not say whether somebody is writing them',
+               errno.EAGAIN: 'this file system says of every file that it is being written'}.get(
+                   refused, 'this file system does not say whether somebody is writing a file')
+        return '%s: %s; what is open and has been silent for settle_time goes (%s)' % (
+            show(self.stream.directory), why, self.HINTS.get(refused, self.HINT))
+
+    def report(self):
+        """For --check: None if open writers are seen, else the sentence that says why not."""
+        import itertools
+        refused = self.of_our_own()
+        with contextlib.suppress(OSError), os.scandir(self.stream.root) as entries:
+            for entry in itertools.islice(entries, 100):
+                if refused or not entry.is_file(follow_symlinks=False):
+                    continue
+                with contextlib.suppress(OSError):
+                    fd = os.open(entry.path, OPEN_FLAGS)
+                    try:
+                        refused = lease(fd)
+                    finally:
+                        os.close(fd)
+                    refused = refused if refused != errno.EAGAIN else None
+        return self.sentence(refused) if refused else None
+
+
+def check_unused(stream, item, leases):
     """Raises Changed if a file of the item is being written, ItemError if unreadable."""
     for entry in item.files:
         fd = open_entry(stream.root, entry)
         try:
-            if lease(fd) is False:
+            if leases.take(fd) is False:
                 raise Changed('%s is open for writing' % show(entry.path))
         finally:
             os.close(fd)
@@ -2802,8 +2892,8 @@ Parcel = collections.namedtuple('Parcel', 'item entries')
 
 # What a transport answers for each parcel: error (None: every file of it stands proven at
 # the target), checksum (of a single file), target (its name there, if it is another),
-# linked (those paths of its batch whose source and target are one file), sent (False: all of
-# it stood there already).
+# linked ({path: Link} of what of its batch is one file at both ends), sent (False: all of it
+# stood there already).
 Outcome = collections.namedtuple('Outcome', 'error checksum target linked sent')
 
 
@@ -2943,18 +3033,6 @@ def scratch_directory(stream):
         yield to_bytes(path)
 
 
-@contextlib.contextmanager
-def marked(directory):
-    """The name of an empty file that stands in a directory for a moment.  Raises OSError."""
-    marker = HERE_NAME + b'%d-%s' % (os.getpid(), random_hex(4))
-    path = os.path.join(directory, marker)
-    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644))
-    try:
-        yield marker
-    finally:
-        os.unlink(path)
-
-
 def staging_id(stream):
     """A random name for the staging area, kept: cloned machines must not share one."""
     path = stream.spool + '.id'
@@ -3085,7 +3163,7 @@ class Staging(Transport):
                 if entry.kind == 'f':
                     job = self.Job(entry, batch.final(entry.path), self.stream.verify == 'checksum')
                     job.error = refusal
-                    job.linked = self.can_link(batch, entry)
+                    job.linked = not refusal and self.can_link(batch, entry)
                     if not job.linked:
                         job.staged = self.staged_name(entry)
                     jobs.append(job)
@@ -3220,7 +3298,7 @@ class Staging(Transport):
 
     def outcomes(self, batch):
         jobs = iter(batch.jobs)                 # one for each file, in the same order
-        linked = {job.entry.path for job in batch.jobs if job.linked}
+        linked = {job.entry.path: job.linked for job in batch.jobs if job.linked}
         answers = []
         for parcel in batch.parcels:
             mine = [next(jobs) for entry in parcel.entries if entry.kind == 'f']
@@ -3266,6 +3344,50 @@ def current_umask():
         return mask
 
 
+class Link:
+    """A source file with a second name at the target, held by a read lease until the first is
+    gone: meanwhile a writer waits who would show half of it there."""
+
+    FREE = threading.BoundedSemaphore(400)      # of the 1,024 descriptors a process usually has
+
+    def __init__(self, path, entry):
+        self.path = path            # the second name
+        self.inode = entry.dev, entry.ino
+        self.fd = None              # if there is a lease, and a descriptor to spare for it
+        self.taken_back = False
+
+    def keep(self, fd):
+        """Keep this descriptor, which has the lease, if there are not too many of them already."""
+        if self.FREE.acquire(blocking=False):
+            self.fd = fd
+        else:
+            os.close(fd)
+
+    def held(self):
+        """Hand the descriptor over, for the release: (descriptor or None, whether it has a lease)."""
+        fd, self.fd = self.fd, None
+        if fd is not None:
+            self.FREE.release()
+        return fd, fd is not None
+
+    def broken(self):
+        """Whether a writer waits."""
+        return self.fd is not None and lease_broken(self.fd)
+
+    def take_back(self):
+        """Remove the second name, if it still is one of this file."""
+        with contextlib.suppress(OSError):
+            info = os.lstat(self.path)
+            if (info.st_dev, info.st_ino) == self.inode:
+                os.unlink(self.path)
+                self.taken_back = True
+
+    def close(self):
+        fd, _ = self.held()
+        if fd is not None:
+            os.close(fd)
+
+
 class LocalTransport(Staging):
     """Another directory, disk or mounted share.  On one file system a move is a hard link
     and an unlink: no byte is copied, nothing can be overwritten, nothing can be lost."""
@@ -3281,6 +3403,8 @@ class LocalTransport(Staging):
         self.root = os.path.join(self.stream.root, b'')
         self.renamed = set()        # directories there whose new names are not on the disk yet
         self.held = {}              # final name -> (identity here, mtime_ns there) of one content
+        self.leases = Leases(self.stream)
+        self.links = []             # every Link since the connection was made
 
     def path(self, relative):
         return self.base + relative
@@ -3295,6 +3419,11 @@ class LocalTransport(Staging):
                 os.makedirs(self.path(b''), exist_ok=True)
             except OSError as error:
                 raise self.trouble('cannot make', error)
+
+    def close(self):
+        links, self.links = self.links, []
+        for link in links:
+            link.close()
 
     def trouble(self, what, error):
         return TargetError('%s %s: %s' % (what, show(error.filename or self.stream.target_base),
@@ -3334,18 +3463,37 @@ class LocalTransport(Staging):
         Staging.send(self, batch, ready)
 
     def stage(self, batch, jobs):
+        self.links = [link for link in self.links if link.fd is not None]
         self.overlaps = False           # unless there is something to copy
         for job in jobs:
             self.stop.check()
             job.equal = self.stream.mirror and self.looks_like(job.entry, job.final)
-            if job.equal or job.linked:
-                self.progress.sent(job.entry.size)
-            else:
-                self.overlaps = True
-                try:
+            try:
+                if job.equal:
+                    self.progress.sent(job.entry.size)
+                elif job.linked:
+                    job.linked = None
+                    job.linked = self.hold(job)
+                    self.progress.sent(job.entry.size)
+                else:
+                    self.overlaps = True
                     self.copy(batch, job)
-                except (Changed, ItemError) as error:
-                    job.error = error
+            except (Changed, ItemError) as error:
+                job.error = error
+
+    def hold(self, job):
+        """A Link for what is about to get its second name.  Raises Changed, ItemError."""
+        fd = open_entry(self.root, job.entry)
+        leased = self.leases.take(fd)
+        link = Link(self.path(job.final), job.entry)
+        if leased:
+            link.keep(fd)
+            self.links.append(link)
+        else:
+            os.close(fd)
+        if leased is False:
+            raise Changed('%s is open for writing' % show(job.entry.path))
+        return link
 
     def stands(self, item, subdir, watch):
         finals = [os.path.join(subdir, e.path) if subdir else e.path for e in item.entries]
@@ -3501,7 +3649,8 @@ class LocalTransport(Staging):
             return True
         try:
             if job.linked:
-                job.linked, job.staged = False, self.staged_name(job.entry)
+                job.linked.close()
+                job.linked, job.staged = None, self.staged_name(job.entry)
                 batch = Batch(self.stream.root, b'', ())
                 self.copy(batch, job)
                 self.verify(batch, [job])
@@ -3597,6 +3746,15 @@ class LocalTransport(Staging):
         for path in paths:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self.path(path))
+
+    def outcomes(self, batch):
+        for job in batch.jobs:
+            if job.linked and not job.error and job.linked.broken():
+                job.linked.take_back()
+                job.error = Changed('%s is being written again' % show(job.entry.path))
+            if job.linked and job.error:
+                job.linked.close()
+        return Staging.outcomes(self, batch)
 
     def finish(self, batch):
         """Directories first, with their times last; then files as everywhere, and symlinks."""
@@ -4166,7 +4324,7 @@ class RsyncTransport(Transport):
             break
         single = parcel.entries[0] if len(parcel.entries) == 1 else None
         target = batch.final(single.path) if single else None
-        return Outcome(error, equal.get(single.path) if single else None, target, (),
+        return Outcome(error, equal.get(single.path) if single else None, target, {},
                        not self.stream.mirror or any(e.path in sent for e in parcel.entries))
 
     def remove(self, name):
@@ -5714,7 +5872,8 @@ class Releaser:
     A file is held by a read lease and looked at; then it is renamed into a private directory
     and looked at once more, so that neither a writer nor a file put in its place can lose
     anything: whatever turns out not to be the delivered snapshot is put back.  A zipped
-    directory is renamed aside as a whole, after a journal that lets a crash be finished.
+    directory is renamed aside as a whole, after a journal that lets a crash be finished; then
+    its files go in the same way one after the other, for who works in it still reaches them.
     """
 
     CLOSERS, CLOSED_TOGETHER = 4, 16    # threads; descriptors for each at a time
@@ -5724,6 +5883,7 @@ class Releaser:
         self.root = stream.root
         self.journal = os.path.join(state_dir, stream.name + '.releasing')
         self.kept = Kept(stream)
+        self.leases = Leases(stream)
         self.cached = None              # (directory, its descriptor, the private one)
         self.changed = {}               # (dev, ino) -> ctime after we unlinked another name of it
         self.gone = []                  # descriptors of what is gone, to be closed
@@ -5733,10 +5893,10 @@ class Releaser:
 
     def release(self, item, linked):
         """Delete what of the item still is as its snapshot says; return why the rest stays.
-        Raises ItemError if something is there but may not be deleted."""
+        Raises ItemError if something is there but may not be deleted.  linked: {path: Link}."""
         reasons = []
         for entry in item.files:
-            reason = self.release_file(entry, entry.path in linked)
+            reason = self.release_file(entry, linked.get(entry.path))
             if reason:
                 reasons.append('%s %s' % (show(entry.path), reason))
         if item.is_directory or b'/' in item.name:
@@ -5744,14 +5904,14 @@ class Releaser:
             self.remove_directories(item)
         return reasons
 
-    def release_file(self, entry, linked):
+    def release_file(self, entry, link):
         """None when it is gone, else the reason why it stays."""
         try:
             if WINDOWS:
                 return self.release_plainly(entry)
             if self.stream.keep_delivered:
                 self.kept.check(entry.path)     # before anything is moved
-            return self.release_held(entry, linked)
+            return self.release_held(entry, link)
         except OSError as error:
             if error.errno == errno.ENOENT and not os.path.lexists(os.path.join(self.root, entry.path)):
                 return None
@@ -5772,47 +5932,60 @@ class Releaser:
         else:
             os.unlink(name, dir_fd=directory)
 
-    def release_held(self, entry, linked):
+    def release_held(self, entry, link, in_tree=False, any_ctime=False):
+        """link: the Link of a file that has its second name at the target, which is taken back
+        before a writer who waits goes on.  in_tree: it lies in a tree that was set aside."""
         head, _, name = entry.path.rpartition(b'/')
-        parent, aside = self.directory(head)
-        fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=parent)
         reason = 'could not be looked at'
+        fd, leased = link.held() if link else (None, None)
         try:
-            reason = self.release_open(fd, entry, linked, name, parent, aside)
+            place = self.directory(head, in_tree) + (name,)
+            if fd is None:
+                fd, leased = self.hold(place)
+            reason = self.release_open(fd, leased, entry, place, any_ctime or link is not None)
+            if reason and link:
+                link.take_back()
             return reason
         finally:
-            if reason or linked:            # nothing is freed: the inode stands at the target too
-                os.close(fd)
-            else:
-                self.close_later(fd)
+            if fd is not None:
+                # of a link nothing is freed: the inode stands at the target too
+                os.close(fd) if reason or link else self.close_later(fd)
 
-    def release_open(self, fd, entry, linked, name, parent, aside):
-        """None when it is gone, else the reason why it stays.  linked: the inode stands at the
-        target too, and has another ctime since."""
-        import fcntl
-        leased = lease(fd)
+    def hold(self, place):
+        """(descriptor, whether a lease holds it) of a file: (directory, private one, name)."""
+        parent, _, name = place
+        fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=parent)
+        return fd, self.leases.take(fd)
+
+    def release_open(self, fd, leased, entry, place, any_ctime):
+        """None when it is gone, else the reason why it stays.  any_ctime: it has another one
+        since, by our doing."""
+        parent, aside, name = place
         if leased is False:
             return 'is open for writing'
-        before = os.fstat(fd)
-        if not self.unchanged(entry._replace(ctime_ns=before.st_ctime_ns) if linked else entry, before):
+        if not self.as_expected(entry, os.fstat(fd), any_ctime):
             return 'changed after it was sent'
         try:
             os.rename(name, name, src_dir_fd=parent, dst_dir_fd=aside)
         except OSError as error:
             if error.errno != errno.EXDEV or self.stream.keep_delivered:
                 raise
-            if leased and fcntl.fcntl(fd, fcntl.F_GETLEASE) != fcntl.F_RDLCK:
+            if leased and lease_broken(fd):
                 return 'changed while it was released'
             os.unlink(name, dir_fd=parent)      # a mount point: without the very last look
             return None
         here, there = os.fstat(fd), os.stat(name, dir_fd=aside, follow_symlinks=False)
         if not os.path.samestat(here, there) or \
                 (here.st_size, here.st_mtime_ns) != (entry.size, entry.mtime_ns) or \
-                leased and fcntl.fcntl(fd, fcntl.F_GETLEASE) != fcntl.F_RDLCK:
+                leased and lease_broken(fd):
             self.put_back(name, aside, parent)
             return 'changed while it was released'
-        self.discard(name, entry.path, aside)
-        if here.st_nlink > 1 and not linked:
+        try:
+            self.discard(name, entry.path, aside)
+        except OSError:
+            self.put_back(name, aside, parent)
+            raise
+        if here.st_nlink > 1 and not any_ctime:
             self.changed[(here.st_dev, here.st_ino)] = os.fstat(fd).st_ctime_ns
         return None
 
@@ -5834,10 +6007,10 @@ class Releaser:
                 return
         close_all(gone)
 
-    def unchanged(self, entry, info):
-        ours = self.changed.get((entry.dev, entry.ino))
-        return entry.same_as(info) or ours is not None and \
-            entry._replace(ctime_ns=ours).same_as(info)
+    def as_expected(self, entry, info, any_ctime):
+        """Whether this is what the snapshot says, but for the ctime that we gave it."""
+        ctime = info.st_ctime_ns if any_ctime else self.changed.get((entry.dev, entry.ino))
+        return entry.same_as(info) or ctime is not None and entry._replace(ctime_ns=ctime).same_as(info)
 
     @staticmethod
     def put_back(name, aside, parent):
@@ -5856,19 +6029,21 @@ class Releaser:
                     os.rename(name, new, src_dir_fd=aside, dst_dir_fd=parent)
                     return
 
-    def directory(self, relative):
-        """Descriptors of a directory of the source and of its private counterpart; every
-        component is opened without following symlinks."""
-        if self.cached and self.cached[0] == relative:
+    def directory(self, relative, in_tree=False):
+        """Descriptors of a directory of the source, or of a tree that was set aside, and of its
+        private counterpart; every component is opened without following symlinks."""
+        if self.cached and self.cached[0] == (relative, in_tree):
             return self.cached[1:]
         self.forget_directory()
         flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
-        parent = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY)
+        top = os.path.join(self.root, RELEASE_DIR) if in_tree else self.root
+        private = HELD_DIR if in_tree else RELEASE_DIR
+        parent = os.open(top, os.O_RDONLY | os.O_DIRECTORY)
         aside = None
         try:
             with contextlib.suppress(FileExistsError):
-                os.mkdir(RELEASE_DIR, 0o700, dir_fd=parent)
-            aside = os.open(RELEASE_DIR, flags, dir_fd=parent)
+                os.mkdir(private, 0o700, dir_fd=parent)
+            aside = os.open(private, flags, dir_fd=parent)
             for part in relative.split(b'/') if relative else ():
                 with contextlib.suppress(FileExistsError):
                     os.mkdir(part, 0o700, dir_fd=aside)
@@ -5881,7 +6056,7 @@ class Releaser:
                 if fd is not None:
                     os.close(fd)
             raise
-        self.cached = relative, parent, aside
+        self.cached = (relative, in_tree), parent, aside
         return parent, aside
 
     def forget_directory(self):
@@ -5940,39 +6115,37 @@ class Releaser:
                 show(item.name), error.strerror), 'change the permissions of the directory')
         return self.finish_tree(item.name, item.entries)
 
-    def finish_tree(self, name, entries):
+    def finish_tree(self, name, entries, returned=()):
         """Delete of a tree that was renamed aside what the snapshot holds, if all of it is
-        as it was; put back everything else."""
+        as it was; put back everything else.  returned: paths that a crash held up on their way
+        out, which have another ctime since."""
         top = os.path.join(self.root, RELEASE_DIR)
-        busy = [e for e in entries if e.kind == 'f' and self.is_held(top, e)]
-        reasons = []
-        if not busy:
+        files = [e for e in entries if e.kind == 'f']
+        if not any(self.is_busy(os.path.join(top, e.path), e, e.path in returned) for e in files):
             for entry in reversed(entries):
-                path = os.path.join(top, entry.path)
                 with contextlib.suppress(OSError):
-                    if entry.kind == 'd':
-                        if self.stream.remove_directories:
-                            os.rmdir(path)
-                    else:
-                        info = os.lstat(path)       # hard links among them change each other's ctime
-                        if entry._replace(ctime_ns=info.st_ctime_ns).same_as(info):
-                            self.discard(path, entry.path)
-        if any(e.kind == 'f' and os.path.lexists(os.path.join(top, e.path)) for e in entries):
+                    if entry.kind == 'f':
+                        self.release_held(entry, None, True, entry.path in returned)
+                    elif self.stream.remove_directories:
+                        os.rmdir(os.path.join(top, entry.path))
+        self.forget_directory()
+        reasons = []
+        if any(os.path.lexists(os.path.join(top, e.path)) for e in files):
             reasons.append('%s: something in it changed or is in use; it stays' % show(name))
         if os.path.lexists(os.path.join(top, name)):
             self.put_tree_back(name)        # what was never sent, or came meanwhile
         os.unlink(self.journal)
         return reasons
 
-    @staticmethod
-    def is_held(root, entry):
+    def is_busy(self, path, entry, any_ctime):
         """Whether a file that is still there is not what the snapshot says, or is written."""
         try:
-            fd = open_entry(root, entry)
-        except MoverError:
-            return os.path.lexists(os.path.join(root, entry.path))
+            fd = os.open(path, OPEN_FLAGS)
+        except OSError:
+            return os.path.lexists(path)
         try:
-            return lease(fd) is False
+            info = os.fstat(fd)
+            return not self.as_expected(entry, info, any_ctime) or self.leases.take(fd) is False
         finally:
             os.close(fd)
 
@@ -5991,10 +6164,8 @@ class Releaser:
         top = os.path.join(self.root, RELEASE_DIR)
         try:
             if os.path.isdir(top) and not os.path.islink(top):
-                self.finish_journal(top)
-                for path, _, files in os.walk(top):
-                    for name in files:
-                        self.restore(os.path.relpath(os.path.join(path, name), top))
+                self.finish_journal(top, self.restore_all(os.path.join(top, HELD_DIR), top))
+                self.restore_all(top, self.root)
                 for name in os.listdir(top):
                     if any(files for _, _, files in os.walk(os.path.join(top, name))):
                         self.put_tree_back(name)
@@ -6004,7 +6175,7 @@ class Releaser:
         except OSError as error:
             raise StateError('cannot put back %s: %s' % (show(error.filename or top), error.strerror))
 
-    def finish_journal(self, top):
+    def finish_journal(self, top, returned):
         try:
             with open(self.journal, encoding='ascii') as handle:
                 name, content = from_json(handle.read())
@@ -6014,26 +6185,35 @@ class Releaser:
                    for path, kind, dev, ino, size, mtime, ctime in content]
         if os.path.lexists(os.path.join(top, to_bytes(name))):
             log.info('%s: finishing the release of %s' % (self.stream.name, show(name)))
-            self.finish_tree(to_bytes(name), entries)
+            self.finish_tree(to_bytes(name), entries, returned)
 
-    def restore(self, relative):
-        """Put one file back where it was; it is sent again, found identical, and released."""
+    def restore_all(self, top, home):
+        """Put every file below one directory back where it was below another; their paths."""
+        found = {os.path.relpath(os.path.join(path, name), top)
+                 for path, _, files in os.walk(top) for name in files}
+        for relative in found:
+            self.restore(top, relative, home)
+        return found
+
+    @staticmethod
+    def restore(top, relative, home):
+        """It is sent again, found identical, and released."""
         head, name = os.path.split(relative)
-        os.makedirs(os.path.join(self.root, head), exist_ok=True)
-        source = os.path.join(self.root, RELEASE_DIR, relative)
+        os.makedirs(os.path.join(home, head), exist_ok=True)
+        source = os.path.join(top, relative)
         for new in (name, stamped(name)):
             try:
-                os.link(source, os.path.join(self.root, head, new), follow_symlinks=False)
+                os.link(source, os.path.join(home, head, new), follow_symlinks=False)
                 os.unlink(source)
                 return
             except FileExistsError:
                 # a crash may have come between these two
-                if os.path.samestat(os.lstat(source), os.lstat(os.path.join(self.root, head, new))):
+                if os.path.samestat(os.lstat(source), os.lstat(os.path.join(home, head, new))):
                     os.unlink(source)
                     return
             except OSError:             # no hard links here
-                if not os.path.lexists(os.path.join(self.root, head, new)):
-                    os.rename(source, os.path.join(self.root, head, new))
+                if not os.path.lexists(os.path.join(home, head, new)):
+                    os.rename(source, os.path.join(home, head, new))
                     return
 
 
@@ -6379,7 +6559,7 @@ class Delivery:
             refusal = self.transport.refusal(item.entries[:1] if self.stream.zips else item.entries)
             if refusal:
                 raise refusal
-            check_unused(self.stream, item)
+            check_unused(self.stream, item, self.releaser.leases)
             return True
         except Changed as error:
             log.debug('%s: %s' % (self.stream.name, error))
@@ -6721,9 +6901,11 @@ class Delivery:
             return 0
         self.failures.forget(item.name)
         if reasons:
+            links = [outcome.linked[e.path] for e in item.files if e.path in outcome.linked]
+            word = 'withdrawn' if any(link.taken_back for link in links) else 'kept'
             self.result.kept += 1
             log.info('%s: %s' % (self.stream.name, '; '.join(reasons[:3])))
-            self.worker.ledger.append(self.lines([(parcel, outcome)], 'kept'))
+            self.worker.ledger.append(self.lines([(parcel, outcome)], word))
             return 0
         if self.stream.move or outcome.sent:
             self.result.items += 1
@@ -6750,7 +6932,7 @@ class Delivery:
 
     def drop_ready(self, entry):
         try:
-            if self.releaser.release(Item(entry.path, [entry]), ()):
+            if self.releaser.release(Item(entry.path, [entry]), {}):
                 self.result.busy.append(entry.path)
         except ItemError as error:
             self.fail(entry.path, error)
@@ -7852,6 +8034,7 @@ def check_steps(worker):
         raise StateError('directory: %s is not writable, so nothing could be deleted after its '
                          'delivery' % show(stream.directory), 'change its permissions')
     yield 'directory', show(stream.directory)
+    yield 'open writers', worker.releaser.leases.report() or 'seen, and waited for'
     transport.open()
     names = {to_bytes(stream.stop_file), to_bytes(stream.target_marker or stream.stop_file)}
     found = worker.ask_for_marker(names) if os.path.isdir(stream.root) else transport.present(names)

@@ -1696,6 +1696,193 @@ class KeepDelivered(Case):
                          {b'run001': b'run', b'.delivered': 'link to ' + world.top})
 
 
+OPENER = """
+import os, subprocess, sys, time
+def opener(directory, name):
+    # a program that works in a directory opens a file there in place, and is slow
+    return subprocess.Popen([sys.executable, '-c', '''if True:
+        import os, sys, time
+        try:
+            handle = open(sys.argv[1], 'r+b')
+        except FileNotFoundError:
+            os._exit(0)
+        handle.truncate()
+        handle.write(b'half')
+        handle.flush()
+        while not os.path.exists(sys.argv[2]):
+            time.sleep(0.01)
+        handle.write(b' and whole')
+        ''', name, TARGET + '/../go'], cwd=directory,
+                            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+def until(condition):
+    end = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < end, 'waited in vain'
+        time.sleep(0.01)
+"""
+
+
+def leases_work():
+    """Whether the file system of these tests has leases."""
+    with tempfile.NamedTemporaryFile(dir=BASE) as handle:
+        fd = os.open(handle.name, os.O_RDONLY)
+        try:
+            handle.close()
+            return not mm.lease(fd)
+        finally:
+            os.close(fd)
+
+
+class OpenWriters(Doctored):
+    """A program opens a file for writing at the worst moments."""
+
+    def setUp(self):
+        if not leases_work():
+            self.skipTest('needs a file system with leases')
+
+    def half_written(self, world, code):
+        """Run with `code`; what the source holds after the writer had its time."""
+        done = self.doctored(world, OPENER + code)
+        self.assertEqual(done.code, 0, str(done))
+        target = held_at_target(world)
+        write(os.path.join(world.top, 'go'))
+        wait_for(lambda: b'half' not in contents(tree(world.source)).values(), 'the writer to end')
+        return done, target, held_at_source(world)
+
+    def test_in_a_zipped_directory_while_another_file_of_it_is_deleted(self):
+        world = self.world('local', directories='zip')
+        for name in ('a', 'b', 'c'):
+            write(os.path.join(world.source, 'day', name), name.encode())
+        done, target, source = self.half_written(world, """
+real = mm.Releaser.discard
+def discard(self, name, *args):
+    real(self, name, *args)
+    if os.path.basename(name) == b'c':
+        opener(SOURCE + '/.mistamover-release/day', 'a')
+        until(lambda: os.path.getsize(SOURCE + '/.mistamover-release/day/a') == 4)
+mm.Releaser.discard = discard
+""")
+        self.assertEqual(target, {b'day/a': b'a', b'day/b': b'b', b'day/c': b'c'}, str(done))
+        self.assertEqual(source, {b'day/a': b'half and whole'}, str(done))
+        self.assertEqual([r['outcome'] for r in world.ledger()], ['delivered', 'kept'])
+        self.assertEqual(world.leftovers(), [])
+
+    def test_in_a_zipped_directory_the_very_file_that_is_deleted(self):
+        for step in ('before', 'after'):
+            world = self.world('local', directories='zip')
+            for name in ('a', 'b'):
+                write(os.path.join(world.source, 'day', name), name.encode())
+            done, target, source = self.half_written(world, """
+real = mm.Releaser.release_open, mm.Releaser.discard
+def release_open(self, fd, leased, entry, *args):
+    if entry.path.endswith(b'a') and %r == 'before':
+        opener(SOURCE + '/.mistamover-release/day', 'a')
+        until(lambda: mm.lease_broken(fd))
+    return real[0](self, fd, leased, entry, *args)
+def discard(self, name, *args):
+    if name.endswith(b'a') and %r == 'after':
+        opener(SOURCE + '/.mistamover-release/day', 'a').wait()
+    real[1](self, name, *args)
+mm.Releaser.release_open, mm.Releaser.discard = release_open, discard
+""" % (step, step))
+            self.assertEqual(target, {b'day/a': b'a', b'day/b': b'b'}, str(done))
+            self.assertEqual(source, {b'day/a': b'half and whole'} if step == 'before' else {}, str(done))
+            self.assertEqual(world.leftovers(), [])
+
+    def test_a_tree_whose_release_was_killed_in_a_file(self):
+        for moment in ('before', 'after'):
+            world = self.world('local', directories='zip')
+            for name in ('a', 'sub/b', 'c'):
+                write(os.path.join(world.source, 'day', name), name.encode())
+            done = self.doctored(world, """
+import os, signal
+real = mm.Releaser.discard
+def discard(self, name, *args):
+    if %r == 'after':
+        real(self, name, *args)
+    if name == b'b':
+        os.kill(os.getpid(), signal.SIGKILL)
+    real(self, name, *args)
+mm.Releaser.discard = discard
+""" % moment)
+            self.assertEqual(done.code, -9, str(done))
+            self.assert_run(world, 0)
+            self.assertEqual(tree(world.source), {})
+            self.assertEqual(list(tree(world.target)), [b'day.zip'])
+            self.assertEqual(world.leftovers(), [])
+
+    def test_a_linked_file_before_and_after_its_ledger_line(self):
+        for verb, outcomes in (('LocalTransport.sync', [('delivered', 14)]),
+                               ('Delivery.record', [('delivered', 5), ('withdrawn', 5), ('delivered', 14)])):
+            world = self.world('local')
+            write(os.path.join(world.source, 'day', 'f'), b'first')
+            write(os.path.join(world.source, 'other'), b'other')
+            done, target, source = self.half_written(world, """
+real = mm.%s
+def interrupted(self, *args):
+    real(self, *args)
+    links = getattr(self, 'transport', self).links
+    fd = next(link.fd for link in links if link.path.endswith(b'/f'))
+    opener(SOURCE + '/day', 'f')
+    until(lambda: mm.lease_broken(fd))
+mm.%s = interrupted
+""" % (verb, verb))
+            self.assertEqual(target, {b'other': b'other'}, str(done))
+            self.assertEqual(source, {b'day/f': b'half and whole'}, str(done))
+            self.assert_run(world, 0)
+            self.assertEqual(held_at_target(world), {b'day/f': b'half and whole', b'other': b'other'})
+            self.assertEqual(tree(world.source), {})
+            self.assertEqual([(r['outcome'], r['size']) for r in world.ledger() if r['item'] == 'day'],
+                             outcomes)
+            self.assertEqual(world.leftovers(), [])
+
+    def test_a_linked_file_for_which_no_descriptor_is_left(self):
+        world = self.world('local')
+        write(os.path.join(world.source, 'f'), b'first')
+        done, target, source = self.half_written(world, """
+import threading
+mm.Link.FREE = threading.BoundedSemaphore(1)
+mm.Link.FREE.acquire()
+real = mm.Delivery.record
+def record(self, *args):
+    real(self, *args)
+    opener(SOURCE, 'f')
+    until(lambda: os.path.getsize(SOURCE + '/f') == 4)
+mm.Delivery.record = record
+""")
+        self.assertEqual((target, source), ({}, {b'f': b'half and whole'}), str(done))
+        self.assertEqual([r['outcome'] for r in world.ledger()], ['delivered', 'withdrawn'])
+
+    def test_files_of_another_account_are_warned_about(self):
+        if os.geteuid():
+            self.skipTest('needs root, to be another account than the one that owns the files')
+        world = self.world('local')
+        shutil.chown(world.top, 65534)
+        for number in range(3):
+            write(os.path.join(world.source, 'f%d' % number), b'of root')
+        become = 'import os\nos.setuid(65534)\n'
+        done = self.doctored(world, become, '--check')
+        self.assertEqual(done.code, 0, str(done))
+        self.assertIn('open writers: %s: files of another account do not say' % world.source, done.output)
+        shutil.rmtree(world.state, True)
+        done = self.doctored(world, become)
+        self.assertEqual((done.code, tree(world.source), len(tree(world.target))), (0, {}, 3), str(done))
+        self.assertEqual(done.output.count('CAP_LEASE'), 1, str(done))
+
+    def test_leases_that_say_of_every_file_that_it_is_written(self):
+        world = self.world('local')
+        write(os.path.join(world.source, 'f'), b'content')
+        write(os.path.join(world.source, 'day', 'g'), b'content')
+        everywhere = 'import errno\nmm.lease = lambda fd: errno.EAGAIN\n'
+        done = self.doctored(world, everywhere, '--check')
+        self.assertIn('this file system says of every file that it is being written', done.output)
+        done = self.doctored(world, everywhere)
+        self.assertEqual((done.code, tree(world.source)), (0, {}), str(done))
+        self.assertEqual(held_at_target(world), {b'f': b'content', b'day/g': b'content'})
+        self.assertEqual(done.output.count('says of every file'), 1, str(done))
+        self.assertIn('open writers: seen', self.assert_run(world, 0, '--check').output)
+
+
 @spread
 class Zips(Doctored):
     @on_sites('scp', 'sftp', 'ftp')
@@ -2074,26 +2261,6 @@ mm.LocalTransport.path = lambda self, relative: real(self, relative.lower())
         self.assertEqual(tree(world.source), {})
         self.assertEqual(sorted(v for v in contents(tree(world.target)).values() if v != 'directory'),
                          [b'run/DATA.bin', b'run/data.bin'])
-
-    def test_a_linked_file_that_is_written_again_stays(self):
-        world = self.world('local')
-        write(os.path.join(world.source, 'f'), b'first')
-        done = self.doctored(world, """
-real = mm.LocalTransport.place
-def place(self, jobs):
-    done = real(self, jobs)
-    self.writer = open(SOURCE + '/f', 'ab')
-    self.writer.write(b', second')
-    self.writer.flush()
-    return done
-mm.LocalTransport.place = place
-""")
-        self.assertEqual(done.code, 0, str(done))
-        self.assertEqual(contents(tree(world.source)), {b'f': b'first, second'}, str(done))
-        self.assert_run(world, 0)
-        self.assertEqual((tree(world.source), contents(tree(world.target))), ({}, {b'f': b'first, second'}))
-        self.assertEqual([(r['outcome'], r['size']) for r in world.ledger()],
-                         [('delivered', 5), ('kept', 5), ('delivered', 13)])
 
     def test_a_linked_file_that_cannot_replace_another_is_counted(self):
         world = self.world('local', on_conflict='overwrite')
