@@ -2812,9 +2812,9 @@ def shutil_free(path):
     return shutil.disk_usage(path).free
 
 
-def copy_entry(root, entry, write, stop, start=0):
-    """Hand a file's bytes from `start` on to write(), and look afterwards that it is still
-    what the snapshot says.  Raises Changed, ItemError, Interrupted, and what write() raises."""
+def read_entry(root, entry, stop, start=0):
+    """Yield a file's bytes from `start` on, and look afterwards that it is still what the
+    snapshot says.  Raises Changed, ItemError, Interrupted."""
     fd = open_entry(root, entry)
     left = entry.size - start
     try:
@@ -2828,11 +2828,19 @@ def copy_entry(root, entry, write, stop, start=0):
             if not block:
                 break
             left -= len(block)
-            write(block[:left] if left < 0 else block)
+            yield block[:left] if left < 0 else block
         if left or not entry.same_as(os.fstat(fd)):
             raise Changed('%s changed while it was read' % show(entry.path))
     finally:
         os.close(fd)
+
+
+def copy_entry(root, entry, write, stop, start=0):
+    """Hand a file's bytes from `start` on to write().  Raises as read_entry(), and what write()
+    raises."""
+    with contextlib.closing(read_entry(root, entry, stop, start)) as blocks:
+        for block in blocks:
+            write(block)
 
 
 def zip_item(root, item, path, stop):
@@ -5003,227 +5011,6 @@ put() { place "$1" "$2" && rm -f -- "$1" && echo 1 || echo 0; }
         return int(match.group(2)) * 1024 if match and int(match.group(1)) else None
 
 
-class SftpTransport(SshStaging):
-    """Accounts with no shell: everything by sftp(1) commands, one running sftp each for the
-    bytes and for the rest.  A line feed in a name would begin a command, so it is refused."""
-
-    directories = 'zip', 'keep'
-    takes = 'network host ssh sftp chmod staging'
-    forbidden = b'\n'
-    LISTED = re.compile(rb'^(\S)\S{9}.*? (\d+) [A-Z][a-z]{2} [ \d]\d (?:\d\d:\d\d| \d{4})$')
-
-    def __init__(self, *args, **kwargs):
-        SshStaging.__init__(self, *args, **kwargs)
-        self.pipe = None                # the Dialogue that carries the bytes
-
-    def start_dialogue(self):
-        limit = ['-l', str(max(1, self.stream.bandwidth_limit * 8 // 1024))] \
-            if self.stream.bandwidth_limit else []
-        host = '[%s]' % self.stream.target_host if ':' in self.stream.target_host \
-            else self.stream.target_host
-        argv = [self.stream.sftp_command, '-q', '-b', '-', '-S', self.stream.ssh_command] + \
-            self.ssh.options() + limit + ['--', host]
-        return Dialogue(argv, self.stop, self.stream.stall_timeout,
-                        lambda t: (b'# %s\n' % t, b'sftp> # %s\n' % t), self.lock_fds)
-
-    def end_dialogue(self):
-        if self.pipe:
-            self.pipe.close()
-            self.pipe = None
-        SshStaging.end_dialogue(self)
-
-    def quote(self, name):
-        path = os.path.join(to_bytes(self.stream.target_base), name)
-        return self.word(path if path.startswith(b'/') else b'./' + path)
-
-    @staticmethod
-    def word(path):
-        return b'"%s"' % path.replace(b'\\', b'\\\\').replace(b'"', b'\\"')
-
-    def glob(self, name):
-        """For ls, which expands braces even in quotes."""
-        return re.sub(rb'([{}])', rb'\\\1', self.quote(name))
-
-    def exists(self, path):
-        return bool(self.answers([b'ls -lan ' + self.glob(path)])[0])
-
-    def sync(self):
-        """The fsync of one more file commits the journal that the new names are in."""
-        mark = os.path.join(to_bytes(self.stream.spool), b'sync')
-        make_private_directory(self.stream.spool)
-        open(mark, 'wb').close()
-        name = self.quote(os.path.join(self.area, b'sync'))
-        self.answers([b'put -f %s %s' % (self.word(mark), name), b'rm ' + name])
-
-    def answers(self, commands, talk=None, alive=None):
-        """What each of some commands printed: a list of lists of lines."""
-        lines = (talk or self.talk).ask(b''.join(b'-%s\n' % c for c in commands), alive=alive)
-        found = []
-        for line in lines:
-            if line.startswith(b'sftp> '):
-                found.append([])
-            elif found:
-                found[-1].append(line)
-        if len(found) != len(commands):
-            raise TargetError('sftp answered %d of %d commands' % (len(found), len(commands)))
-        return found
-
-    @staticmethod
-    def printed(text):
-        """As sftp prints a name in the C locale: bytes that are not plain ASCII in octal."""
-        return re.sub(rb'[^\x20-\x7e]', lambda m: b'\\%03o' % ord(m.group()), text)
-
-    def listed(self, lines, name):
-        """(type, size) of exactly this name in the output of ls -ln, or None."""
-        path = self.printed(os.path.join(to_bytes(self.stream.target_base), name))
-        for line in map(self.printed, lines):
-            for ending in (b' ' + path, b' ./' + path):
-                match = self.LISTED.match(line[:-len(ending)]) if line.endswith(ending) else None
-                if match:
-                    return match.group(1), int(match.group(2))
-        return None
-
-    def check_base(self):
-        if self.stream.create_directories:
-            parts = self.stream.target_base.split('/')
-            steps = ['/'.join(parts[:n + 1]) for n in range(len(parts)) if parts[n]]
-            self.answers([b'mkdir ' + self.word(to_bytes(step)) for step in steps])
-        self.base_listing()
-
-    def base_listing(self):
-        lines = self.answers([b'ls -lan ' + self.glob(b'')])[0]
-        if not any(line.startswith(b'd') and line.endswith(b'/.') for line in lines):
-            raise self.missing()
-        return lines
-
-    def exist(self, names):
-        lines = self.base_listing()
-        return [any(self.printed(line).endswith(b'/' + self.printed(name)) for line in lines)
-                for name in names]
-
-    def make_directories(self, paths):
-        steps = []
-        for path in paths:
-            parts = path.split(b'/')
-            steps += [b'/'.join(parts[:n + 1]) for n in range(len(parts))]
-        steps = sorted(set(steps))
-        self.answers([b'mkdir ' + self.quote(step) for step in steps])
-        mode = self.stream.target_chmod
-        self.answers([b'chmod %o %s' % (0o700 if step == self.area else mode[1], self.quote(step))
-                      for step in steps if mode or step == self.area])
-        for path, lines in zip(paths, self.answers([b'ls -lan ' + self.glob(p) for p in paths])):
-            if not any(line.startswith(b'd') and line.endswith(b'/.') for line in lines):
-                raise ItemError('cannot make %s at %s: %s' % (
-                    show(path), target_of(self.stream), self.talk.program.errors()))
-
-    def open(self):
-        SshStaging.open(self)
-        if self.pipe and self.pipe.program.process.poll() is not None:
-            self.pipe.close()
-            self.pipe = None
-        if not self.pipe:
-            self.pipe = self.start_dialogue()
-
-    def stage(self, batch, jobs):
-        """put -f (fsync at the target) under the temporary name; a big rest is resumed."""
-        there = self.measure([j.staged for j in jobs if j.entry.size >= RESUME_FROM], False, self.pipe)
-        for job in jobs:
-            part = there.get(job.staged, (0, None))[0]
-            resume = 0 < part <= job.entry.size
-            job.hashed = job.hashed or resume       # only the whole proves what a resume made
-            if resume and part == job.entry.size:
-                self.progress.sent(part)
-                continue
-            source = self.word(os.path.join(batch.root, job.entry.path))
-            self.answers([b'%s -fp %s %s' % (b'reput' if resume else b'put', source,
-                                             self.quote(job.staged))],
-                         self.pipe, alive=self.growth_of(job.staged))
-            self.progress.sent(job.entry.size - (part if resume else 0))
-        if self.stream.target_chmod:
-            self.answers([b'chmod %o %s' % (self.stream.target_chmod[0], self.quote(job.staged))
-                          for job in jobs], self.pipe)
-
-    def growth_of(self, path):
-        """An alive() for a put: whether the file at the target has grown since the last look."""
-        seen = [None]
-
-        def growing():
-            before = seen[0]
-            try:
-                seen[0] = self.measure([path], False).get(path)
-            except TargetError:
-                return False
-            return seen[0] != before
-        return growing
-
-    def measure(self, paths, hashed, talk=None):
-        found = {}
-        for path, lines in zip(paths, self.answers([b'ls -ln ' + self.glob(p) for p in paths], talk)
-                               if paths else ()):
-            listed = self.listed(lines, path)
-            if listed and listed[0] == b'-':
-                found[path] = listed[1], self.read_back(path, listed[1]) if hashed else None
-        return found
-
-    def read_back(self, path, size):
-        """Fetch a file into the spool, hash it, remove it: there is no other way without a shell."""
-        import hashlib
-        copy = os.path.join(to_bytes(self.stream.spool), b'read-back')
-        digest = hashlib.sha256()
-        try:
-            os.makedirs(os.path.dirname(copy), 0o700, exist_ok=True)
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(copy)
-            if shutil_free(os.path.dirname(copy)) < size:
-                raise StateError('no room in %s to read %s back' % (
-                    show(os.path.dirname(copy)), format_size(size)), 'see state_dir, or verify = size')
-            seen = [-1]
-
-            def growing():
-                before, seen[0] = seen[0], os.path.getsize(copy) if os.path.exists(copy) else 0
-                return seen[0] != before
-            self.answers([b'get %s %s' % (self.quote(path), self.word(copy))], alive=growing)
-            with open(copy, 'rb') as handle:
-                for block in iter(lambda: handle.read(BLOCK), b''):
-                    digest.update(block)
-            os.unlink(copy)
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            raise StateError('cannot read back into %s: %s' % (show(copy), error.strerror))
-        return digest.hexdigest()
-
-    def place(self, jobs):
-        """rename -l never overwrites: the server links and unlinks, or looks and renames.  What
-        is staged no longer has been placed."""
-        if not jobs:
-            return set()
-        self.answers([b'rename -l %s %s' % (self.quote(j.staged), self.quote(j.final)) for j in jobs])
-        still = self.measure([job.staged for job in jobs], False)
-        return {job for job in jobs if job.staged not in still}
-
-    def rename(self, old, new):
-        self.answers([b'rename %s %s' % (self.quote(old), self.quote(new))])
-        if old in self.measure([old], False):
-            raise ItemError('cannot rename %s to %s: %s' % (show(old), show(new),
-                                                            self.talk.program.errors()))
-
-    def delete(self, paths):
-        if paths:
-            self.answers([b'rm ' + self.quote(path) for path in paths])
-
-    def delete_area(self):
-        lines = self.answers([b'ls -1a ' + self.glob(self.area)])[0]
-        names = [line.rsplit(b'/', 1)[-1] for line in lines]
-        self.delete([os.path.join(self.area, name) for name in names if name not in (b'.', b'..')])
-        self.answers([b'rmdir ' + self.quote(self.area)])
-        return not self.answers([b'ls -la ' + self.glob(self.area)])[0]
-
-    def free_space(self):
-        lines = self.answers([b'df ' + self.quote(b'')])[0]
-        return int(lines[-1].split()[2]) * 1024 if len(lines) == 2 else None
-
-
 def copy_prefix(root, entry, digest, length, stop):
     """Hash the first `length` bytes of a file: what a resumed transfer has sent before."""
     fd = open_entry(root, entry)
@@ -5237,6 +5024,848 @@ def copy_prefix(root, entry, digest, length, stop):
             length -= len(block)
     finally:
         os.close(fd)
+
+
+class Fxp:
+    """The numbers of SFTP version 3 (draft-ietf-secsh-filexfer-02, sections 3, 5, 6.3 and 7)."""
+
+    INIT, VERSION, OPEN, CLOSE, READ, WRITE, LSTAT, FSTAT, SETSTAT, FSETSTAT, OPENDIR, READDIR, REMOVE, \
+        MKDIR, RMDIR, REALPATH, STAT, RENAME = range(1, 19)
+    STATUS, HANDLE, DATA, NAME, ATTRS, EXTENDED, EXTENDED_REPLY = 101, 102, 103, 104, 105, 200, 201
+    TO_READ, TO_WRITE, CREATE, EXCLUSIVE = 1, 2, 8, 32
+    HAS_SIZE, HAS_OWNER, HAS_MODE, HAS_TIMES, HAS_MORE = 1, 2, 4, 8, 1 << 31
+    OK, END, MISSING, DENIED, FAILED, BAD, UNSUPPORTED = 0, 1, 2, 3, 4, 5, 8
+    FULL = 14, 15                       # of later drafts: no space, quota exceeded
+
+    # of a file: size, mode and mtime in seconds, None where the server does not say
+    Attributes = collections.namedtuple('Attributes', 'size mode mtime')
+
+    @staticmethod
+    def string(value):
+        return len(value).to_bytes(4, 'big') + value
+
+    @staticmethod
+    def number(body, at, width=4):
+        return int.from_bytes(body[at:at + width], 'big')
+
+    @classmethod
+    def cut(cls, body, at):
+        """A string in a body, and where it ends."""
+        end = at + 4 + cls.number(body, at)
+        return body[at + 4:end], end
+
+    @classmethod
+    def attributes(cls, body, at):
+        """Attributes in a body, and where they end (section 5)."""
+        flags, at = cls.number(body, at), at + 4
+        size = mode = mtime = None
+        if flags & cls.HAS_SIZE:
+            size, at = cls.number(body, at, 8), at + 8
+        if flags & cls.HAS_OWNER:
+            at += 8
+        if flags & cls.HAS_MODE:
+            mode, at = cls.number(body, at), at + 4
+        if flags & cls.HAS_TIMES:
+            mtime, at = cls.number(body, at + 4), at + 8
+        for _ in range(2 * cls.number(body, at) if flags & cls.HAS_MORE else 0):
+            at = cls.cut(body, at + 4 if _ == 0 else at)[1]
+        return cls.Attributes(size, mode, mtime), at
+
+    @classmethod
+    def packed(cls, mode=None, mtime=None):
+        """The attributes to set: a mode, a time in seconds."""
+        flags = (cls.HAS_MODE if mode is not None else 0) | (cls.HAS_TIMES if mtime is not None else 0)
+        parts = [flags] + ([mode] if mode is not None else []) + ([mtime, mtime] if mtime is not None else [])
+        return b''.join(part.to_bytes(4, 'big') for part in parts)
+
+    @classmethod
+    def status(cls, answer):
+        """The code of an answer that is a status, else None."""
+        kind, body = answer
+        return cls.number(body, 0) if kind == cls.STATUS else None
+
+    @classmethod
+    def words(cls, answer):
+        """What the server says of a status, for a message."""
+        code = cls.status(answer)
+        names = {1: 'end of file', 2: 'no such file', 3: 'permission denied', 4: 'failure', 5: 'bad message',
+                 8: 'operation unsupported', 14: 'no space left', 15: 'quota exceeded'}
+        if code is None:
+            return 'an answer of type %d' % answer[0]
+        said = show(cls.cut(answer[1], 4)[0].strip()) if len(answer[1]) >= 8 else ''
+        return said or names.get(code, 'status %d' % code)
+
+
+class Patient(list):
+    """Requests whose answers may take `seconds` longer than others'."""
+
+    seconds = 0
+
+
+class SftpTask:
+    """One generator of SftpSession.run() on its way."""
+
+    __slots__ = ('steps', 'path', 'work', 'index', 'asked', 'answers', 'under_way', 'fault', 'patience')
+
+    def __init__(self, steps, path, work, index):
+        self.steps, self.path, self.work, self.index = steps, path, work, index
+        self.asked = self.fault = self.answers = None
+        self.under_way = self.patience = 0
+
+
+class SftpWork:
+    """The tasks of one caller of SftpSession.run()."""
+
+    def __init__(self, tasks):
+        self.fresh = enumerate(tasks)
+        self.ready = collections.deque()        # tasks with requests to send
+        self.active = 0
+        self.exhausted = False
+        self.results = {}
+        self.error = None
+
+    def done(self):
+        return self.exhausted and not self.active
+
+
+class SftpSession:
+    """SFTP version 3 (draft-ietf-secsh-filexfer-02) over the pipes of a running program.
+
+    It numbers requests, keeps up to AHEAD of them under way, always reads, and hands each
+    answer back to who asked, in whatever order they come.  Who asks is a generator: it yields
+    requests (kind, body), gets their answers (kind, body), and goes on; many run side by side.
+    What is yielded is a list, answered in its order, or any other iterator, which is drawn
+    from as there is room and of which only the answers come back that are no plain OK.
+    """
+
+    AHEAD = 64                          # met no trouble anywhere, with requests as with handles
+    LONGEST = (256 << 10) + 1024        # bytes of a packet: what OpenSSH sends at most
+    GULP = 1 << 16                      # bytes that are written at a time
+
+    def __init__(self, argv, stop, limit, patience, **more):
+        """limit: seconds of silence while answers are due; patience: of the login.  more: as for
+        Program.  Raises TargetError, Interrupted."""
+        self.limit = limit
+        self.program = Program(argv, stop, None, **more)
+        self.lock = threading.Lock()    # whoever waits for answers drives, one thread at a time
+        self.works = collections.deque()
+        self.sent = {}                  # number -> (task, index of its request), oldest first
+        self.last = self.active = 0
+        self.rest = b''
+        self.ended = None               # the error that ended it
+        self.extensions = {}
+        try:
+            self.greet(patience)
+        except BaseException:
+            self.program.close()
+            raise
+
+    def greet(self, limit):
+        self.program.write(b'\0\0\0\5\1\0\0\0\3', limit)
+        while True:
+            if len(self.rest) >= 5 and (self.rest[4] != Fxp.VERSION or self.length(0) > self.LONGEST):
+                raise TargetError('the sftp server does not begin with the protocol but with: %s' % show(
+                    self.rest.split(b'\n')[0][:80]), 'does a login script there print something? '
+                    'it must be silent where no terminal is')
+            if len(self.rest) >= 5 and len(self.rest) >= 4 + self.length(0):
+                break
+            piece = self.program.read(limit)
+            if not piece:
+                raise self.gone('cannot start the sftp server')
+            self.rest += piece
+        at, end = 9, 4 + self.length(0)
+        while at < end:
+            name, at = Fxp.cut(self.rest, at)
+            self.extensions[name], at = Fxp.cut(self.rest, at)
+        self.rest = self.rest[end:]
+
+    def length(self, at):
+        return Fxp.number(self.rest, at)
+
+    def gone(self, what):
+        code = self.program.wait(KILL_GRACE)
+        return TargetError('%s: %s' % (what, self.program.errors() or 'ssh ended with %s' % code))
+
+    def alive(self):
+        return self.ended is None and self.program.process.poll() is None
+
+    def close(self):
+        self.program.close()
+
+    def run(self, tasks):
+        """Drive generators, given as (path for messages, generator), to their ends; what they
+        return, in order.  Raises the first MoverError that one of them does not catch, after
+        all have ended; at once TargetError (with the path of what was under way) and
+        Interrupted, after which the session is over for every thread."""
+        work = SftpWork(tasks)
+        with self.lock:
+            self.works.append(work)
+        while not work.done():
+            with self.lock:
+                if not work.done():
+                    self.drive()
+        with self.lock:
+            self.works.remove(work)
+        if work.error:
+            raise work.error
+        return [work.results[index] for index in range(len(work.results))]
+
+    def drive(self):
+        if self.ended:      # a new one each time: one that threads share makes a ring of contexts
+            raise type(self.ended)(self.ended.message, self.ended.hint, self.ended.path)
+        try:
+            self.fill()
+            if self.sent:
+                piece = self.program.read(self.limit + max(task.patience for task, _ in self.sent.values()))
+                if not piece:
+                    raise self.gone('the sftp server ended')
+                self.hear(piece)
+        except MoverError as error:
+            if self.sent and isinstance(error, TargetError) and error.path is None:
+                error.path = next(iter(self.sent.values()))[0].path
+            self.ended = error
+            raise
+
+    def fill(self):
+        """Send requests, of each thread's work in turn, while there is room."""
+        packets, size = [], 0
+        while len(self.sent) < self.AHEAD:
+            packet = self.next_packet()
+            if packet is None:
+                break
+            packets.append(packet)
+            size += len(packet)
+            if size >= self.GULP:
+                self.program.write(b''.join(packets), self.limit)
+                packets, size = [], 0
+        if packets:
+            self.program.write(b''.join(packets), self.limit)
+
+    def next_packet(self):
+        for _ in range(len(self.works)):
+            work = self.works[0]
+            self.works.rotate(-1)
+            packet = self.packet_of(work)
+            if packet is not None:
+                return packet
+        return None
+
+    def packet_of(self, work):
+        """The next packet of a work; one task after the other, so that few are half done."""
+        while True:
+            if work.ready:
+                packet = self.draw(work.ready[0])
+                if packet is not None:
+                    return packet
+                task = work.ready.popleft()
+                task.asked = None
+                if not task.under_way:
+                    self.advance(task)
+            elif work.exhausted or self.active >= self.AHEAD:
+                return None
+            else:
+                self.begin(work)
+
+    def begin(self, work):
+        try:
+            index, (path, steps) = next(work.fresh)
+        except StopIteration:
+            work.exhausted = True
+            return
+        work.active += 1
+        self.active += 1
+        self.advance(SftpTask(steps, path, work, index))
+
+    def draw(self, task):
+        try:
+            kind, body = next(task.asked)
+        except StopIteration:
+            return None
+        except (ItemError, Changed) as error:       # what the iterator reads
+            task.fault = error
+            return None
+        self.last = (self.last + 1) & 0xffffffff
+        index = None
+        if isinstance(task.answers, dict):
+            index = len(task.answers)
+            task.answers[index] = None
+        self.sent[self.last] = task, index
+        task.under_way += 1
+        return b'%s%c%s%s' % ((5 + len(body)).to_bytes(4, 'big'), kind, self.last.to_bytes(4, 'big'), body)
+
+    def advance(self, task):
+        """Its answers are there: let it go on to its next requests or to its end."""
+        try:
+            if task.fault:
+                fault, task.fault = task.fault, None
+                asked = task.steps.throw(fault)
+            else:
+                answers = task.answers
+                asked = task.steps.send(list(answers.values()) if isinstance(answers, dict) else answers)
+        except StopIteration as end:
+            self.end_task(task, end.value)
+        except (ItemError, Changed) as error:
+            task.work.error = task.work.error or error
+            self.end_task(task, None)
+        else:
+            task.patience = asked.seconds if isinstance(asked, Patient) else 0
+            task.answers = {} if isinstance(asked, list) else []
+            task.asked = iter(asked)
+            task.work.ready.append(task)
+
+    def end_task(self, task, result):
+        task.work.results[task.index] = result
+        task.work.active -= 1
+        self.active -= 1
+
+    def hear(self, piece):
+        self.rest += piece
+        at = 0
+        while len(self.rest) - at >= 9:
+            length = self.length(at)
+            if not 5 <= length <= self.LONGEST:
+                raise TargetError('the sftp server sent what is no answer')
+            end = at + 4 + length
+            if len(self.rest) < end:
+                break
+            self.answer(self.length(at + 5), self.rest[at + 4], self.rest[at + 9:end])
+            at = end
+        self.rest = self.rest[at:]
+
+    def answer(self, number, kind, body):
+        if number not in self.sent:
+            raise TargetError('the sftp server answered what nobody asked')
+        task, index = self.sent.pop(number)
+        task.under_way -= 1
+        if index is not None:
+            task.answers[index] = kind, body
+        elif (kind, body[:4]) != (Fxp.STATUS, b'\0\0\0\0'):
+            task.answers.append((kind, body))
+            if task.asked:
+                task.asked = iter(())   # the rest is in vain
+        if not task.under_way and task.asked is None:
+            self.advance(task)
+
+
+class SftpTransport(Staging):
+    """SFTP by ourselves: login, keys and ciphers are ssh's, which runs the subsystem; the requests
+    of many files are under way together.  One channel of one connection does: some servers have
+    no more."""
+
+    directories = 'zip', 'keep'
+    takes = 'network host ssh sftp chmod staging'
+    PIECE = 32 << 10                    # bytes a request carries: every server takes as many
+    ROUND = 32                          # requests of one file that are read back together
+    WINDOW = SftpSession.AHEAD * PIECE  # bytes that may be missing behind what arrived
+
+    def __init__(self, *args, **kwargs):
+        Staging.__init__(self, *args, **kwargs)
+        self.ssh = SshConnection(self.stream, self.stop)
+        self.session = None
+        self.can_hash = None            # check-file: not yet tried
+        self.begin()
+
+    def begin(self):
+        """Nothing is known of a new connection."""
+        self.made.clear()
+        self.dressing = 0               # which of DRESSES the server takes
+        self.publish_by = None          # 'rename' or 'link' where that never replaces, else 'look'
+        self.mark = None                # the handle of sync()
+        self.can_hash = self.can_hash and None      # once it ended the connection, never again
+
+    # -- the connection
+
+    def open(self):
+        if self.session and self.session.alive():
+            return
+        self.close()
+        self.begin()
+        stream = self.stream
+        self.session = SftpSession(
+            self.ssh.command() + ['-oControlMaster=no', '-oControlPath=none', '-s', '--', stream.target_host,
+                                  'sftp'], self.stop, stream.stall_timeout, stream.connect_timeout + 10,
+            keep_fds=self.lock_fds)
+        self.can_sync = b'fsync@openssh.com' in self.session.extensions
+        self.can_replace = b'posix-rename@openssh.com' in self.session.extensions
+        self.check_base()
+
+    def close(self):
+        if self.session:
+            self.session.close()
+            self.session = None
+
+    def run(self, steps, path=None):
+        """The value of one generator."""
+        return self.session.run([(path, steps)])[0]
+
+    def path(self, relative):
+        """A path as the server gets it; what begins with no slash begins at the login's home."""
+        return Fxp.string(os.path.join(to_bytes(self.stream.target_base), relative).rstrip(b'/') or b'/')
+
+    @staticmethod
+    def trouble(what, answer):
+        """An ItemError that says what the server said; NoRoom by its code where it has one."""
+        cls = NoRoom if Fxp.status(answer) in Fxp.FULL else ItemError
+        hint = 'may this account do that there?' if Fxp.status(answer) == Fxp.DENIED else ''
+        return cls('%s: %s' % (what, Fxp.words(answer)), hint)
+
+    def missing(self):
+        return TargetError('the target directory %s is missing or no directory' % target_of(self.stream),
+                           'create it or mount it, or set create_directories = yes')
+
+    def check_base(self):
+        if not self.run(self.is_directory(b'')):
+            if self.stream.create_directories:
+                base = to_bytes(self.stream.target_base)
+                self.run(self.make_steps([base[:m.end()] for m in re.finditer(rb'[^/]+', base)]))
+            if not self.stream.create_directories or not self.run(self.is_directory(b'')):
+                raise self.missing()
+
+    def make_steps(self, paths):
+        for path in paths:
+            yield [(Fxp.MKDIR, Fxp.string(path) + Fxp.packed())]
+
+    # -- looking: generators for SftpSession.run()
+
+    def stat(self, path, kind=Fxp.LSTAT):
+        """Its Attributes, None if the server says that there is none.  Raises ItemError."""
+        answer, = yield [(kind, self.path(path))]
+        if answer[0] == Fxp.ATTRS:
+            return Fxp.attributes(answer[1], 0)[0]
+        if Fxp.status(answer) == Fxp.MISSING:
+            return None
+        raise self.trouble('cannot look at %s' % show(path), answer)
+
+    def is_directory(self, path):
+        """Following links, which may lead anywhere on purpose."""
+        answer, = yield [(Fxp.STAT, self.path(path))]
+        if answer[0] != Fxp.ATTRS:
+            return False
+        mode = Fxp.attributes(answer[1], 0)[0].mode
+        return mode is None or stat.S_ISDIR(mode)
+
+    def is_there(self, path):
+        """True, False, or None where the answer says neither."""
+        answer, = yield [(Fxp.LSTAT, self.path(path))]
+        return True if answer[0] == Fxp.ATTRS else False if Fxp.status(answer) == Fxp.MISSING else None
+
+    def names_in(self, directory):
+        """The exact names in a directory, None if it cannot be listed."""
+        answer, = yield [(Fxp.OPENDIR, self.path(directory))]
+        if answer[0] != Fxp.HANDLE:
+            return None
+        names, handle = set(), answer[1]
+        while True:
+            answer, = yield [(Fxp.READDIR, handle)]
+            if answer[0] != Fxp.NAME:
+                break
+            at = 4
+            for _ in range(Fxp.number(answer[1], 0)):
+                name, at = Fxp.cut(answer[1], at)
+                at = Fxp.attributes(answer[1], Fxp.cut(answer[1], at)[1])[1]
+                names.add(name)
+        yield [(Fxp.CLOSE, handle)]
+        return names - {b'.', b'..'} if Fxp.status(answer) == Fxp.END else None
+
+    def exists(self, path):
+        return self.run(self.is_there(path))
+
+    def listing(self, directory):
+        return self.run(self.names_in(directory))
+
+    def present(self, names):
+        names = list(names)
+        found = self.session.run([(None, self.is_directory(b''))] + [(None, self.is_there(n)) for n in names])
+        if not found[0]:
+            raise self.missing()
+        if None in found:
+            raise TargetError('%s does not say whether %s is there' % (
+                target_of(self.stream), show(names[found.index(None) - 1])), 'may this account look there?')
+        return {name for name, there in zip(names, found[1:]) if there}
+
+    def measure(self, paths, hashed):
+        found = self.session.run((path, self.measured(path, hashed)) for path in paths)
+        return {path: value for path, value in zip(paths, found) if value is not None}
+
+    def measured(self, path, hashed):
+        try:
+            info = yield from self.stat(path)
+            if info is None or info.mode is not None and not stat.S_ISREG(info.mode):
+                return None
+            return info.size, (yield from self.hash_of(path, info.size)) if hashed else None
+        except ItemError as error:
+            return error
+
+    # -- hashing
+
+    def hash_of(self, path, size):
+        """SHA-256 of what the server reads there; size None: to its end.  Raises ItemError."""
+        import hashlib
+        if self.can_hash is None and size and self.session.extensions:
+            yield from self.learn_to_hash(path, min(size, self.PIECE))
+        if self.can_hash:
+            answer = yield from self.ask_hash(path, 0, size)
+            if answer:
+                return answer.hex()
+        answer, = yield [self.to_read(path)]
+        if answer[0] != Fxp.HANDLE:
+            raise self.trouble('cannot read %s back' % show(path), answer)
+        handle, digest, at = answer[1], hashlib.sha256(), 0
+        while size is None or at < size:
+            left = self.ROUND * self.PIECE if size is None else min(self.ROUND * self.PIECE, size - at)
+            data = yield from self.read(handle, at, left)
+            digest.update(data)
+            at += len(data)
+            if len(data) < left:
+                break
+        yield [(Fxp.CLOSE, handle)]
+        return digest.hexdigest()
+
+    def to_read(self, path):
+        return Fxp.OPEN, self.path(path) + Fxp.TO_READ.to_bytes(4, 'big') + Fxp.packed()
+
+    def ask_hash(self, path, length, size):
+        """The SHA-256 of a file's first `length` bytes (0: of all) as the server computes it, or None
+        (draft-ietf-secsh-filexfer-extensions-00, section 3)."""
+        ask = Patient([(Fxp.EXTENDED, Fxp.string(b'check-file-name') + self.path(path) +
+                        Fxp.string(b'sha256') + bytes(8) + length.to_bytes(8, 'big') + bytes(4))])
+        ask.seconds = size / CHECK_RATE
+        answer, = yield ask
+        right = answer[0] == Fxp.EXTENDED_REPLY and answer[1][:-32].endswith(Fxp.string(b'sha256'))
+        return answer[1][-32:] if right else None
+
+    def learn_to_hash(self, path, length):
+        """Whether the server's word about the first bytes of a file of ours is what they are."""
+        import hashlib
+        self.can_hash = False           # until this is over
+        said = yield from self.ask_hash(path, length, 0)
+        opened, = yield [self.to_read(path)]
+        if said and opened[0] == Fxp.HANDLE:
+            data = yield from self.read(opened[1], 0, length)
+            yield [(Fxp.CLOSE, opened[1])]
+            self.can_hash = hashlib.sha256(data).digest() == said
+
+    def read(self, handle, start, length):
+        """Bytes of an open file, less only at its end: a short answer is none."""
+        wanted = [(at, min(self.PIECE, start + length - at))
+                  for at in range(start, start + length, self.PIECE)]
+        pieces = {}
+        while wanted:
+            answers = yield [(Fxp.READ, handle + at.to_bytes(8, 'big') + count.to_bytes(4, 'big'))
+                             for at, count in wanted]
+            short = []
+            for (at, count), answer in zip(wanted, answers):
+                data = Fxp.cut(answer[1], 0)[0] if answer[0] == Fxp.DATA else b''
+                pieces[at] = data
+                if data and len(data) < count:
+                    short.append((at + len(data), count - len(data)))
+            wanted = short
+        return b''.join(pieces[at] for at in sorted(pieces))
+
+    # -- sending
+
+    def stage(self, batch, jobs):
+        big = [job for job in jobs if job.entry.size >= RESUME_FROM]
+        there = self.measure([job.staged for job in big], False) if big else {}
+        starts = {}
+        for job in big:
+            part = there.get(job.staged)
+            if isinstance(part, tuple) and part[0] and part[0] <= job.entry.size:
+                starts[job] = max(0, part[0] - self.WINDOW)
+        self.session.run((job.entry.path, self.put(batch, job, starts.get(job, 0))) for job in jobs)
+
+    def put(self, batch, job, start):
+        """One file under its staged name: the answers to its bytes come before its time is set
+        (some servers work out of order), and any that is no OK condemns it."""
+        try:
+            handle, start = yield from self.open_staged(job, start)
+            try:
+                bad = yield self.writes(batch, job, handle, start)
+                if bad:
+                    raise self.trouble('cannot write %s' % show(job.final), bad[0])
+                yield from self.dress(job, handle)
+            except (ItemError, Changed):
+                yield [(Fxp.CLOSE, handle)]
+                raise
+            answer, = yield [(Fxp.CLOSE, handle)]
+            if Fxp.status(answer) != Fxp.OK:
+                raise self.trouble('cannot write %s' % show(job.final), answer)
+        except (ItemError, Changed) as error:
+            job.error = error
+            yield [(Fxp.REMOVE, self.path(job.staged))]
+
+    def open_staged(self, job, start):
+        """A handle to write with, and where to go on: a part that cannot be continued is begun
+        anew."""
+        path = self.path(job.staged)
+        if start:
+            answer, = yield [(Fxp.OPEN, path + Fxp.TO_WRITE.to_bytes(4, 'big') + Fxp.packed())]
+            if answer[0] == Fxp.HANDLE:
+                return answer[1], start
+        new = self.to_create(job.staged)
+        answer, = yield [new]
+        if answer[0] != Fxp.HANDLE:             # an earlier run may have left it
+            yield [(Fxp.REMOVE, path)]
+            answer, = yield [new]
+        if answer[0] != Fxp.HANDLE:
+            raise self.trouble('cannot write %s' % show(job.final), answer)
+        return answer[1], 0
+
+    def writes(self, batch, job, handle, start):
+        """The requests that carry a file's bytes, as they are read; job.digest is theirs."""
+        import hashlib
+        digest = hashlib.sha256()
+        if start:
+            job.hashed = True                   # only the whole proves what a resume made
+            copy_prefix(batch.root, job.entry, digest, start, self.stop)
+            self.progress.sent(start)
+        piece = min(self.PIECE, max(1024, self.stream.bandwidth_limit // 8)) \
+            if self.stream.bandwidth_limit else self.PIECE
+        at = start
+        for block in read_entry(batch.root, job.entry, self.stop, start):
+            digest.update(block)
+            for offset in range(0, len(block), piece):
+                part = block[offset:offset + piece]
+                self.throttle.spend(len(part))
+                self.progress.sent(len(part))
+                yield Fxp.WRITE, handle + at.to_bytes(8, 'big') + Fxp.string(part)
+                at += len(part)
+        job.digest = digest.hexdigest()
+
+    def dress(self, job, handle):
+        """Mode and time by the open file, then all of it on the disk, where the server can."""
+        mode = self.stream.target_chmod[0] if self.stream.target_chmod else job.entry.mode & 0o777
+        mtime = min(max(0, job.entry.mtime_ns // 10 ** 9), 0xffffffff)
+        sync = [self.to_sync(handle)] if self.can_sync else []
+        while True:
+            choice = self.dressing
+            change = [(Fxp.FSETSTAT, handle + Fxp.packed(*values)) for values in (
+                [(mode, mtime)], [(None, mtime)], [])[choice]]
+            ask = Patient(change + sync)
+            ask.seconds = job.entry.size / CHECK_RATE
+            answers = yield ask
+            self.hear_sync(job, answers[len(change):])
+            if not change or Fxp.status(answers[0]) == Fxp.OK:
+                return
+            if self.stream.target_chmod:
+                raise self.trouble('cannot set mode and time of %s' % show(job.final), answers[0])
+            self.dressing, sync = max(self.dressing, choice + 1), []
+
+    @staticmethod
+    def to_sync(handle):
+        return Fxp.EXTENDED, Fxp.string(b'fsync@openssh.com') + handle
+
+    def hear_sync(self, job, answers):
+        for answer in answers:
+            if Fxp.status(answer) in (Fxp.UNSUPPORTED, Fxp.BAD):
+                self.can_sync = False
+            elif Fxp.status(answer) != Fxp.OK:
+                raise self.trouble('%s cannot be had on the disk' % show(job.final), answer)
+
+    def sync(self):
+        """The fsync of one more file commits the journal that the new names are in."""
+        if self.can_sync:
+            self.run(self.sync_names())
+
+    def sync_names(self):
+        path = self.path(os.path.join(self.area, b'sync'))
+        if self.mark is None:
+            answer, = yield [(Fxp.OPEN, path + (Fxp.TO_WRITE | Fxp.CREATE).to_bytes(4, 'big') + Fxp.packed())]
+            if answer[0] != Fxp.HANDLE:
+                return
+            self.mark = answer[1]
+        yield [(Fxp.WRITE, self.mark + bytes(8) + Fxp.string(random_hex(4)))]
+        yield [self.to_sync(self.mark)]
+
+    # -- publishing
+
+    def write_small(self, path, content):
+        """Steps that make a new file; whether that went well."""
+        answer, = yield [self.to_create(path)]
+        if answer[0] != Fxp.HANDLE:
+            return False
+        handle = answer[1]
+        answers = yield [(Fxp.WRITE, handle + bytes(8) + Fxp.string(content))]
+        answers += yield [(Fxp.CLOSE, handle)]
+        return all(Fxp.status(answer) == Fxp.OK for answer in answers)
+
+    def to_create(self, path):
+        return Fxp.OPEN, self.path(path) + (
+            Fxp.TO_WRITE | Fxp.CREATE | Fxp.EXCLUSIVE).to_bytes(4, 'big') + Fxp.packed()
+
+    def to_rename(self, old, new):
+        return Fxp.RENAME, self.path(old) + self.path(new)
+
+    def to_link(self, old, new):
+        return Fxp.EXTENDED, Fxp.string(b'hardlink@openssh.com') + self.path(old) + self.path(new)
+
+    def learn_to_publish(self):
+        """Steps that find what never replaces: tried on two files of ours, told apart by size."""
+        one, two, three = (os.path.join(self.area, b'try-' + random_hex(4)) for _ in range(3))
+        publish_by = 'look'
+        good = (yield from self.write_small(one, b'1')) and (yield from self.write_small(two, b'22'))
+        if good and (yield from self.kept(self.to_rename(one, two), [(one, 1), (two, 2)], False)):
+            publish_by = 'rename'
+        elif good and b'hardlink@openssh.com' in self.session.extensions:
+            one = os.path.join(self.area, b'try-' + random_hex(4))
+            good = yield from self.write_small(one, b'1')
+            if good and (yield from self.kept(self.to_link(one, two), [(one, 1)], False)) and \
+                    (yield from self.kept(self.to_link(one, three), [(one, 1), (three, 1)], True)) and \
+                    (yield from self.kept((Fxp.REMOVE, self.path(one)), [(three, 1)], True)):
+                publish_by = 'link'
+        yield [(Fxp.REMOVE, self.path(name)) for name in (one, two, three)]
+        self.publish_by = publish_by
+
+    def kept(self, request, sizes, good):
+        """Make a request that should go well or not; whether it says so and these have their sizes."""
+        answer, = yield [request]
+        if (Fxp.status(answer) == Fxp.OK) != good:
+            return False
+        answers = yield [(Fxp.LSTAT, self.path(path)) for path, _ in sizes]
+        return [Fxp.attributes(a[1], 0)[0].size if a[0] == Fxp.ATTRS else None for a in answers] == \
+            [size for _, size in sizes]
+
+    def place(self, jobs):
+        """What might be taken for one name never goes in one breath where a rename replaces."""
+        if jobs and self.publish_by is None:
+            self.run(self.learn_to_publish())
+        rounds = collections.defaultdict(list)
+        counts = collections.Counter()
+        for job in jobs:
+            counts[folded(job.final)] += 1
+            rounds[counts[folded(job.final)]].append(job)
+        done = set()
+        for _, members in sorted(rounds.items()):
+            answers = self.session.run((job.entry.path, self.publish_job(job)) for job in members)
+            done.update(job for job, placed in zip(members, answers) if placed)
+        return done
+
+    def publish_job(self, job):
+        """Whether it was placed, or has an error now."""
+        try:
+            there = yield from self.is_there(job.final)
+            if there is None:
+                raise ItemError('the server does not say whether %s is there' % show(job.final))
+            return not there and (yield from self.publishing(job.staged, job.final))
+        except ItemError as error:
+            job.error = error
+            return True
+
+    def publishing(self, old, new):
+        """Steps that give a file a name which nothing has: False if something has it after all.
+        Raises ItemError."""
+        if self.publish_by == 'link':
+            answer, = yield [self.to_link(old, new)]
+            if Fxp.status(answer) == Fxp.OK:
+                yield [(Fxp.REMOVE, self.path(old))]
+                return True
+        else:
+            answer, = yield [self.to_rename(old, new)]
+            if Fxp.status(answer) == Fxp.OK:
+                return True
+        if (yield from self.is_there(new)):
+            return False
+        raise self.trouble('%s cannot be placed' % show(new), answer)
+
+    def publish(self, old, new):
+        return self.run(self.publishing(old, new), new)
+
+    def rename(self, old, new):
+        self.run(self.renaming(old, new), new)
+
+    def renaming(self, old, new):
+        """Rename, replacing: what no rename replaces is put aside first, and back if it must be."""
+        if self.can_replace:
+            answer, = yield [(Fxp.EXTENDED, Fxp.string(b'posix-rename@openssh.com') +
+                              self.path(old) + self.path(new))]
+            self.can_replace = Fxp.status(answer) != Fxp.UNSUPPORTED
+        if not self.can_replace:
+            answer, = yield [self.to_rename(old, new)]
+        if Fxp.status(answer) == Fxp.OK:
+            return
+        aside = os.path.join(self.area, b'aside-' + random_hex(8))
+        info = yield from self.stat(new)
+        if info and info.mode is not None and stat.S_ISREG(info.mode):
+            moved, = yield [self.to_rename(new, aside)]
+            if Fxp.status(moved) == Fxp.OK:
+                answer, = yield [self.to_rename(old, new)]
+                good = Fxp.status(answer) == Fxp.OK
+                yield [(Fxp.REMOVE, self.path(aside)) if good else self.to_rename(aside, new)]
+                if good:
+                    return
+        raise self.trouble('cannot rename %s to %s' % (show(old), show(new)), answer)
+
+    def delete(self, paths):
+        self.session.run((path, self.removing(path)) for path in paths)
+
+    def removing(self, path):
+        yield [(Fxp.REMOVE, self.path(path))]
+
+    # -- directories
+
+    def make_directories(self, paths):
+        """Level by level, so that a round trip serves many.  Raises ItemError."""
+        steps = {path[:match.end()] for path in paths for match in re.finditer(b'[^/]+', path)}
+        levels = collections.defaultdict(list)
+        for step in steps:
+            levels[step.count(b'/')].append(step)
+        for _, members in sorted(levels.items()):
+            for error in self.session.run((path, self.make_directory(path)) for path in sorted(members)):
+                if error:
+                    raise error
+
+    def make_directory(self, path):
+        """An ItemError if it cannot be had."""
+        mode = 0o700 if path == self.area else self.stream.target_chmod and self.stream.target_chmod[1]
+        answer, = yield [(Fxp.MKDIR, self.path(path) + Fxp.packed(mode))]
+        if Fxp.status(answer) == Fxp.OK and mode:
+            yield [(Fxp.SETSTAT, self.path(path) + Fxp.packed(mode))]
+        if not (yield from self.is_directory(path)):
+            return self.trouble('cannot make the directory %s at %s' % (
+                show(path), target_of(self.stream)), answer)
+        return None
+
+    def finish(self, batch):
+        """Directories that are kept first, with their times last."""
+        blocked = {}
+        inner = [entry for entry in batch.entries if entry.kind == 'd']
+        for entry in inner:
+            try:
+                self.ensure([batch.final(entry.path)])
+            except ItemError as error:
+                blocked[entry.path] = error
+        answers = Staging.finish(self, batch)
+        self.session.run((entry.path, self.date(batch, entry)) for entry in inner)
+        return [answer._replace(error=answer.error or next(
+            (blocked[e.path] for e in parcel.entries if e.path in blocked), None))
+            for parcel, answer in zip(batch.parcels, answers)] if blocked else answers
+
+    def date(self, batch, entry):
+        mtime = min(max(0, entry.mtime_ns // 10 ** 9), 0xffffffff)
+        yield [(Fxp.SETSTAT, self.path(batch.final(entry.path)) + Fxp.packed(None, mtime))]
+
+    def delete_area(self):
+        return self.run(self.remove_area())
+
+    def remove_area(self):
+        if self.mark is not None:
+            yield [(Fxp.CLOSE, self.mark)]
+            self.mark = None
+        names = yield from self.names_in(self.area)
+        for chunk in in_chunks(sorted(names or ()), SftpSession.AHEAD):
+            yield [(Fxp.REMOVE, self.path(os.path.join(self.area, name))) for name in chunk]
+        yield [(Fxp.RMDIR, self.path(self.area))]
+        return (yield from self.is_there(self.area)) is False
+
+    def free_space(self):
+        return self.run(self.ask_space()) if b'statvfs@openssh.com' in self.session.extensions else None
+
+    def ask_space(self):
+        """OpenSSH's PROTOCOL, 3.4; a total of 0 means that nobody knows."""
+        answer, = yield [(Fxp.EXTENDED, Fxp.string(b'statvfs@openssh.com') + self.path(b''))]
+        if answer[0] != Fxp.EXTENDED_REPLY or not Fxp.number(answer[1], 16, 8):
+            return None
+        return Fxp.number(answer[1], 8, 8) * Fxp.number(answer[1], 32, 8)
 
 
 class FtpTransport(Staging):

@@ -952,7 +952,6 @@ class OverSsh(Site):
         self.below = below          # what the account sees as its root, or starts in
         self.mirrors = protocol == 'rsync_ssh'
         self.zips = not self.mirrors
-        self.carries_newline = protocol != 'sftp'
 
     def options(self, world):
         sshd = server(self.needs)
@@ -2240,7 +2239,7 @@ class Combinations(Doctored):
             write(os.path.join(world.source, name), b'the only copy')
             before = contents(tree(world.source))
             os.symlink('../in' if link == '2017' else '../in/' + link, os.path.join(world.target, link))
-            done = self.assert_run(world, 0 if link == 'item' and site in ('sftp', 'ftp') else 1)
+            done = self.assert_run(world, 0 if link == 'item' and site == 'ftp' else 1)
             if done.code:
                 self.assertEqual(contents(tree(world.source)), before, str(done))
             else:       # the link has given way to the file
@@ -2437,10 +2436,10 @@ os.scandir = scandir
         self.assertIn('day cannot be read', done.output)
         self.assertEqual(contents(tree(world.target)), {b'fine': 'directory', b'fine/y': b'x'})
 
-    @on_sites('local', 'sftp')
+    @on_sites('local', 'ftp')
     def test_nothing_is_quarantined_in_a_suspended_stream(self, site):
         world = self.world(site, on_conflict='refuse', quarantine_after='0s', retry_count='1')
-        write(os.path.join(world.source, 'bad\nname' if site == 'sftp' else 'x'), b'x')
+        write(os.path.join(world.source, 'bad\nname' if site == 'ftp' else 'x'), b'x')
         write(os.path.join(world.target, 'x'), b'other')
         write(os.path.join(world.target, '.stop'))
         before = tree(world.source)
