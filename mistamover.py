@@ -324,6 +324,24 @@ def folded(path):
     return text
 
 
+PLAIN = re.compile(rb'[^\x20-\x7e]|[":?*<>|\\]')
+
+
+def oddities(name):
+    """What a target may not keep of a name: a sorted tuple, empty for an ordinary one.  Of a name
+    beyond printable ASCII it is the name itself, for nobody knows what becomes of its bytes."""
+    if name.startswith(OWN_PREFIX):
+        return ()
+    odd = set(PLAIN.findall(name))
+    if any(byte > b'~' for byte in odd):
+        return (name,)
+    if name[:1] in (b' ', b'.'):
+        odd.add(b'^' + name[:1])
+    if name[-1:] in (b' ', b'.'):
+        odd.add(name[-1:] + b'$')
+    return tuple(sorted(odd))
+
+
 def alive(pid):
     try:
         os.kill(int(pid), 0)
@@ -2901,8 +2919,9 @@ Parcel = collections.namedtuple('Parcel', 'item entries')
 # What a transport answers for each parcel: error (None: every file of it stands proven at
 # the target), checksum (of a single file), target (its name there, if it is another),
 # linked ({path: Link} of what of its batch is one file at both ends), sent (False: all of it
-# stood there already).
-Outcome = collections.namedtuple('Outcome', 'error checksum target linked sent')
+# was there already), taken (a reader took a file away after it had been proven and named).
+Outcome = collections.namedtuple('Outcome', 'error checksum target linked sent taken')
+Outcome.__new__.__defaults__ = (False,)
 
 
 class Batch:
@@ -3020,16 +3039,16 @@ class Transport:
         for entry in entries if self.forbidden else ():
             bad = [c for c in self.forbidden if c in entry.path]
             if bad:
-                return ItemError('%s cannot be sent by %s: its name holds %s' % (
+                return Unfit('%s cannot be sent by %s: its name holds %s' % (
                     show(entry.path), self.stream.transfer_protocol, show(bytes(bad[:1]))),
                     'rename it')
         return None
 
     def backup_or(self, name):
-        """What on_conflict makes of a name that is taken: raises ItemError for refuse."""
+        """What on_conflict makes of a name that is taken: raises Unfit for refuse."""
         if self.stream.on_conflict == 'refuse':
-            raise ItemError('%s stands at the target with other content' % show(name),
-                            'on_conflict = refuse: rename or remove one of them')
+            raise Unfit('%s stands at the target with other content' % show(name),
+                        'on_conflict = refuse: rename or remove one of them')
 
 
 @contextlib.contextmanager
@@ -3090,15 +3109,18 @@ class Staging(Transport):
     class Job:
         """One file on its way: where it is staged, what it should be, how it fares."""
 
-        __slots__ = ('entry', 'staged', 'final', 'digest', 'error', 'equal', 'linked', 'hashed')
+        __slots__ = ('entry', 'staged', 'final', 'digest', 'error', 'equal', 'linked', 'hashed', 'taken')
 
         def __init__(self, entry, final, hashed):
             self.entry, self.final, self.hashed = entry, final, hashed
             self.staged = self.digest = self.error = None
-            self.equal = self.linked = False
+            self.equal = self.linked = self.taken = False
 
     def __init__(self, *args, **kwargs):
         Transport.__init__(self, *args, **kwargs)
+        self.traits = {}            # (name, ...) -> what an experiment showed; of one connection
+        self.trying = threading.RLock()     # one experiment at a time
+        self.shown = set()          # directories in which a new name of ours was found
         self.area = OWN_PREFIX + b'-' + staging_id(self.stream)
         self.throttle = Throttle(self.stream.bandwidth_limit, self.stop)
         self.made = set()           # directories known to exist at the target
@@ -3123,7 +3145,21 @@ class Staging(Transport):
         raise NotImplementedError
 
     def exists(self, path):
-        """Whether anything has this name."""
+        """Whether anything has this name; None if the target does not say so clearly."""
+        raise NotImplementedError
+
+    def exist(self, paths):
+        """exists() of each, in order."""
+        return [self.exists(path) for path in paths]
+
+    lists = False               # whether listing() and write_small() are there
+
+    def listing(self, directory):
+        """The exact names in a directory, as a set; None if it cannot be listed."""
+        raise NotImplementedError
+
+    def write_small(self, path, content):
+        """Write a tiny file of ours.  Raises ItemError."""
         raise NotImplementedError
 
     def sync(self):
@@ -3187,27 +3223,181 @@ class Staging(Transport):
     def finish(self, batch):
         jobs = [job for job in batch.jobs if not job.error and not job.equal]
         self.ensure_parents(jobs)
+        self.verify(batch, [job for job in jobs if not job.error and not job.linked])
+        self.check_names(jobs)
         jobs = [job for job in jobs if not job.error]
-        self.verify(batch, [job for job in jobs if not job.linked])
-        jobs = [job for job in jobs if not job.error]
-        placed = self.place(jobs)
-        taken = [job for job in jobs if job not in placed]
-        names = collections.Counter(folded(job.final) for job in jobs if taken)
-        for job in taken:
-            try:
-                self.settle_conflict(batch, job, names[folded(job.final)] > 1)
-            except (ItemError, Changed) as error:
-                job.error = error
-        published = [job for job in jobs if not job.error and not job.linked]
-        sizes = self.measure([job.final for job in published], False)
-        for job in published:
-            if sizes.get(job.final, (None,))[0] != job.entry.size:
-                job.error = ItemError('%s does not stand at the target under its name'
-                                      % show(job.final), 'can the target hold such a name?')
-        self.delete([job.staged for job in jobs if job.error and job.staged and not job.linked])
+        taken = self.names_taken(jobs)
+        free = [job for job in jobs if not job.error and job not in taken]
+        placed = self.place(free) if free else ()
+        twins = collections.Counter(folded(job.final) for job in jobs)
+        for job in jobs:
+            if not job.error and job not in placed:
+                try:
+                    self.settle_conflict(batch, job, twins[folded(job.final)] > 1)
+                except (ItemError, Changed) as error:
+                    job.error = error
+        self.confirm([job for job in jobs if not job.error and not job.linked])
+        self.delete([job.staged for job in jobs if job.error and job.staged])
         if jobs:
             self.sync()
         return self.outcomes(batch)
+
+    # -- experiments (section 13 of the design): nothing that a target says of itself is believed
+
+    def trait(self, name, *about):
+        """What an experiment in the staging area showed of the target; tried when the next step
+        relies on it, once a connection.  Raises TargetError."""
+        with self.trying:
+            key = (name,) + about
+            if key not in self.traits:
+                self.traits[key] = getattr(self, 'try_' + name)(*about)
+                log.debug('%s: %s: %s%s' % (self.stream.name, target_of(self.stream), name,
+                                            ''.join(' %r' % (a,) for a in about) +
+                                            ' ' + str(self.traits[key])))
+            return self.traits[key]
+
+    @contextlib.contextmanager
+    def tiny(self, content=b'tried by MiStaMover\n'):
+        """The path of a tiny file in the staging area, for a moment.  Raises ItemError."""
+        self.ensure([self.area])
+        path = os.path.join(self.area, b'try-' + random_hex(4))
+        self.write_small(path, content)
+        try:
+            yield path
+        finally:
+            self.delete([path])
+
+    def try_absence(self):
+        """Whether exists() says no of a name that cannot be there, and yes of one that is."""
+        if self.exists(os.path.join(self.area, b'try-' + random_hex(8))) is not False:
+            return False
+        try:
+            with self.tiny() as path:
+                return self.exists(path) is True
+        except ItemError:
+            return False
+
+    def try_folds(self):
+        """Whether names that differ in case or in the form of their accents are one name there."""
+        try:
+            for mine, other in ((b'try-a', b'TRY-A'), (b'try-\xc3\xa9', b'try-e\xcc\x81')):
+                tail = b'-' + random_hex(4)
+                path = os.path.join(self.area, mine + tail)
+                self.ensure([self.area])
+                self.write_small(path, b'')
+                found = self.exists(os.path.join(self.area, other + tail))
+                self.delete([path])
+                if found is not False:
+                    return True
+        except ItemError:               # it takes no accents at all
+            pass
+        return False
+
+    def try_names(self, odd, name):
+        """Whether a name that is odd in this way comes back byte for byte.  A whole directory of
+        ours is listed, for the same question asked in the same words gets the same answer."""
+        del odd
+        directory = os.path.join(self.area, b'names')
+        path = os.path.join(directory, name)
+        try:
+            self.ensure([directory])
+            with self.tiny() as tiny:
+                self.rename(tiny, path)
+                found = self.listing(directory)
+        except ItemError:
+            return False
+        self.delete([path] + [os.path.join(directory, other) for other in found or ()])
+        return found == {name}
+
+    def keeps_name(self, path):
+        """Whether every part of a path comes back as it was sent."""
+        for part in path.split(b'/'):
+            odd = oddities(part)
+            if odd and not (self.traits.get(('names', odd)) or self.trait_of_name(odd, part)):
+                return False
+        return True
+
+    def trait_of_name(self, odd, name):
+        kept = self.trait('names', odd, name)
+        if kept:
+            self.traits[('names', odd)] = True      # other names that are odd in this way, too
+        return kept
+
+    def check_names(self, jobs):
+        """A name that the target would change is never published: it may be another's."""
+        for job in jobs if self.lists else ():
+            if not job.error and not self.keeps_name(job.final):
+                job.error = Unfit('%s cannot be sent: the target would change its name' % show(job.final),
+                                  'rename it')
+
+    def names_taken(self, jobs):
+        """Those whose final names are taken; asked for once before the publication.  A job has an
+        error if nobody can tell."""
+        there = self.look([job.final for job in jobs])
+        for job in jobs:
+            if there[job.final] is None:
+                job.error = ItemError('the target does not say whether %s is there' % show(job.final))
+        return {job for job in jobs if there[job.final]}
+
+    def look(self, paths):
+        """{path: whether anything has this name, None if nobody can tell}: by asking, where the
+        target answers truthfully, else by a listing."""
+        if not paths:
+            return {}
+        if not self.lists or self.trait('absence'):
+            return dict(zip(paths, self.exist(paths)))
+        found = {}
+        for directory in {parent_of(path) for path in paths}:
+            names = self.listing(directory)
+            same = None if names is None else set(map(folded, names))
+            for path in paths:
+                if parent_of(path) == directory:
+                    found[path] = None if names is None else folded(os.path.basename(path)) in same
+        return found
+
+    def confirm(self, jobs):
+        """Every file is there under its name, its size is right: else it was not published.  An odd
+        name is looked for in a listing."""
+        sizes = self.measure([job.final for job in jobs], False)
+        listed = {}
+        for job in jobs:
+            directory, name = parent_of(job.final), os.path.basename(job.final)
+            there = job.final in sizes
+            if there and self.lists and oddities(name):
+                if directory not in listed:
+                    listed[directory] = self.listing(directory)
+                there = listed[directory] is None or name in listed[directory]
+            if there and sizes[job.final][0] in (None, job.entry.size):
+                self.shown.add(directory)
+            elif not there and self.was_taken(job):
+                job.taken = True
+                log.once('%s: a reader takes files from %s as soon as they have their names' % (
+                    self.stream.name, target_of(self.stream)))
+            else:
+                job.error = ItemError('%s is not at the target under its name' % show(job.final),
+                                      'can the target hold such a name?')
+
+    def was_taken(self, job):
+        """Whether a reader took a file away: it was proven, its rename was acknowledged, nothing
+        has its name; and the target shows the new name of another file of ours there."""
+        if oddities(os.path.basename(job.final)) or \
+                self.exist([job.final, job.staged]) != [False, False]:
+            return False
+        marker = {to_bytes(self.stream.target_marker)} if self.stream.target_marker else set()
+        return marker <= self.present(marker) and \
+            (parent_of(job.final) in self.shown or self.shows(parent_of(job.final)))
+
+    def shows(self, directory):
+        """A control question: whether a file of ours is found after a rename into a directory."""
+        name = os.path.join(directory, OWN_PREFIX + b'-try-' + random_hex(4))
+        try:
+            with self.tiny() as path:
+                self.rename(path, name)
+                return self.exists(name) is True
+        except ItemError:
+            return False
+        finally:
+            self.delete([name])
 
     def ensure_parents(self, jobs):
         """A directory that cannot be made is the trouble of what goes into it, of nothing else."""
@@ -3247,10 +3437,8 @@ class Staging(Transport):
     def settle_conflict(self, batch, job, twin):
         """Something stands under the final name; twin: perhaps another file of this batch, at
         a target that takes the two for one."""
-        there = self.measure([job.final], True).get(job.final)
-        if isinstance(there, ItemError):
-            raise there
-        if there and there[0] in (None, job.entry.size) and there[1] == self.digest(batch, job):
+        there = self.same_content(batch, job)
+        if there is True:
             if self.stream.move:
                 self.check_apart(job)
             self.keep_identical(job)
@@ -3261,23 +3449,43 @@ class Staging(Transport):
             job.final = stamped(job.final)
             if job not in self.place([job]):
                 raise ItemError('%s cannot be placed' % show(job.final))
-        elif there and (self.stream.on_conflict == 'backup' or twin and self.stream.move):
-            backup = stamped(job.final)
-            self.rename(job.final, backup)
+        elif there is False and (self.stream.on_conflict == 'backup' or twin and self.stream.move):
+            backup = self.make_backup(job)
             log.info('%s: %s stood at the target with other content and is %s now' % (
                 self.stream.name, show(job.final), show(backup)))
             if job not in self.place([job]):
                 raise ItemError('%s cannot be placed' % show(job.final))
-        elif there:
+        elif there is False:
             self.overwrite(job)
             log.info('%s: %s stood at the target with other content and was overwritten' % (
                 self.stream.name, show(job.final)))
         elif self.exists(job.final):
-            raise ItemError('%s: something that is no file stands there' % show(job.final),
-                            'rename or remove it at the target')
+            raise Unfit('%s: something that is no file has its name at the target' % show(job.final),
+                        'rename or remove it at the target')
         else:
             raise ItemError('%s cannot be placed' % show(job.final),
                             'may this account write there? is another file system mounted below target_dir?')
+
+    def same_content(self, batch, job):
+        """Whether the file under the final name is what we send; None if no file is there."""
+        for hashed in (False, True):        # a file of another size need not be read
+            there = self.measure([job.final], hashed).get(job.final)
+            if isinstance(there, ItemError):
+                raise there
+            if not there:
+                return None
+            if there[0] not in (None, job.entry.size):
+                return False
+        return there[1] == self.digest(batch, job)
+
+    def make_backup(self, job):
+        """Rename what has the final name; the new name.  Raises ItemError unless it is found there."""
+        backup = stamped(job.final)
+        self.rename(job.final, backup)
+        if self.exist([job.final, backup]) != [False, True]:
+            raise ItemError('%s: nobody can tell whether the file that was there is %s now' % (
+                show(job.final), show(backup)), 'look at the target, or set on_conflict = refuse')
+        return backup
 
     def check_apart(self, job):
         """Raises ItemError if a symlink or a mount at the target leads back to the source."""
@@ -3314,7 +3522,8 @@ class Staging(Transport):
             single = mine[0] if mine and len(parcel.entries) == 1 else None
             checksum = 'sha256:' + single.digest if single and single.digest else None
             answers.append(Outcome(error, checksum, single.final if single else None, linked,
-                                   self.stream.move or any(not job.equal for job in mine)))
+                                   self.stream.move or any(not job.equal for job in mine),
+                                   any(job.taken for job in mine)))
         return answers
 
     def remove(self, name):
@@ -3678,6 +3887,24 @@ class LocalTransport(Staging):
 
     def exists(self, path):
         return os.path.lexists(self.path(path))
+
+    def names_taken(self, _jobs):
+        return ()           # place() never overwrites
+
+    lists = True
+
+    def listing(self, directory):
+        try:
+            return set(os.listdir(self.path(directory)))
+        except OSError:
+            return None
+
+    def write_small(self, path, content):
+        try:
+            with open(self.path(path), 'xb') as handle:
+                handle.write(content)
+        except OSError as error:
+            raise ItemError('cannot write %s: %s' % (show(path), error.strerror))
 
     def rename(self, old, new):
         try:
@@ -7512,7 +7739,8 @@ class Delivery:
                 protocol=stream.transfer_protocol, target=top + to_text(there),
                 mode=stream.transfer_mode, verify=stream.verify, checksum=outcome.checksum,
                 snapshot=None if entries is item.entries else item.snapshot, seconds=seconds,
-                attempt=self.failures.items.get(name, {}).get('count', 0) + 1, outcome=word)
+                attempt=self.failures.items.get(name, {}).get('count', 0) + 1,
+                outcome='taken' if outcome.taken and word == 'delivered' else word)
 
     def release(self, batch, parcel, outcome):
         """Delete the source; 1 if all of it went (or, mirroring, was sent)."""

@@ -1372,6 +1372,48 @@ class Settling(unittest.TestCase):
                          [False, False, True])
 
 
+class WhoseFault(unittest.TestCase):
+    """The one function that decides it, and what is odd of a name."""
+
+    def step(self, error, works=True, **known):
+        evidence = dict(strikes=0, advanced=False, larger=False, half=False, any=True, alike=1)
+        evidence.update(known)
+        return mm.next_step(error, works, mm.Evidence(**evidence))
+
+    def test_a_target_that_does_not_work_is_down_whatever_it_says_of_an_item(self):
+        for error in (mm.ItemError('x'), mm.NoRoom('x'), mm.IntegrityError('x'), mm.TargetError('x')):
+            self.assertEqual(self.step(error, works=False, larger=True, half=True, strikes=2), 'down')
+        self.assertEqual(self.step(mm.Unfit('x'), works=False), 'count')
+        self.assertEqual(self.step(mm.StateError('x')), 'down')
+
+    def test_a_cut_line_counts_only_twice_without_progress_while_others_of_its_size_go(self):
+        cut = mm.TargetError('cut', path=b'x')
+        self.assertEqual(self.step(cut, strikes=2, half=True), 'count')
+        self.assertEqual(self.step(cut, strikes=1, half=True), 'wait')
+        self.assertEqual(self.step(cut, strikes=2, half=True, advanced=True), 'wait')
+        self.assertEqual(self.step(cut, strikes=2, half=False), 'wait')
+        self.assertEqual(self.step(cut, strikes=2, half=False, any=False), 'down')
+
+    def test_no_room_counts_only_if_something_larger_went(self):
+        self.assertEqual(self.step(mm.NoRoom('x')), 'wait')
+        self.assertEqual(self.step(mm.NoRoom('x'), larger=True), 'count')
+
+    def test_many_that_fail_alike_while_nothing_goes_are_the_targets_fault(self):
+        for error in (mm.ItemError('x'), mm.NoRoom('x'), mm.IntegrityError('x')):
+            self.assertEqual(self.step(error, alike=4, any=False), 'down')
+        self.assertEqual(self.step(mm.ItemError('x'), alike=4), 'count')
+        self.assertEqual(self.step(mm.ItemError('x'), alike=3, any=False), 'count')
+        self.assertEqual(self.step(mm.Unfit('x'), alike=4, any=False), 'count')
+
+    def test_what_is_odd_of_a_name(self):
+        for name in (b'run001.dat', b'a b', b"it's", b'-x', b'#x', b'x.', b' x')[:5]:
+            self.assertEqual(mm.oddities(name), ())
+        self.assertEqual(mm.oddities(b'2026-11-28T05:49.dat'), (b':',))
+        self.assertEqual(mm.oddities(b' a"b.'), (b'"', b'.$', b'^ '))
+        self.assertEqual(mm.oddities(b'raw\xff'), (b'raw\xff',))
+        self.assertEqual(mm.oddities(mm.PROBE_NAME), ())
+
+
 class Zipping(Case):
     def test_names_times_and_order_survive(self):
         top = mm.to_bytes(tempfile.mkdtemp(dir=BASE))
