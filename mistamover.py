@@ -475,9 +475,10 @@ Finished = collections.namedtuple('Finished', 'code output errors')
 
 
 def clean_environment(secret=None):
-    """What children see: no rsync or popt settings of somebody else, messages in English."""
-    kept = {k: v for k, v in os.environ.items()
-            if not k.startswith(('RSYNC_', 'POPT', 'LC_', 'LANGUAGE', 'MISTAMOVER'))}
+    """What children see: no rsync, popt or rclone settings of somebody else (but the remotes that
+    rclone finds in RCLONE_CONFIG_*), messages in English."""
+    kept = {k: v for k, v in os.environ.items() if k.startswith('RCLONE_CONFIG') or
+            not k.startswith(('RSYNC_', 'POPT', 'RCLONE_', 'LC_', 'LANGUAGE', 'MISTAMOVER'))}
     kept['LC_ALL'] = 'C'
     kept.update(secret or {})
     return kept
@@ -491,12 +492,14 @@ class Program:
     keep_fds: descriptors it inherits (the locks: an orphan still counts as one of ours).
     secret: environment variables for this process alone.
     signals: what ends it, the next one if it does not within KILL_GRACE.
+    merged: its errors are read with its output.
     """
 
     POLITE, ABRUPT = ('SIGTERM', 'SIGKILL'), ('SIGKILL',)
     PIPE = 1 << 16                      # bytes that pipe(7) holds
 
-    def __init__(self, argv, stop, feed=b'', gather=0, keep_fds=(), secret=None, signals=POLITE):
+    def __init__(self, argv, stop, feed=b'', gather=0, keep_fds=(), secret=None, signals=POLITE,
+                 merged=False):
         import queue
         import subprocess
         import tempfile
@@ -517,7 +520,8 @@ class Program:
             try:
                 self.process = subprocess.Popen(
                     [convert(a) for a in argv], stdin=source, stdout=subprocess.PIPE,
-                    stderr=self.errors_file, env=clean_environment(secret), **options)
+                    stderr=subprocess.STDOUT if merged else self.errors_file,
+                    env=clean_environment(secret), **options)
             except OSError as error:
                 self.errors_file.close()
                 raise TargetError('cannot start %s: %s' % (self.name, error.strerror),
@@ -910,14 +914,14 @@ OPTIONS = [Option(*row) for row in (
     ('stream', 'directory', kind_path, '', '', 'the incoming directory to watch (required)'),
     ('stream', 'status', one_of('running', 'stopped'), 'running', '', 'running or stopped'),
     ('stream', 'transfer_protocol', kind_text, 'rsync_ssh', '',
-     'local, rsync_ssh, rsync_native, scp, sftp or ftp'),
+     'local, rsync_ssh, rsync_native, scp, sftp, ftp or rclone'),
     ('stream', 'transfer_mode', one_of('move', 'mirror'), 'move', '',
      'move deletes the source after the verified delivery; mirror deletes nothing'),
     ('stream', 'target_host', kind_host, '', 'host', 'the host that keeps the data'),
     ('stream', 'target_port', kind_port, '', 'host', "the port, if not the protocol's own"),
     ('stream', 'target_dir', kind_text, '', '',
-     'where the data goes (required); rsync_native: MODULE/path; may end in dates of the '
-     "item's mtime, like data/%Y/%m/%d"),
+     'where the data goes (required); rsync_native: MODULE/path, rclone: REMOTE:path; may end in '
+     "dates of the item's mtime, like data/%Y/%m/%d"),
     ('stream', 'target_marker', kind_name, '', '',
      'a file that must exist in target_dir, so that an unmounted disk is not taken for it'),
     ('stream', 'create_directories', kind_flag, 'no', '',
@@ -940,7 +944,8 @@ OPTIONS = [Option(*row) for row in (
     ('stream', 'rclone_command', kind_program, 'rclone', 'rclone', 'the rclone program'),
     ('stream', 'rclone_config', kind_path, '', 'rclone',
      "rclone's configuration, which must be yours alone; its own default if empty"),
-    ('stream', 'rclone_options', kind_words, '', 'rclone', 'more options for rclone'),
+    ('stream', 'rclone_options', kind_words, '', 'rclone',
+     'more options for rclone, each as --option=value'),
     ('stream', 'settle_time', kind_duration, '60s', '',
      'an item must have been unchanged for this long before it is sent'),
     ('stream', 'settle_max', kind_duration, '', '',
@@ -983,7 +988,8 @@ OPTIONS = [Option(*row) for row in (
      'what goes first: oldest, newest, name, smallest or largest'),
     ('stream', 'batch_files', kind_count, ('10000', '1000000'), '', 'most files in one push'),
     ('stream', 'batch_size', kind_size, ('2G', '1000T'), '', 'most bytes in one push (one item may be more)'),
-    ('stream', 'parallel', kind_count, '4', 'parallel', 'connections at a time'),
+    ('stream', 'parallel', kind_count, '', 'parallel',
+     'connections at a time; 4 if empty, with rclone 8'),
     ('stream', 'retry_count', kind_count, '3', '', 'tries of --once; failures before quarantine'),
     ('stream', 'retry_pause', kind_duration, '5s', '', 'pause after a failure, doubled each time'),
     ('stream', 'retry_pause_max', kind_duration, '5m', '', 'longest pause after a failure'),
@@ -1064,6 +1070,23 @@ def refused_rsync_option(words):
             if any(letter in REFUSED_RSYNC_LETTERS for letter in letters) or not letters:
                 return word
     return None
+
+
+# rclone options that delete, write in place, filter, do nothing, print secrets, or undo what ours say
+REFUSED_RCLONE = re.compile(
+    r'(?!--)|--?$|--(delete|rmdirs|inplace|dry-run|interactive|(include|exclude|filter|files-from|hash-filter)'
+    r'|(min|max)-(age|size|depth|transfer|delete|duration)|one-file|links|copy-links|skip-links|metadata-(inc|exc|fil)'
+    r'|update|ignore-|existing|size-only|checksum|immutable|no-check-dest|compare-dest|copy-dest|backup-dir'
+    r'|suffix|partial|config|ask-password|use-json|log-|syslog|quiet|verbose|stats|progress|retries|rc\b|rc-'
+    r'|dump|error-on|fast-list|no-traverse|no-unicode|order-by|cutoff|track|one-way|combined|differ|match'
+    r'|missing|download|error\b|s3-no-|s3-(upload|copy)-cutoff|s3-directory-markers|multi-thread|header-upload'
+    r'|streaming-upload|transfers|bwlimit|help|version|no-update|use-server|refresh|server-side|fix-case'
+    r'|local-(encoding|links|unicode|nounc)|(s3-)?encoding|s3-encoding|s3-versions|s3-version-at)')
+
+
+def refused_rclone_option(words):
+    """The first word of rclone_options that would break a promise, or None."""
+    return next((word for word in words if REFUSED_RCLONE.match(word)), None)
 
 
 def default_of(option, mode):
@@ -1317,6 +1340,13 @@ def check_secrets(config, stream):
             config.fail(home, 'password', 'this file can be read by others', 'chmod 600 %s' % show(path))
     if stream.password_file:
         stream.password = read_secret(config, section, stream.password_file)
+    if stream.rclone_config:
+        try:
+            if not only_mine(stream.rclone_config):
+                config.fail(section, 'rclone_config', '%s can be read by others' % show(stream.rclone_config),
+                            'chmod 600 %s' % show(stream.rclone_config))
+        except OSError as error:
+            config.fail(section, 'rclone_config', 'cannot be read: %s' % error.strerror)
 
 
 # target_form of a protocol -> what its target_dir must look like, and how to say so
@@ -1324,12 +1354,16 @@ TARGET_FORMS = {
     'path': None,                       # a path on target_host
     'here': None,                       # a path on this machine
     'module': (r'[^/]', 'must begin with the name of a module, not with a slash', 'MODULE/path'),
+    # neither :backend,option=value: nor REMOTE,option=value: for all can read a command line
+    'remote': (r'[\w.+@][\w.+@ -]*:', 'must begin with a remote of rclone\'s configuration and a colon',
+               'REMOTE:path; see rclone config'),
 }
 
 
 def finish_stream(config, stream, protocols, state_dir):
     """Derive what the rest of the program works with."""
     stream.protocol = protocols[stream.transfer_protocol]
+    stream.parallel = stream.parallel or stream.protocol.connections
     stream.root = to_bytes(stream.directory)
     stream.mirror = stream.transfer_mode == 'mirror'
     stream.move = not stream.mirror
@@ -1388,6 +1422,10 @@ def check_stream(config, stream, protocols):
     bad = refused_rsync_option(stream.rsync_options)
     if bad is not None:
         fail('rsync_options', '%s is refused: it would break a promise' % show(bad), 'remove it')
+    bad = refused_rclone_option(stream.rclone_options)
+    if bad is not None:
+        fail('rclone_options', '%s is refused: it would break a promise, or is no --option=value' % show(bad),
+             'remove it')
     if re.search(r'[\0-\037]', stream.target_dir) or stream.target_dir.startswith('-'):
         fail('target_dir', 'must not begin with a dash or hold control characters')
     if '..' in stream.target_dir.split('/'):
@@ -1462,6 +1500,8 @@ def check_places(config, state_dir):
                 config.fail('mistamover', option, 'lies in the directory of stream %s' % stream.name,
                             'put it somewhere else')
     for stream in config.streams:
+        stream.companions = [other.name for other in config.streams
+                             if other is not stream and overlap(stream, other)]
         if stream.mirror and stream.mirror_delete:
             check_mirror_delete(config, stream)
         for other in config.streams:
@@ -2975,6 +3015,8 @@ class Transport:
     stages = False              # a crash may leave temporary files for tidy()
     directories = 'zip',        # what it can do with them; the first is what `auto` means
     target_form = 'path'        # what target_dir is: one of TARGET_FORMS
+    connections = 4             # what `parallel` is by default
+    littered = False            # an earlier run ended in the middle: more for tidy() to look for
     takes = 'network'           # words of the option table's column `need` that it fulfils
     overlaps = True             # sending takes so long that the part before is finished meanwhile
     forbidden = b''             # bytes the protocol cannot carry in a name
@@ -4218,10 +4260,10 @@ class Rows(dict):
 
 
 class Push(Rows):
-    """The rows of an rsync that sends a batch.  It tells a name when its bytes have gone, so
-    that what has gone is proven and released while the rest is under way: in parts, of which
-    each is whatever went while the one before was proven.  Of a row only its first letter is
-    kept: < or c for sent, . for left alone."""
+    """The rows of an rsync, or what an rclone reports, that sends a batch.  It tells a name when
+    its bytes have gone, so that what has gone is proven and released while the rest is under
+    way: in parts, of which each is whatever went while the one before was proven.  Of a row only
+    its first letter is kept: < or c for sent, . for left alone."""
 
     PART_FILES = 1000           # at least, for each part costs a login of rsync
     PART_SIZE = 1 << 30         # or as many bytes
@@ -4254,6 +4296,10 @@ class Push(Rows):
 
     def hear(self, piece):
         Rows.hear(self, piece)
+        self.offer()
+
+    def offer(self):
+        """Hand on what has gone, if it is a part and the part before is finished."""
         if self.ready and (self.files >= self.PART_FILES or self.size >= self.PART_SIZE):
             if self.ready(self.batch.part(self.gone), True, wait=False):
                 self.gone, self.files, self.size = [], 0, 0
@@ -4649,6 +4695,491 @@ class RsyncNative(RsyncTransport):
             to_bytes(stream.username + '@' if stream.username else ''), to_bytes(host),
             b':%d' % stream.target_port if stream.target_port else b'',
             os.path.join(to_bytes(stream.target_base), subdir, b''))
+
+
+def plain_reason(text):
+    """rclone's words without date and level."""
+    return re.sub(r'\d{4}/\d\d/\d\d \d\d:\d\d:\d\d (?:[A-Z]+ *: )?', '', text)
+
+
+class Report:
+    """What one rclone says with --use-json-log: a JSON object a line (rclone.org/docs, Logging).
+
+    limit: seconds without progress after which it counts as hung; its statistics come all the time.
+    copied(name): called for each file that it has sent.
+    """
+
+    HASHED = re.compile(r'(\w+) = ([0-9a-f]{8,128}) OK$')       # with -vv: both hashes were there, and equal
+    COPIED = re.compile(r'(Multi-thread )?Copied \(')
+
+    def __init__(self, limit, progress=None, copied=None):
+        self.limit, self.progress, self.copied = limit, progress, copied
+        self.before = progress and progress.sent_bytes
+        self.errors = {}            # name -> what went wrong with it
+        self.trouble = ''           # the last error of all
+        self.hashes = {}            # name -> 'md5:...', compared and found equal
+        self.seen, self.since = None, time.monotonic()
+        self.rest = b''
+
+    def hear(self, piece):
+        *lines, self.rest = (self.rest + piece).split(b'\n')
+        for line in lines:
+            try:
+                record = from_json(line.decode('utf-8', 'replace'))
+                level, text = record.get('level'), str(record.get('msg'))
+            except (ValueError, AttributeError):
+                if line.strip():        # 1.60 prints what is fatal as it is
+                    self.trouble = plain_reason(show(line.strip()))
+                continue
+            if isinstance(record.get('stats'), dict):
+                self.watch(record['stats'])
+            else:
+                self.note(level, text, record.get('object'))
+
+    def note(self, level, text, name):
+        if level in ('error', 'critical', 'fatal', 'emergency', 'alert'):
+            self.trouble = ' '.join(text.split())
+            if name:
+                self.errors[to_bytes(name)] = self.trouble
+        elif name and self.COPIED.match(text):
+            if self.copied:
+                self.copied(to_bytes(name))
+        elif name and self.HASHED.match(text):
+            self.hashes[to_bytes(name)] = '%s:%s' % self.HASHED.match(text).groups()
+
+    def why(self, name):
+        return self.errors.get(name) or self.trouble
+
+    def watch(self, stats):
+        """Raises TargetError."""
+        if self.progress:
+            self.progress.sent_bytes = self.before + int(stats.get('bytes', 0))
+        seen = [stats.get(key) for key in ('bytes', 'checks', 'transfers', 'listed')]
+        now = time.monotonic()
+        if seen != self.seen:
+            self.seen, self.since = seen, now
+        elif now - self.since > self.limit:
+            raise TargetError('rclone made no progress for %s and was ended' % format_duration(self.limit),
+                              'does the target or the network hang? see stall_timeout')
+
+
+class RcloneTransport(Transport):
+    """What rclone reaches: object stores and more (rclone.org/overview); target_dir = REMOTE:path.
+
+    One copy for a batch, then a check over the same list.  A file is delivered if the check compared
+    it by a hash that the store made of the bytes it holds.  Of whatever else is there, the
+    bytes are read back: where the store has no hash or only what the uploader says it is, as for
+    an object in parts, and where another has put the object there.
+    """
+
+    directories = 'keep',
+    target_form = 'remote'
+    takes = 'network rclone parallel'
+    stages = True
+    connections = 8
+    forbidden = b'\n'
+
+    OLDEST = 1, 60              # older ones were not tried
+    PARTIAL = 1, 63             # from here on a file that is under way has another name
+    CONDITION = 1, 64           # from here on `If-None-Match` reaches the store
+    ONE_PIECE = 5 << 30         # the largest object that S3 takes in one request
+    NO_SUCH_DIRECTORY = 3       # exit codes: rclone.org/docs, List of exit codes
+    USAGE = 2
+    # what rclone writes for characters that a store cannot hold, and what its lists lose
+    QUOTING = re.compile(rb'\xe2\x80\x9b|\xe2\x90[\x80-\xa1]|\r\Z')
+    ODD = re.compile(rb'[\\\x01-\x1f\x7f]')
+
+    def __init__(self, *args, **kwargs):
+        Transport.__init__(self, *args, **kwargs)
+        self.version = None
+        self.features = {}
+        self.s3 = self.bucket = self.hashes_itself = False
+        self.area = OWN_PREFIX + b'-' + staging_id(self.stream)
+        self.carried = {}               # odd characters in a name -> whether the store keeps them
+
+    def remote(self, *below):
+        """REMOTE:path/ with its slash, without which rclone asks whether it is a file."""
+        base = to_bytes(self.stream.target_base)
+        below = os.path.join(b'', *below)
+        return base + below if base.endswith(b':') else os.path.join(base, below)
+
+    def words(self, verb, options, places):
+        """The argument list of one rclone."""
+        stream = self.stream
+        words = [stream.rclone_command, verb, '--ask-password=false', '--retries=1', '--low-level-retries=3',
+                 '--contimeout=%ds' % max(1, stream.connect_timeout),
+                 '--timeout=%ds' % max(1, stream.stall_timeout),
+                 '--no-unicode-normalization', '--s3-no-check-bucket']
+        if stream.rclone_config:
+            words += ['--config', stream.rclone_config]
+        if stream.bandwidth_limit:
+            words += ['--bwlimit=%dB' % stream.bandwidth_limit]
+        return words + stream.rclone_options + options + ['--'] + list(places)
+
+    def answer(self, verb, options, *places, names=()):
+        """Run an rclone that answers; (exit code, output, why it failed).  names: for its list."""
+        done = run(self.words(verb, options, places), self.stop, self.stream.stall_timeout,
+                   b''.join(name + b'\n' for name in names), keep_fds=self.lock_fds)
+        return done.code, done.output, plain_reason(done.errors) or 'rclone gives no reason'
+
+    def work(self, verb, options, places, paths, report):
+        """Run an rclone that reports while it works on a list of paths; the exit code."""
+        options = options + ['--use-json-log', '--stats=1s', '--stats-log-level=NOTICE', '--files-from-raw=-']
+        done = run(self.words(verb, options, places), self.stop, report.limit + KILL_GRACE,
+                   b''.join(path + b'\n' for path in paths), report.hear, keep_fds=self.lock_fds, merged=True)
+        if done.code == self.USAGE:
+            raise TargetError('rclone does not know one of its options: %s' % report.trouble,
+                              'see rclone_options')
+        return done.code
+
+    # -- what the remote is
+
+    def open(self):
+        if not self.features:
+            self.learn_version()
+            features = self.learn_remote()
+            self.refuse_remote(features)
+            self.features = features
+
+    def learn_version(self):
+        _, output, _ = self.answer('version', [])
+        match = re.search(rb'rclone v(\d+)\.(\d+)', output)
+        if not match:
+            raise TargetError('%s is no rclone that this program knows' % show(self.stream.rclone_command),
+                              'install rclone %d.%d or newer' % self.PARTIAL)
+        self.version = tuple(int(number) for number in match.groups())
+        if self.version < self.OLDEST:
+            raise TargetError('rclone %d.%d is too old' % self.version,
+                              'install rclone %d.%d or newer' % self.PARTIAL)
+
+    def learn_remote(self):
+        """What rclone says of the remote's features."""
+        code, output, reason = self.answer('backend', [], 'features', self.remote())
+        if code:
+            raise TargetError('cannot use %s: %s' % (target_of(self.stream), reason), 'see rclone config')
+        try:
+            known = from_json(output.decode('utf-8', 'replace'))
+            features, name = known['Features'], known['Name'].split('{')[0]
+            root = to_bytes(known['Root'])
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise TargetError('rclone does not tell what %s is' % target_of(self.stream))
+        _, output, _ = self.answer('listremotes', ['--long'])
+        kinds = dict(re.findall(r'^(.*?): +(\w+)', output.decode('utf-8', 'replace'), re.M))
+        self.s3 = kinds.get(name) == 's3'
+        self.bucket = bool(features.get('BucketBased'))
+        self.hashes_itself = self.s3 or not (self.bucket or features.get('Overlay') or features.get('UnWrap'))
+        if features.get('IsLocal') and os.path.isabs(root) and (
+                lies_below(root, self.stream.root) or lies_below(self.stream.root, root)):
+            raise TargetError('target_dir and the incoming directory lie in each other',
+                              'use two directories')
+        return features
+
+    def refuse_remote(self, features):
+        """Raises TargetError where rclone would show half a file, or lose one."""
+        stream, where = self.stream, target_of(self.stream)
+        if not self.bucket and not features.get('PartialUploads'):
+            raise TargetError(
+                'rclone %d.%d shows files at %s under their names before they are whole' % (
+                    self.version + (where,)),
+                'from %d.%d on it does not for most backends; for webdav and some others it always does'
+                % self.PARTIAL)
+        if self.bucket and stream.target_base.endswith(':') and not features.get('Overlay'):
+            raise TargetError('target_dir names no bucket', 'REMOTE:BUCKET/path')
+        for other in stream.companions:
+            if self.s3 and self.version < self.CONDITION:
+                raise TargetError('rclone %d.%d would overwrite what stream %s sends to the same place' % (
+                    self.version + (other,)), 'install a newer one, or use two directories')
+            if not self.s3 and stream.on_conflict != 'overwrite':
+                log.once('%s: %s sends to the same place: of two that send one name at the same time, '
+                         'the second may overwrite the first' % (stream.name, other))
+
+    # -- looking
+
+    def look(self):
+        """Raises TargetError if the store does not answer, or if target_dir is missing.  A bucket
+        has no directories: what is asked for is one of ours, which takes no time to list."""
+        code, _, reason = self.answer('lsjson', ['--stat', '--no-modtime'],
+                                      self.remote(self.area + b'/' if self.bucket else b''))
+        if code == self.NO_SUCH_DIRECTORY:
+            if not self.stream.create_directories:
+                raise TargetError('%s is missing' % target_of(self.stream),
+                                  'create it or mount it, or set create_directories = yes')
+            code, _, reason = self.answer('mkdir', ['--s3-no-check-bucket=false'], self.remote())
+        if code:
+            raise TargetError('cannot look at %s: %s' % (target_of(self.stream), reason))
+
+    def present(self, names):
+        self.look()
+        code, output, reason = self.answer(
+            'lsjson', ['--recursive', '--no-modtime', '--no-mimetype', '--no-traverse', '--files-from-raw=-'],
+            self.remote(), names=names)
+        if code:
+            raise TargetError('cannot look at %s: %s' % (target_of(self.stream), reason))
+        found = {to_bytes(entry['Path']) for entry in from_json(output.decode('utf-8', 'replace'))}
+        return found & set(names)
+
+    # -- sending
+
+    def refusal(self, entries):
+        error = Transport.refusal(self, entries)
+        for entry in entries if not error else ():
+            if self.QUOTING.search(entry.path):
+                return Unfit('%s cannot be sent by rclone, which takes a character of its name for '
+                             'something else' % show(entry.path), 'rename it')
+        return error
+
+    def odd(self, path):
+        return bytes(sorted(set(b''.join(self.ODD.findall(path)))))
+
+    def try_names(self, entries):
+        """Whether names with such characters arrive as they are: a store may make a slash of a
+        backslash, and so put the object elsewhere."""
+        names = {}
+        for entry in entries:
+            odd = self.odd(entry.path)
+            if odd and odd not in self.carried:
+                names[odd] = next(part for part in entry.path.split(b'/') if self.odd(part))
+        if not names:
+            return
+        area = self.remote(self.area, b'')
+        with scratch_directory(self.stream) as scratch:
+            for name in names.values():
+                open(os.path.join(scratch, name), 'wb').close()
+            self.answer('copy', ['--no-traverse', '--files-from-raw=-'], scratch, area, names=names.values())
+        _, output, _ = self.answer('lsf', ['--recursive', '--files-only'], area)
+        found = set(re.sub(rb'\xe2\x90([\x80-\x9f\xa1])', self.unquoted, output).split(b'\n'))
+        self.carried.update((odd, name in found) for odd, name in names.items())
+        self.answer('purge', [], area)
+
+    @staticmethod
+    def unquoted(match):
+        """rclone lists control characters as their pictures, U+2400 and following."""
+        code = match.group(1)[0] - 0x80
+        return bytes([0x7f if code == 0x21 else code])
+
+    def send(self, batch, ready):
+        self.try_names(batch.entries)
+        push = Push(batch, ready if self.overlaps else None, self.progress)
+        push.refused = {}
+        for parcel in batch.parcels:
+            odd = [e.path for e in parcel.entries if not self.carried.get(self.odd(e.path), True)]
+            error = self.refusal(parcel.entries) or odd and Unfit(
+                '%s: the target does not keep such a name' % show(odd[0]), 'rename it')
+            if error:
+                push.refused.update((entry.path, error) for entry in parcel.entries)
+        for entry in batch.entries:
+            if entry.kind == 'd':
+                push.told(entry.path, b'.', None)
+        push.report = Report(self.patience(batch.entries), self.progress, lambda name: (
+            push.told(name, b'<', None), push.offer()))
+        files = [e for e in batch.entries if e.kind == 'f' and e.path not in push.refused]
+        whole = [e.path for e in files if not self.in_parts(e)]
+        parts = [e.path for e in files if self.in_parts(e)]
+        for paths, condition in ((whole, 'If-None-Match: *'), (parts, None)):
+            self.copy(batch, paths, ['--immutable', '--checksum'], condition, push.report)
+        ready(push.end(None), False)
+
+    def in_parts(self, entry):
+        """Whether S3 makes an object of several: then it has no hash of the whole, and no condition."""
+        return self.s3 and entry.size >= self.ONE_PIECE
+
+    def patience(self, entries):
+        """Seconds without progress to allow while the biggest file is read here and there."""
+        return self.stream.stall_timeout + max([entry.size for entry in entries] or [0]) / CHECK_RATE
+
+    def copy(self, batch, paths, options, condition=None, report=None):
+        """One rclone that sends these; its Report.  condition: a header for S3, which says what must
+        be there, or nothing (RFC 9110, 13.1)."""
+        report = report or Report(self.patience(batch.entries))
+        if not paths:
+            return report
+        options = options + ['--no-traverse', '-v', '--transfers=%d' % self.stream.parallel,
+                             '--multi-thread-streams=0', '--s3-no-head',
+                             '--s3-upload-cutoff=%dB' % self.ONE_PIECE]
+        if self.version >= self.PARTIAL:
+            options += ['--partial-suffix', self.partial_suffix()]
+        if self.s3 and self.version >= self.CONDITION and condition:
+            options += ['--header-upload', condition]
+        littered, self.littered = self.littered, True
+        code = self.work('copy', options, [os.path.join(batch.root, b''), self.remote(batch.subdir, b'')],
+                         paths, report)
+        self.littered = littered or code < 0
+        return report
+
+    def partial_suffix(self):
+        """Of files under way, where rclone gives them another name: at most 16 letters, ours alone."""
+        return '.mm' + to_text(self.area[-12:])
+
+    # -- proving
+
+    def check(self, batch, paths, options):
+        """{path: b'=' equal, b'*' different, b'+' missing there, b'!' trouble} and the Report."""
+        entries = [entry for entry in batch.entries if entry.path in paths]
+        report = Report(self.patience(entries))
+        with scratch_directory(self.stream) as scratch:
+            answers = os.path.join(scratch, b'answers')
+            self.work('check', options + ['--one-way', '--combined', answers, '-vv',
+                                          '--checkers=%d' % (2 * self.stream.parallel)],
+                      [os.path.join(batch.root, b''), self.remote(batch.subdir, b'')], sorted(paths), report)
+            try:
+                with open(answers, 'rb') as handle:
+                    return {line[2:]: line[:1] for line in handle.read().split(b'\n')}, report
+            except FileNotFoundError:
+                return {}, report
+
+    def prove(self, batch, paths, copied):
+        """({path: checksum or None} of what is there as it is here, {path: what the check says} of the
+        rest, its Report).  copied: those that this run has sent."""
+        equal = dict.fromkeys(paths & copied) if self.stream.verify == 'accepted' else {}
+        by_size = self.stream.verify == 'size'
+        vague = {entry.path for entry in batch.entries if self.in_parts(entry)}
+        # with a listing, never without: then the uploader's word would count as the store's
+        if paths & copied - set(equal) and (by_size or self.hashes_itself):
+            marks, report = self.check(batch, paths, ['--size-only'] if by_size else [])
+            equal = {path: report.hashes.get(path) for path in paths & copied if marks.get(path) == b'=' and (
+                by_size or path in report.hashes and path not in vague)}
+        rest = paths - set(equal)
+        if not rest:
+            return equal, {}, None
+        self.look()
+        marks, report = self.check(batch, rest, ['--download', '--no-traverse'])
+        if any(marks.get(path) in (b'+', None) for path in rest):
+            self.look()         # else the store was not there to be asked
+        equal.update((path, None) for path in rest if marks.get(path) == b'=')
+        return equal, {path: marks.get(path) for path in rest - set(equal)}, report
+
+    def finish(self, batch):
+        push = batch.jobs
+        problems = dict(push.refused)
+        paths = {e.path for e in batch.entries if e.kind == 'f'} - set(problems)
+        equal, rest, report = self.prove(batch, paths, {p for p in paths if push.get(p) == b'<'}) \
+            if paths else ({}, {}, None)
+        differing = {path for path, mark in rest.items() if mark == b'*'}
+        if differing:
+            problems.update(self.replace(batch, differing, equal, push))
+        for path in rest:
+            if path not in equal and path not in problems:
+                problems[path] = ItemError('%s was not taken by the target: %s' % (
+                    show(path), push.report.why(path) or report.why(path) or 'no reason given'))
+        self.make_empty(batch, problems)
+        return [self.outcome(batch, parcel, equal, problems) for parcel in batch.parcels]
+
+    # -- what is there already
+
+    def replace(self, batch, paths, equal, push):
+        """Other content has these names: on_conflict.  {path: ItemError}; what then is there goes
+        into `equal`."""
+        problems = {}
+        for path in sorted(paths):
+            try:
+                self.backup_or(batch.final(path))
+            except ItemError as error:
+                problems[path] = error
+        paths = paths - set(problems)
+        twins = collections.Counter(folded(entry.path) for entry in batch.entries)
+        backup = {p for p in paths if self.stream.on_conflict == 'backup' or twins[folded(p)] > 1}
+        before = self.keep_old(batch, backup, problems)
+        self.overwrite(batch, paths - set(problems) - set(before), {})
+        self.overwrite(batch, set(before), before)
+        left = paths - set(problems)
+        if left:
+            proven, rest, report = self.prove(batch, left, left)
+            changed = {path for path in rest if path in before}
+            if changed and self.sums(batch, changed) == {path: before[path] for path in changed}:
+                # nobody else's: the store's ETag is not the MD5, as of an object in parts
+                self.overwrite(batch, changed, {})
+                again, rest, report = self.prove(batch, set(rest), set(rest))
+                proven.update(again)
+            equal.update(proven)
+            for path in rest:
+                problems[path] = IntegrityError('%s arrived damaged' % show(path)) \
+                    if push.get(path) == b'<' else ItemError(
+                        '%s is at the target with other content and cannot be replaced: %s' % (
+                            show(path), report.why(path) or 'no reason given'))
+        return problems
+
+    def overwrite(self, batch, paths, before):
+        """Send these over what is there.  before: {path: MD5 of what must still be there}."""
+        if self.s3 and before:
+            for path in sorted(paths):
+                self.copy(batch, [path], ['--ignore-times'], 'If-Match: "%s"' % before[path])
+        else:
+            self.copy(batch, sorted(paths), ['--ignore-times'])
+        for path in sorted(paths - set(before)):
+            log.info('%s: %s had other content at the target and is overwritten' % (
+                self.stream.name, show(batch.final(path))))
+
+    def keep_old(self, batch, paths, problems):
+        """Copy what has these names to stamped ones, within the store: {path: its MD5}."""
+        before = self.sums(batch, paths)
+        stamps = {path: stamped(path) for path in before}
+        for path, stamp in stamps.items():
+            self.answer('copyto', ['--immutable'], self.remote(batch.subdir, path),
+                        self.remote(batch.subdir, stamp))
+        after = self.sums(batch, stamps.values())
+        for path in sorted(paths):
+            if path not in before or after.get(stamps[path]) != before[path]:
+                before.pop(path, None)
+                problems[path] = ItemError('%s is at the target with other content, of which no backup '
+                                           'could be made' % show(path), 'rename one of them')
+            else:
+                log.info('%s: %s had other content at the target, which is %s now' % (
+                    self.stream.name, show(batch.final(path)), show(batch.final(stamps[path]))))
+        return before
+
+    def sums(self, batch, paths):
+        """{path: MD5} of what is there, read back."""
+        if not paths:
+            return {}
+        _, output, _ = self.answer('hashsum', ['MD5', '--download', '--no-traverse', '--files-from-raw=-'],
+                                   self.remote(batch.subdir, b''), names=paths)
+        found = {line[34:]: line[:32].decode() for line in output.split(b'\n')
+                 if re.match(rb'[0-9a-f]{32}  ', line)}
+        return {path: found[path] for path in paths if path in found}
+
+    def make_empty(self, batch, problems):
+        """Directories without files: a bucket has none."""
+        parents = {parent_of(entry.path) for entry in batch.entries}
+        for entry in batch.entries:
+            if entry.kind != 'd' or entry.path in parents or entry.path in problems:
+                continue
+            if not self.features.get('CanHaveEmptyDirectories'):
+                log.once('%s: %s is empty, and %s holds no empty directories' % (
+                    self.stream.name, show(entry.path), target_of(self.stream)))
+                continue
+            code, _, reason = self.answer('mkdir', [], self.remote(batch.subdir, entry.path))
+            if code:
+                problems[entry.path] = ItemError('%s cannot be made: %s' % (show(entry.path), reason))
+
+    def outcome(self, batch, parcel, equal, problems):
+        error = next((problems[entry.path] for entry in parcel.entries if entry.path in problems), None)
+        single = parcel.entries[0] if len(parcel.entries) == 1 else None
+        return Outcome(error, equal.get(single.path) if single else None,
+                       batch.final(single.path) if single else None, {}, True)
+
+    # -- the rest
+
+    def remove(self, name):
+        self.answer('deletefile', [], self.remote(name))
+
+    def free_space(self):
+        if not self.features.get('About'):
+            return None
+        code, output, _ = self.answer('about', ['--json'], self.remote())
+        try:
+            return None if code else from_json(output.decode('utf-8', 'replace')).get('free')
+        except (ValueError, AttributeError):
+            return None
+
+    def tidy(self):
+        """After a kill: partial files, and parts of objects, which cost money where nobody sees them."""
+        if self.littered and self.s3:
+            self.answer('backend', ['-o', 'max-age=7d'], 'cleanup', self.remote())
+            self.littered = False
+        elif self.littered and not self.bucket:
+            code, _, _ = self.answer('delete', ['--include', '*' + self.partial_suffix()], self.remote())
+            self.littered = bool(code)
+        return not self.littered or self.bucket
 
 
 class Dialogue:
@@ -6622,6 +7153,7 @@ TRANSPORTS = {
     'scp': ScpTransport,
     'sftp': SftpTransport,
     'ftp': FtpTransport,
+    'rclone': RcloneTransport,
 }
 
 
@@ -8381,6 +8913,7 @@ class Worker:
         self.lock.acquire()
         self.sweep()
         self.transport = self.stream.protocol(self.stream, self.stop, self.progress, self.lock.fds)
+        self.transport.littered = self.dirty()
         for record in self.ledger.read(2) if self.stream.zips else ():
             if record.get('stream') == self.stream.name and record.get('snapshot'):
                 self.zipped[record['item']] = record['snapshot'] \
