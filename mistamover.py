@@ -1959,6 +1959,84 @@ class SharedJson:
             raise StateError('cannot write %s: %s' % (show(self.path), error.strerror))
 
 
+def true_age(age, jumps):
+    """What is left of an age by the wall clock when its jumps forward are taken out.
+
+    jumps: (seconds that passed since, seconds it jumped) of each, the last one first.
+    """
+    for since, forward in jumps:
+        if age <= since:
+            break                   # of a time after this jump, and so after all before it
+        age = max(age - forward, since)
+    return age
+
+
+def since_boot():
+    """(what tells one boot from another, seconds since then, those asleep included where the
+    system counts them)."""
+    boot = ''
+    with contextlib.suppress(OSError), open('/proc/sys/kernel/random/boot_id', encoding='ascii') as handle:
+        boot = handle.read().strip()
+    with contextlib.suppress(OSError, AttributeError):
+        if sys.platform.startswith('linux'):
+            return boot, time.clock_gettime(7)      # CLOCK_BOOTTIME, which Python 3.6 has no name for
+    return boot, time.monotonic()
+
+
+class Ages:
+    """How long ago something was, although the wall clock may be set: a machine that starts in
+    the year 2000 and is set right must not purge or quarantine everything at once.
+
+    Kept in clock.json, for cron starts us anew each time: what the wall clock and the clock
+    since boot showed together, and by how much the one jumped ahead of the other.  Of the time
+    that the machine was off, OFF seconds are believed.
+    """
+
+    OFF = 7 * 86400
+    MOST = 50                           # jumps remembered; the oldest become one
+    SAVE_EVERY = 600                    # seconds
+
+    def __init__(self, state_dir, wall=None, steady=since_boot):
+        self.shared = SharedJson(state_dir, 'clock.json')
+        self.wall, self.steady = wall or time.time, steady
+        self.lock = threading.Lock()    # guards what follows
+        self.known = None               # the entry of clock.json as written last
+
+    def look(self):
+        """Compare the clocks, note a jump; the entry of clock.json, its values brought up to now."""
+        boot, steady = self.steady()
+        wall = self.wall()
+        old = self.known or self.shared.read().get('clock')
+        try:
+            passed = steady - old['steady']
+            if old['boot'] != boot or passed < 0:
+                passed = min(max(0, wall - old['wall']), self.OFF)
+            forward = wall - old['wall'] - passed
+            jumps = [(since + passed, size) for since, size in old['jumps']]
+        except (TypeError, KeyError, ValueError):
+            passed, forward, jumps = self.SAVE_EVERY, 0, []
+        if forward > CLOCK_TOLERANCE:
+            log.warning('the clock was set forward by %s; ages are counted without it' %
+                        format_duration(forward))
+            jumps.insert(0, (0, forward))
+        if len(jumps) > self.MOST:
+            jumps[-2:] = [(jumps[-2][0], jumps[-2][1] + jumps[-1][1])]
+        now = dict(boot=boot, steady=steady, wall=wall, jumps=jumps)
+        if abs(forward) > CLOCK_TOLERANCE or passed >= self.SAVE_EVERY:
+            self.known = now
+            try:
+                self.shared.update('clock', now)
+            except StateError as error:
+                log.once(str(error))
+        return now
+
+    def age(self, moment):
+        """Seconds since a moment of the wall clock."""
+        with self.lock:
+            now = self.look()
+        return true_age(now['wall'] - moment, now['jumps'])
+
+
 class Failures:
     """Which items of a stream failed by their own fault, how often, since when; kept across runs."""
 
@@ -2000,10 +2078,11 @@ class Failures:
         pause = min(self.stream.retry_pause * 2 ** min(tries - 1, 30), self.stream.retry_pause_max)
         return tries > 0 and 0 <= now - last < pause
 
-    def hopeless(self, name, now):
+    def hopeless(self, name, age):
+        """age: tells how long ago a moment of the wall clock was, see Ages."""
         entry = self.items.get(to_text(name))
         return entry is not None and entry['count'] >= self.stream.retry_count and \
-            now - entry['first'] >= self.stream.quarantine_after
+            age(entry['first']) >= self.stream.quarantine_after
 
     def save(self):
         self.shared.update(self.stream.name, self.items)
@@ -2248,6 +2327,7 @@ class State:
         self.ledger = Ledger(directory)
         self.status = SharedJson(directory, 'status.json')
         self.failures = SharedJson(directory, 'failures.json')
+        self.ages = Ages(directory)
         self.alerts = Alerts(directory, config)
 
 
@@ -7233,10 +7313,11 @@ class Kept:
                         found.append((epoch(to_text(name[:-1]) + ':00:00.000Z') + 3600, path))
         return found
 
-    def purge(self, now, keep):
-        """Delete the hours that ended at least `keep` seconds ago; never the one being filled."""
+    def purge(self, age, keep):
+        """Delete the hours that ended at least `keep` seconds ago, as age() counts them; never
+        the one being filled."""
         for end, path in self.hours():
-            if now - end >= keep:
+            if age(end) >= keep:
                 self.remove(path)
 
     def remove(self, path):
@@ -7798,7 +7879,7 @@ class Delivery:
                 raise StateError('cannot make %s: %s' % (show(stream.directory), error.strerror))
         if stream.move:
             self.releaser.recover()
-            self.releaser.kept.purge(self.worker.wall(), stream.keep_delivered)
+            self.releaser.kept.purge(self.worker.age, stream.keep_delivered)
         if os.path.exists(stream.spool):
             import shutil
             shutil.rmtree(stream.spool, ignore_errors=True)
@@ -8423,7 +8504,7 @@ class Delivery:
         self.result.failed += 1
         self.progress.failed(str(error))
         log.error(message if entry['count'] == 1 else '%s; failed %d times' % (message, entry['count']))
-        if self.stream.move and self.failures.hopeless(name, now):
+        if self.stream.move and self.failures.hopeless(name, self.worker.age):
             self.hopeless[name] = entry
 
     def quarantine_hopeless(self):
@@ -8835,7 +8916,7 @@ class Worker:
         self.settler = Settler(stream.settle_time)
         self.releaser = Releaser(stream, self.state_dir)
         self.transport = None
-        self.wall = time.time
+        self.wall, self.age = time.time, state.ages.age
         self.asked = -STOP_FILE_AGE     # monotonic time of the last answer about stop files
         self.told_apart = False         # whether source and target are known to differ
         self.mirrored = {}              # name -> fingerprint of what the target has

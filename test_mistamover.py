@@ -3947,18 +3947,89 @@ os.read = read
             self.assertEqual(target[b'deep/' + b'd/' * 200 + b'bottom'], b'bottom')
 
 
+class Clocks(Doctored):
+    """A wall clock that is set must not make anything old at once."""
+
+    def test_ages_without_the_jumps(self):
+        day = 86400
+        for age, jumps, expected in (
+                (5, [], 5), (5, [(10, 1000)], 5), (1007, [(10, 1000)], 10), (1012, [(10, 1000)], 12),
+                (26 * 365 * day + 30, [(20, 26 * 365 * day)], 30),
+                (8 * day, [(300, 3), (day, 3), (400 * day, 26 * 365 * day)], 8 * day - 6),
+                (1000, [(10, 500), (20, 600)], 20), (-50, [(10, 500)], -50)):
+            self.assertEqual(mm.true_age(age, jumps), expected, (age, jumps))
+
+    def ages(self, state, wall, steady, boot='one'):
+        return mm.Ages(state, lambda: wall, lambda: (boot, steady))
+
+    def test_jumps_are_noticed_across_runs_and_boots(self):
+        top = tempfile.mkdtemp(dir=BASE)
+        now, right = 946684800, 1795000000             # in 2000, in 2026
+        self.assertEqual(self.ages(top, now, 100).age(now - 10), 10)
+        self.assertEqual(self.ages(top, right + 12, 112).age(now), 12)      # set right after 12 s
+        self.assertEqual(self.ages(top, right + 60, 160).age(now), 60)
+        self.assertEqual(self.ages(top, right + 60, 160).age(right + 20), 40)
+        # off for an hour, then for a year, then started again in 2000 and set right
+        self.assertEqual(self.ages(top, right + 3660, 5, 'two').age(right + 20), 3640)
+        self.assertEqual(self.ages(top, right + 3660 + 365 * 86400, 5, 'three').age(right + 20),
+                         3640 + mm.Ages.OFF)
+        self.assertLess(self.ages(top, now, 5, 'four').age(right + 20), 0)
+        later = right + 400 * 86400
+        self.assertEqual(self.ages(top, later, 25, 'four').age(now + 5), 15)
+        self.assertEqual(self.ages(top, later + 86400, 86425, 'four').age(now + 5), 86415)
+
+    def test_one_process_notices_too_and_bad_files_are_begun_anew(self):
+        top = tempfile.mkdtemp(dir=BASE)
+        for content in ('{"clock": {"boot": 1}}', '{"clock": {"boot": "one", "steady": 0, "wall": 0, '
+                        '"jumps": [1]}}', '[]', 'x'):
+            write(os.path.join(top, 'clock.json'), content.encode())
+            clock = [1000.0, 0.0]
+            ages = mm.Ages(top, lambda clock=clock: clock[0], lambda clock=clock: ('one', clock[1]))
+            self.assertEqual(ages.age(990), 10)
+            clock[:] = [1100000.0, 5.0]
+            self.assertEqual(ages.age(990), 15)
+
+    SET = """
+real, off = mm.time.time, %f
+mm.time.time = lambda: real() + off
+"""
+
+    def test_a_clock_set_right_purges_and_quarantines_nothing(self):
+        years = 26 * 365 * 86400
+        world = self.world('local', keep_delivered='7d', on_conflict='refuse', quarantine_after='1d',
+                           retry_count='2')
+        write(os.path.join(world.target, 'bad'), b'other')
+        write(os.path.join(world.source, 'bad'), b'bad')
+        write(os.path.join(world.source, 'run001'), b'run')
+        for _ in range(3):
+            self.assertEqual(self.doctored(world, self.SET % -years).code, 1)
+        kept = contents(tree(os.path.join(world.source, '.delivered')))
+        self.assertIn(b'run', kept.values())
+        for _ in range(2):
+            done = self.doctored(world, self.SET % 0)
+            self.assertEqual(done.code, 1, str(done))
+        self.assertNotIn('quarantined', done.output)
+        self.assertEqual(contents(tree(os.path.join(world.source, '.delivered'))), kept)
+        self.assertEqual(sorted(n for n in tree(world.source) if not n.startswith(b'.delivered')), [b'bad'])
+
+
 class Quarantine(Doctored):
+    LATER = '''
+wall, boot, later = mm.time.time, mm.time.clock_gettime, %f
+mm.time.time = lambda: wall() + later
+mm.time.clock_gettime = lambda clock: boot(clock) + later
+'''
+
     def test_a_hopeless_item_is_counted_across_runs_and_set_aside(self):
         world = self.world('sftp', retry_count='3', quarantine_after='1h', dir_size_limit='3')
         write(os.path.join(world.source, 'huge', 'file'), b'four')
         write(os.path.join(world.source, 'fine'), b'fine')
         for hours in (0, 0.5, 0.9):
-            done = self.doctored(world, 'real = mm.time.time\nmm.time.time = lambda: real() + %f'
-                                 % (hours * 3600))
+            done = self.doctored(world, self.LATER % (hours * 3600))
             self.assertEqual(done.code, 1, str(done))
         self.assertEqual(sorted(tree(world.source)), [b'huge', b'huge/file'])
         self.assertEqual(contents(tree(world.target)), {b'fine': b'fine'})
-        done = self.doctored(world, 'real = mm.time.time\nmm.time.time = lambda: real() + 3700')
+        done = self.doctored(world, self.LATER % 3700)
         self.assertIn('quarantined huge', done.output)
         found = contents(tree(world.source))
         reason = found.pop(b'.quarantine/huge.reason').decode()
