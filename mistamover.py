@@ -1775,6 +1775,14 @@ class StreamLock:
             self.release()
             raise
 
+    def misplaced(self):
+        """Whether the directory that is locked was renamed and another one has its name."""
+        try:
+            return len(self.fds) > 1 and not os.path.samestat(
+                os.fstat(self.fds[1]), os.stat(self.stream.root))
+        except OSError:         # the scan says that it is missing
+            return False
+
     def _take(self, fd, describe):
         self.fds.append(fd)
         try:
@@ -3182,20 +3190,33 @@ def scratch_directory(stream):
         yield to_bytes(path)
 
 
+def machine_marks():
+    """What differs between this machine and a clone of it, as bytes: its name, the id that the
+    system was given when it was installed, the addresses of its network cards."""
+    import glob
+    import socket
+    marks = [to_bytes(socket.gethostname())]
+    cards = sorted(glob.glob('/sys/class/net/*/device'))        # those that are hardware
+    for path in ['/etc/machine-id'] + [os.path.join(os.path.dirname(card), 'address') for card in cards]:
+        with contextlib.suppress(OSError), open(path, 'rb') as handle:
+            marks.append(handle.read(100))
+    return marks
+
+
 def staging_id(stream):
-    """A random name for the staging area, kept: cloned machines must not share one."""
+    """A name for the staging area that nobody else has: random, kept, and tied to this machine
+    and to these directories, for a state_dir may be cloned as well.  Raises StateError, OSError."""
+    import hashlib
     path = stream.spool + '.id'
-    try:
-        with open(path, 'rb') as handle:
-            name = handle.read()
-        if re.match(rb'[0-9a-f]{16}$', name):
-            return name
-    except FileNotFoundError:
-        pass
-    name = random_hex(8)
-    make_private_directory(os.path.dirname(path))
-    atomic_write(path, name, True)
-    return name
+    name = b''
+    with contextlib.suppress(FileNotFoundError), open(path, 'rb') as handle:
+        name = handle.read()
+    if not re.match(rb'[0-9a-f]{16}$', name):
+        name = random_hex(8)
+        make_private_directory(os.path.dirname(path))
+        atomic_write(path, name, True)
+    marks = [name, os.path.realpath(to_bytes(path)), os.path.realpath(stream.root)] + machine_marks()
+    return hashlib.sha256(repr(marks).encode()).hexdigest()[:16].encode()
 
 
 class Throttle:
@@ -8129,6 +8150,8 @@ class Delivery:
     def ask_here(self):
         """Raises Suspended, or StateError if it cannot be known."""
         stream = self.stream
+        if self.worker.lock.misplaced():
+            raise Suspended('%s was replaced; the new one is locked first' % show(stream.directory))
         if not in_window(stream.transfer_window, time.localtime(self.worker.wall())):
             raise Suspended('outside of transfer_window')
         try:
@@ -9107,6 +9130,11 @@ class Worker:
         import random
         failures, suspended, share = 0, None, random.random()
         while True:
+            if self.lock.misplaced():
+                log.info('%s: %s was replaced' % (self.stream.name, show(self.stream.directory)))
+                self.end()
+                self.told_apart = False
+                self.start()
             self.watch = Watch(self.stream.root)
             try:
                 result = self.one_pass(True)

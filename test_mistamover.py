@@ -2946,6 +2946,49 @@ def children_of(pid):
 
 
 class Locks(Case):
+    def test_a_directory_that_was_replaced_is_locked_anew(self):
+        import fcntl
+        world = self.world('local')
+        other = mm.StreamLock(mm.Settings('x', dict(root=mm.to_bytes(world.source))), world.top)
+
+        def held():
+            fd = os.open(world.source, os.O_RDONLY)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                return True
+            finally:
+                os.close(fd)
+        process = self.daemon(world)
+        wait_for(held, 'the lock')
+        os.rename(world.source, world.source + '.old')
+        os.mkdir(world.source)
+        wait_for(held, 'the lock on the new directory')
+        with self.assertRaises(mm.LockedError):
+            other.acquire()
+        write(os.path.join(world.source, 'item'), b'item')
+        wait_for(lambda: b'item' in tree(world.target), 'the delivery')
+        process.terminate()
+        self.assertEqual(self.ended(process), 143)
+        self.assertFalse(held())
+        self.assertFalse(other.misplaced())
+
+    def test_a_cloned_state_dir_has_a_staging_area_of_its_own(self):
+        top = tempfile.mkdtemp(dir=BASE)
+        def area(state, directory):
+            return mm.staging_id(mm.Settings('s', dict(
+                spool=os.path.join(top, state, 'spool', 's'), root=mm.to_bytes(os.path.join(top, directory)))))
+        one = area('state', 'in')
+        self.assertEqual(area('state', 'in'), one)
+        shutil.copytree(os.path.join(top, 'state'), os.path.join(top, 'clone'))
+        ids = [one, area('clone', 'in'), area('state', 'in2')]
+        for marks in ([b'host2'], [b'host', b'id']):
+            with mock.patch.object(mm, 'machine_marks', lambda marks=marks: marks):
+                ids.append(area('state', 'in'))
+        self.assertEqual(len(set(ids)), 5)
+        for name in ids:
+            self.assertRegex(name, rb'^[0-9a-f]{16}$')
+
     def test_a_second_run_says_who_holds_the_stream(self):
         world = self.world('local', bandwidth_limit='100K', target_chmod='644')
         write(os.path.join(world.source, 'slow'), b'x' * 3000000)
