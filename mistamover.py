@@ -1952,7 +1952,7 @@ class SharedJson:
             finally:
                 os.close(fd)
 
-    def update(self, key, value):
+    def update(self, key, value, durable=False):
         """Set one entry, or remove it (None).  Raises StateError."""
         try:
             with self.locked():
@@ -1962,7 +1962,7 @@ class SharedJson:
                 content[key] = value
                 if value is None:
                     del content[key]
-                atomic_write(self.path, to_json(content, indent=1, sort_keys=True))
+                atomic_write(self.path, to_json(content, indent=1, sort_keys=True), durable)
         except OSError as error:
             raise StateError('cannot write %s: %s' % (show(self.path), error.strerror))
 
@@ -2094,6 +2094,50 @@ class Failures:
 
     def save(self):
         self.shared.update(self.stream.name, self.items)
+
+
+class Spent:
+    """Ready files whose item was delivered and that are still here: they say nothing of a later
+    item of that name.  Kept in spent.json, on disk before the item is released.
+
+    A ready file is known by device, inode, size and mtime; not by its ctime, which our own
+    release changes.  While the item is the one that was delivered, its ready file counts.
+    """
+
+    def __init__(self, shared, stream):
+        self.shared, self.stream = shared, stream
+        self.records = {path: record for path, record in shared.read().get(stream.name, {}).items()
+                        if isinstance(record, dict) and {'ready', 'item', 'mtime_ns'} <= set(record)}
+        self.saved = True
+
+    @staticmethod
+    def marks(entry):
+        return [entry.dev, entry.ino, entry.size, entry.mtime_ns]
+
+    def add(self, item):
+        self.records[to_text(item.ready.path)] = dict(
+            ready=self.marks(item.ready), item=item.essence, mtime_ns=item.mtime_ns)
+        self.saved = False
+
+    def record(self, ready):
+        """What is known of a ready file (an Entry) that did its work, or None."""
+        known = self.records and self.records.get(to_text(ready.path))
+        return known if known and known['ready'] == self.marks(ready) else None
+
+    def covers(self, item):
+        """Whether the item's ready file belongs to another one, which went."""
+        known = self.record(item.ready)
+        return known is not None and known['item'] != item.essence
+
+    def forget(self, path):
+        if self.records and self.records.pop(to_text(path), None):
+            self.saved = False
+
+    def save(self, durable=False):
+        """Raises StateError."""
+        if not self.saved:
+            self.shared.update(self.stream.name, self.records or None, durable)
+            self.saved = True
 
 
 def target_of(stream, dates=True):
@@ -2335,6 +2379,7 @@ class State:
         self.ledger = Ledger(directory)
         self.status = SharedJson(directory, 'status.json')
         self.failures = SharedJson(directory, 'failures.json')
+        self.spent = SharedJson(directory, 'spent.json')
         self.ages = Ages(directory)
         self.alerts = Alerts(directory, config)
 
@@ -2372,6 +2417,11 @@ def tree_of(entries):
     return [(e.path, e.kind) + (e.identity if e.kind == 'f' else ()) for e in entries]
 
 
+def essence(entries):
+    """What tells the content of files: a link that we made and removed again changes a ctime."""
+    return [e[:4] + (e.dev, e.ino) for e in entries if e.kind == 'f']
+
+
 class Item:
     """A top-level entry (or, with items = files, any file): its name and its snapshot."""
 
@@ -2406,6 +2456,12 @@ class Item:
         """A digest of the files' identities that another process can compare."""
         import hashlib
         return hashlib.sha1(repr(tree_of(self.entries)).encode()).hexdigest()
+
+    @property
+    def essence(self):
+        """Of its files, what another process can compare and no release of ours changes."""
+        import hashlib
+        return hashlib.sha1(repr(essence(self.entries)).encode()).hexdigest()
 
     @property
     def fingerprint(self):
@@ -2528,7 +2584,8 @@ class Scanner:
         quarantine = to_bytes(stream.quarantine_dir)
         if same_directory(os.path.dirname(quarantine), stream.root):
             self.own.add(os.path.basename(quarantine))
-        self.orphans = []           # ready files without their item, as (Entry, item name)
+        self.orphans = []           # ready files without their item, or of one that went
+        self.spent = None           # the Spent of a Worker
         self.unready = 0            # items without their ready file, in the last scan
         self.ready_pattern = None
         if stream.ready_file:
@@ -2647,6 +2704,10 @@ class Scanner:
             if item is None or self.stays(item):
                 continue
             item.ready = ready.get(path)
+            if item.ready and self.spent and self.spent.covers(item):
+                self.orphans.append(item.ready)
+                self.unready += 1
+                continue
             yield item
 
     def everything(self):
@@ -2664,6 +2725,9 @@ class Scanner:
     def match_ready(self, found):
         """{path of an item: the Entry of its ready file}; lonely ready files go to self.orphans:
         a crash came between the release of the item and theirs, or they came too early."""
+        for path in list(self.spent.records) if self.spent else ():
+            if to_bytes(path) not in found:
+                self.spent.forget(path)
         before, after = self.ready_pattern
         complete, self.orphans, self.unready = {}, [], 0
         for path, info in found.items():
@@ -2674,7 +2738,7 @@ class Scanner:
             if item in found:
                 complete[item] = Entry.of(path, info)
             else:
-                self.orphans.append((Entry.of(path, info), item))
+                self.orphans.append(Entry.of(path, info))
         return complete
 
     def stays(self, item):
@@ -7909,6 +7973,7 @@ class Delivery:
         if self.stream.move:
             self.releaser.clean()
         self.failures.save()
+        self.worker.spent.save()
 
     def delete_missing(self):
         """mirror_delete: delete at the target what is gone here, after a whole and healthy look."""
@@ -8003,22 +8068,17 @@ class Delivery:
         return True
 
     def follow_orphans(self):
-        """Ready files follow their item: if the ledger says that it went after they were made,
-        a crash came between the two.  What is younger waits for an item to come."""
-        orphans = self.scanner.orphans
+        """Ready files follow their item: of one that did its work and is still here, a crash came
+        between the two.  Any other waits for its item to come."""
         self.result.unready = self.scanner.unready
-        if not orphans or not self.stream.move or orphans == self.worker.orphans:
-            return
-        went = {r['item']: r.get('time', '') for r in self.worker.ledger.read()
-                if r.get('stream') == self.stream.name and r.get('outcome') == 'delivered'}
-        self.worker.orphans = [(entry, name) for entry, name in orphans if utc_stamp(
-            min(entry.ctime_ns / 1e9, LAST_SECOND)) > went.get(to_text(name), '')]
-        for entry, name in orphans:
-            if (entry, name) in self.worker.orphans:
+        for entry in self.scanner.orphans if self.stream.move else ():
+            known = self.worker.spent.record(entry)
+            if known is None:
                 continue
             self.ask_stop_files()
             if self.stream.ready_file_send:
                 self.ready.append(entry)
+                self.dates[entry.path] = known['mtime_ns']
             else:
                 self.drop_ready(entry)
 
@@ -8315,6 +8375,7 @@ class Delivery:
         batch, outcomes = proven
         good = [pair for pair in outcomes if pair[1].error is None]
         self.record(good)
+        self.spend_ready(good)
         released = sum(self.release(batch, parcel, outcome) for parcel, outcome in good)
         self.releaser.forget_directory()
         sent = [pair for pair in good if pair[1].sent]
@@ -8378,6 +8439,13 @@ class Delivery:
                 attempt=self.failures.items.get(name, {}).get('count', 0) + 1,
                 outcome='taken' if outcome.taken and word == 'delivered' else word)
 
+    def spend_ready(self, good):
+        """From here on their ready files say nothing of what may come under these names."""
+        for parcel, _ in good if self.stream.move else ():
+            if parcel.item.ready:
+                self.worker.spent.add(parcel.item)
+        self.worker.spent.save(durable=True)
+
     def release(self, batch, parcel, outcome):
         """Delete the source; 1 if all of it went (or, mirroring, was sent)."""
         item = parcel.item
@@ -8400,6 +8468,7 @@ class Delivery:
             log.info('%s: %s' % (self.stream.name, '; '.join(reasons[:3])))
             self.worker.ledger.append(self.lines([(parcel, outcome)], word))
             return 0
+        self.worker.spent.forget(item.name)
         if self.stream.move or outcome.sent:
             self.result.items += 1
             self.result.bytes += item.size
@@ -8427,6 +8496,8 @@ class Delivery:
         try:
             if self.releaser.release(Item(entry.path, [entry]), {}):
                 self.result.busy.append(entry.path)
+            else:
+                self.worker.spent.forget(entry.path)
         except ItemError as error:
             self.fail(entry.path, error)
 
@@ -8513,9 +8584,6 @@ class Delivery:
             log.error('%s: %s' % (self.stream.name, error))
 
     def has_changed(self, item):
-        """Its content, that is: a link that we made and removed again changes a ctime."""
-        def essence(entries):
-            return [e[:4] + (e.dev, e.ino) for e in entries if e.kind == 'f']
         now = self.scanner.look(item.name)
         return now is None or essence(now.entries) != essence(item.entries)
 
@@ -8934,7 +9002,9 @@ class Worker:
         self.lock = StreamLock(stream, self.state_dir)
         self.progress = Progress(stream, state.status)
         self.failures = Failures(state.failures, stream)
+        self.spent = Spent(state.spent, stream)
         self.scanner = Scanner(stream, self.stop)
+        self.scanner.spent = self.spent
         self.watch = None               # a daemon's, from the start of a pass to the next
         self.settler = Settler(stream.settle_time)
         self.releaser = Releaser(stream, self.state_dir)
@@ -8944,7 +9014,6 @@ class Worker:
         self.told_apart = False         # whether source and target are known to differ
         self.mirrored = {}              # name -> fingerprint of what the target has
         self.zipped = {}                # name -> snapshot of trees delivered, not yet released
-        self.orphans = []               # ready files without an item, as the ledger was asked last
         self.exit_code = EXIT_OK
         self.daemonic = False
         self.ended = False
@@ -9669,8 +9738,14 @@ def reasons_by_state(stream, scanner, item, now):
         before, after = scanner.ready_pattern
         head, base = os.path.split(item.name)
         ready = os.path.join(head, before + base + after)
-        if not os.path.exists(os.path.join(stream.root, ready)) and not scanner.is_ready_name(base):
-            yield 'it waits for its ready file %s' % show(ready)
+        try:
+            item.ready = Entry.of(ready, os.lstat(os.path.join(stream.root, ready)))
+            if scanner.spent and scanner.spent.covers(item):
+                yield ('it waits for a new ready file: the %s that is here belongs to what was '
+                       'delivered before' % show(ready))
+        except OSError:
+            if not scanner.is_ready_name(base):
+                yield 'it waits for its ready file %s' % show(ready)
     age = now - item.youngest_ns / 1e9
     if age < stream.settle_time:
         yield 'it is settling: it changed %s ago, settle_time is %s' % (
@@ -9686,6 +9761,7 @@ def explain(config, stream, path, now):
     name, relative = item_of(stream, path)
     state_dir = config.settings.state_dir
     scanner = Scanner(stream, StopRequest())
+    scanner.spent = Spent(SharedJson(state_dir, 'spent.json'), stream)
     found = os.path.lexists(os.path.join(stream.root, relative))
     last = None
     for record in Ledger(state_dir).read():

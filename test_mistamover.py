@@ -2432,6 +2432,48 @@ class Companions(Doctored):
                     del expected[b'x.done']
                 self.assertEqual(contents(tree(world.target)), expected)
 
+    @on_sites('local', 'rsync_ssh', 'sftp')
+    def test_a_ready_file_whose_item_went_says_nothing_of_the_next_one(self, site):
+        for send in ('yes', 'no'):
+            world = self.world(site, ready_file='{name}.done', ready_file_send=send)
+            item, ready = (os.path.join(world.source, name) for name in ('run1', 'run1.done'))
+            write(item, b'first', OLD)
+            write(ready, b'', OLD)
+            done = self.doctored(world, """
+import os
+mm.Delivery.follow_with_ready = lambda self, item: os._exit(9)
+""")
+            self.assertEqual((done.code, sorted(tree(world.source))),
+                             (9, [b'.mistamover-release', b'run1.done']))
+            write(item, b'half of the sec', OLD + 5)
+            done = self.assert_run(world, 0)
+            self.assertIn('1 waiting for the ready file', done.output)
+            self.assertEqual(contents(tree(world.source)), {b'run1': b'half of the sec'})
+            sent = {b'run1.done': b''} if send == 'yes' else {}
+            self.assertEqual(contents(tree(world.target)), {b'run1': b'first', **sent})
+            write(item, b'half of the second', OLD + 9)
+            self.assert_run(world, 0)
+            self.assertEqual(contents(tree(world.source)), {b'run1': b'half of the second'})
+            write(ready, b'', OLD)
+            self.assert_run(world, 0)
+            self.assertEqual(tree(world.source), {})
+            self.assertIn(b'half of the second', contents(tree(world.target)).values())
+            self.assertEqual(mm.SharedJson(world.state, 'spent.json').read(), {})
+
+    def test_a_ready_file_counts_again_while_its_item_is_still_here(self):
+        world = self.world('local', ready_file='{name}.done')
+        for name in ('run1', 'run1.done', 'day/file', 'day.done'):
+            write(os.path.join(world.source, name), name.encode())
+        done = self.doctored(world, """
+import os
+mm.Releaser.release = lambda self, item, linked: os._exit(9)
+""")
+        self.assertEqual(done.code, 9)
+        self.assertEqual(len(contents(tree(world.source))), 5)
+        self.assert_run(world, 0)
+        self.assertEqual((tree(world.source), sorted(tree(world.target))),
+                         ({}, [b'day', b'day.done', b'day/file', b'run1', b'run1.done']))
+
     def test_a_ready_file_that_is_open_for_writing_waits_and_is_named(self):
         world = self.world('local', ready_file='{name}.done', ready_file_send='no')
         write(os.path.join(world.source, 'x'), b'x')
@@ -2976,8 +3018,9 @@ class Locks(Case):
     def test_a_cloned_state_dir_has_a_staging_area_of_its_own(self):
         top = tempfile.mkdtemp(dir=BASE)
         def area(state, directory):
+            root = mm.to_bytes(os.path.join(top, directory))
             return mm.staging_id(mm.Settings('s', dict(
-                spool=os.path.join(top, state, 'spool', 's'), root=mm.to_bytes(os.path.join(top, directory)))))
+                spool=os.path.join(top, state, 'spool', 's'), root=root)))
         one = area('state', 'in')
         self.assertEqual(area('state', 'in'), one)
         shutil.copytree(os.path.join(top, 'state'), os.path.join(top, 'clone'))
