@@ -8541,14 +8541,17 @@ class Delivery:
         alike = collections.Counter(type(case.error) for case in self.suspects)
         down = None
         for case in self.suspects:
-            size, error = case.parcel.item.size, case.error
+            name, error = case.parcel.item.name, case.error
+            # what was counted before was compared with others then: they may all have gone
+            known = to_text(name) in self.failures.items
             step = next_step(error, trouble is None, Evidence(
-                case.strikes, case.advanced, case.room and case.larger, 2 * self.largest >= size,
-                self.delivered > 0, alike[type(error)]))
+                case.strikes, case.advanced, case.room and case.larger,
+                known or 2 * self.largest >= case.parcel.item.size, known or self.delivered > 0,
+                alike[type(error)]))
             if step == 'count':
-                self.fail(case.parcel.item.name, error)
+                self.fail(name, error)
             elif step == 'wait':
-                self.hold_back(case.parcel.item.name, error)
+                self.hold_back(name, error)
             else:
                 down = down or error
         if isinstance(down, ItemError):

@@ -3204,6 +3204,8 @@ class Proxy:
 
     def __init__(self, port, ftp=False, delay=0):
         self.aim, self.ftp, self.fault, self.delay = port, ftp, 'pass', delay
+        self.poison = None          # bytes that no gateway of this kind lets through: every line is cut
+        self.struck = 0             # how often they came
         self.sent = 0
         self.open = True
         self.sockets = []
@@ -3276,6 +3278,12 @@ class Proxy:
 
     def harm(self, data, one, other):
         self.sent += len(data)
+        if self.poison and self.poison in data:
+            self.struck += 1
+            for each in self.sockets[1:]:       # FTP's control connection as well
+                with contextlib.suppress(OSError):
+                    each.shutdown(socket.SHUT_RDWR)
+            raise Interrupted
         if isinstance(self.fault, tuple) and self.sent > self.fault[1]:
             what = self.fault[0]
             if what == 'cut':
@@ -3365,6 +3373,53 @@ class BadNetwork(Invariants):
         self.assertEqual(world.said().count('ERROR'), 1, world.said())
         self.assertEqual(len(held_at_target(world)), 21)
         self.assertEqual(mm.SharedJson(world.state, 'failures.json').read().get('s', {}), {})
+
+
+@spread
+class Isolation(Invariants):
+    """One item at which the line breaks, each time, among others that go."""
+
+    def poisoned(self, site, **options):
+        world = self.world(site)
+        proxy = Proxy(int(world.options['target_port']), ftp=site == 'ftp')
+        proxy.poison = b'POISON'
+        self.addCleanup(proxy.close)
+        world.configure(target_port=proxy.port, **options)
+        originals = {}
+        for number in range(20):
+            name = b'file %02d' % number
+            originals[name] = (b'POISON' if number == 7 else b'%06d' % number) * 100
+            write(os.path.join(mm.to_bytes(world.source), name), originals[name], OLD + number)
+        return world, proxy, originals
+
+    @on_sites('rsync_native', 'ftp')
+    def test_a_gateway_that_resets_on_one_files_bytes(self, site):
+        for verify in ('checksum', 'size'):
+            world, proxy, originals = self.poisoned(site, verify=verify)
+            done = self.assert_run(world, 1)
+            self.assertGreaterEqual(proxy.struck, 2)
+            self.assertEqual(contents(tree(world.source)), {b'file 07': b'POISON' * 100}, str(done))
+            self.assertEqual(held_at_target(world), {
+                name: content for name, content in originals.items() if name != b'file 07'}, str(done))
+            counted = mm.SharedJson(world.state, 'failures.json').read()['s']
+            self.assertEqual([(name, entry['count']) for name, entry in counted.items()], [('file 07', 1)])
+            self.assertIn('1 failed', done.output)
+            proxy.poison = None
+            done = self.assert_run(world, 0)
+            self.assert_converged(world, originals, str(done))
+
+    @on_sites('rsync_native', 'ftp')
+    def test_a_daemon_quarantines_it_in_time_and_goes_on(self, site):
+        world, proxy, originals = self.poisoned(site, quarantine_after='0s', retry_count='2')
+        process = self.daemon(world)
+        wait_for(lambda: 'quarantined file 07' in world.said(), 'the quarantine', 60)
+        write(os.path.join(world.source, 'late'), b'late')
+        wait_for(lambda: b'late' in held_at_target(world), 'the next item')
+        process.terminate()
+        self.assertEqual(self.ended(process), 143)
+        self.assertEqual({n for n in held_at_target(world)} - {b'late'}, set(originals) - {b'file 07'})
+        with open(os.path.join(world.source, '.quarantine', 'file 07'), 'rb') as handle:
+            self.assertEqual(handle.read(), originals[b'file 07'])
 
 
 ARRIVED = """
