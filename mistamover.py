@@ -988,8 +988,8 @@ OPTIONS = [Option(*row) for row in (
      'what goes first: oldest, newest, name, smallest or largest'),
     ('stream', 'batch_files', kind_count, ('10000', '1000000'), '', 'most files in one push'),
     ('stream', 'batch_size', kind_size, ('2G', '1000T'), '', 'most bytes in one push (one item may be more)'),
-    ('stream', 'parallel', kind_count, '', 'parallel',
-     'connections at a time; 4 if empty, with rclone 8'),
+    ('stream', 'parallel', kind_count, '4', 'parallel',
+     'connections at a time; rclone: twice as many'),
     ('stream', 'retry_count', kind_count, '3', '', 'tries of --once; failures before quarantine'),
     ('stream', 'retry_pause', kind_duration, '5s', '', 'pause after a failure, doubled each time'),
     ('stream', 'retry_pause_max', kind_duration, '5m', '', 'longest pause after a failure'),
@@ -1363,7 +1363,6 @@ TARGET_FORMS = {
 def finish_stream(config, stream, protocols, state_dir):
     """Derive what the rest of the program works with."""
     stream.protocol = protocols[stream.transfer_protocol]
-    stream.parallel = stream.parallel or stream.protocol.connections
     stream.root = to_bytes(stream.directory)
     stream.mirror = stream.transfer_mode == 'mirror'
     stream.move = not stream.mirror
@@ -3167,7 +3166,6 @@ class Transport:
     stages = False              # a crash may leave temporary files for tidy()
     directories = 'zip',        # what it can do with them; the first is what `auto` means
     target_form = 'path'        # what target_dir is: one of TARGET_FORMS
-    connections = 4             # what `parallel` is by default
     littered = False            # an earlier run ended in the middle: more for tidy() to look for
     takes = 'network'           # words of the option table's column `need` that it fulfils
     overlaps = True             # sending takes so long that the part before is finished meanwhile
@@ -4941,7 +4939,7 @@ class RcloneTransport(Transport):
     target_form = 'remote'
     takes = 'network rclone parallel'
     stages = True
-    connections = 8
+    CONNECTIONS = 2             # for each of `parallel`: most of the time one waits for an answer
     forbidden = b'\n'
 
     OLDEST = 1, 60              # older ones were not tried
@@ -5158,7 +5156,7 @@ class RcloneTransport(Transport):
         report = report or Report(self.patience(batch.entries))
         if not paths:
             return report
-        options = options + ['--no-traverse', '-v', '--transfers=%d' % self.stream.parallel,
+        options = options + ['--no-traverse', '-v', '--transfers=%d' % self.connections(),
                              '--multi-thread-streams=0', '--s3-no-head',
                              '--s3-upload-cutoff=%dB' % self.ONE_PIECE]
         if self.version >= self.PARTIAL:
@@ -5170,6 +5168,9 @@ class RcloneTransport(Transport):
                          paths, report)
         self.littered = littered or code < 0
         return report
+
+    def connections(self):
+        return self.CONNECTIONS * self.stream.parallel
 
     def partial_suffix(self):
         """Of files under way, where rclone gives them another name: at most 16 letters, ours alone."""
@@ -5184,7 +5185,7 @@ class RcloneTransport(Transport):
         with scratch_directory(self.stream) as scratch:
             answers = os.path.join(scratch, b'answers')
             self.work('check', options + ['--one-way', '--combined', answers, '-vv',
-                                          '--checkers=%d' % (2 * self.stream.parallel)],
+                                          '--checkers=%d' % self.connections()],
                       [os.path.join(batch.root, b''), self.remote(batch.subdir, b'')], sorted(paths), report)
             try:
                 with open(answers, 'rb') as handle:
