@@ -1369,6 +1369,7 @@ def finish_stream(config, stream, protocols, state_dir):
     stream.quarantine_dir = stream.quarantine_dir or os.path.join(stream.directory, '.quarantine')
     stream.spool = os.path.join(state_dir, 'spool', stream.name)
     stream.control_dir = os.path.join(state_dir, stream.name + '.ssh')
+    stream.unproven = os.path.join(state_dir, stream.name + '.unproven')
     if stream.protocol.target_form == 'here':
         home = 'stream:' + stream.name
         home = home if 'target_dir' in config.sections[home] else 'defaults'
@@ -4428,6 +4429,7 @@ class Push(Rows):
     way: in parts, of which each is whatever went while the one before was proven.  Of a row only
     its first letter is kept: < or c for sent, . for left alone."""
 
+    SENT = (b'<', b'c')
     PART_FILES = 1000           # at least, for each part costs a login of rsync
     PART_SIZE = 1 << 30         # or as many bytes
 
@@ -4474,6 +4476,52 @@ class Push(Rows):
         return self.last
 
 
+class Doubts:
+    """Names that a mirror must prove by checksum, although their size and time are right: a push
+    that was broken off may leave files with the bytes of others (seen from rsync 3.1.3 to 3.5.0).
+    On disk from before a push until what it sent is proven, for it may outlive this process."""
+
+    def __init__(self, path):
+        self.path = path                # a file of names, each ended by a NUL
+        self.names = set()              # of earlier pushes
+        self.pushes = {}                # id of a Push -> all paths of one that is not proven yet
+        self.lock = threading.Lock()    # one batch is proven while the next is sent
+
+    def read(self, root):
+        """Raises StateError."""
+        try:
+            with open(self.path, 'rb') as handle:
+                names = handle.read().split(b'\0')
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise StateError('cannot read %s: %s' % (show(self.path), error.strerror))
+        self.names = {name for name in names if name and os.path.lexists(os.path.join(root, name))}
+
+    def begin(self, push, paths):
+        with self.lock:
+            self.pushes[id(push)] = paths
+            self.save()
+
+    def end(self, push, doubted, proven=()):
+        """doubted: what this push may have left wrong, and nobody has proven."""
+        with self.lock:
+            del self.pushes[id(push)]
+            self.names.difference_update(proven)
+            self.names.update(doubted)
+            self.save()
+
+    def save(self):
+        try:
+            if self.names or self.pushes:
+                groups = [self.names] + list(self.pushes.values())
+                atomic_write(self.path, b''.join(n + b'\0' for group in groups for n in group), True)
+            elif os.path.lexists(self.path):
+                os.unlink(self.path)
+        except OSError as error:
+            raise StateError('cannot write %s: %s' % (show(self.path), error.strerror))
+
+
 class RsyncTransport(Transport):
     """What rsync over ssh and an rsync daemon have in common (rsync(1)).
 
@@ -4485,13 +4533,15 @@ class RsyncTransport(Transport):
     directories = 'keep', 'zip'
     takes = 'network host rsync chmod'
 
-    CONNECTION_LOST = (2, 5, 10, 12, 14, 20, 22, 30, 35, 255)
+    ENDED = (0, 23, 24)             # all sent, but for single files; after any other end nothing is known
+    NO_ROOM = 11                    # errors in file I/O: a full disk, mostly
 
     def __init__(self, *args, **kwargs):
         Transport.__init__(self, *args, **kwargs)
         self.version = None
         self.made = {b''}
         self.active = set()             # threads with an rsync under way
+        self.doubts = Doubts(self.stream.unproven)
 
     def remote_shell(self):
         """The -e option, or nothing for a daemon."""
@@ -4506,6 +4556,7 @@ class RsyncTransport(Transport):
     def open(self):
         self.made = {b''}
         if self.version is None:
+            self.doubts.read(self.stream.root)
             done = run([self.stream.rsync_command, '--version'], self.stop, 30)
             match = re.search(rb'version v?(\d+)\.(\d+)\.(\d+)', done.output)
             if not match:
@@ -4620,7 +4671,7 @@ class RsyncTransport(Transport):
         done, rows = self.rsync(
             batch.root, paths, ['--partial-dir=' + PARTIAL_DIR] + self.reporting(batch) + options,
             batch.subdir, self.patience(batch), Rows(self.progress) if rows is None else rows)
-        if done.code in self.CONNECTION_LOST:
+        if done.code not in self.ENDED + (self.NO_ROOM,):
             self.fail(done, 'the transfer to %s broke off' % target_of(self.stream))
         return done, rows
 
@@ -4633,16 +4684,22 @@ class RsyncTransport(Transport):
         self.ensure(batch.subdir)
         paths = [entry.path for entry in batch.entries]
         push = Push(batch, ready if self.stream.move and self.overlaps else None, self.progress)
-        done, _ = self.push(batch, paths,
-                            ['-i', '-i'] + ([] if self.quick else ['--ignore-existing']), push)
+        if self.stream.mirror:
+            self.doubts.begin(push, paths)
+        try:
+            done, _ = self.push(batch, paths,
+                                ['-i', '-i'] + ([] if self.quick else ['--ignore-existing']), push)
+        except BaseException:
+            self.settle_doubts(push, paths)
+            raise
         ready(push.end(done), False)
 
     def prove(self, batch, paths, options):
         """{path: checksum} of those that stand at the target as they are here, and all rows."""
         done, rows = self.rsync(batch.root, sorted(paths), ['-n', '-i', '-i'] + options,
                                 batch.subdir, self.patience(batch) + batch.size / CHECK_RATE)
-        if done.code in self.CONNECTION_LOST:
-            self.fail(done, 'the proof at %s broke off' % target_of(self.stream))
+        if done.code not in self.ENDED:
+            self.fail(done, 'nothing can be proven at %s' % target_of(self.stream))
         equal = {}
         for path, (row, checksum) in rows.items():
             if row[:2] in (b'.f', b'.d', b'.L') and row[2:4] in (b'  ', b'..'):
@@ -4653,25 +4710,43 @@ class RsyncTransport(Transport):
     def finish(self, batch):
         push = batch.jobs
         batch.parcels[:0], push.late = push.late, []
+        equal = {}
         try:
-            return self.finish_part(batch, push)
+            return self.finish_part(batch, push, equal)
         except TargetError:
             if batch is push.last or self.overlaps:
                 raise
             push.late, batch.parcels = batch.parcels, []    # it is proven when the push has ended
             return []
+        finally:
+            self.settle_doubts(push, [e.path for e in batch.entries], equal)
 
-    def finish_part(self, batch, push):
+    def settle_doubts(self, push, paths, equal=()):
+        """What a push may have left wrong: all that it sent, and if it was broken off, all but
+        what it left alone."""
+        if self.stream.mirror:
+            ended = push.done and push.done.code in self.ENDED
+            self.doubts.end(push, [path for path in paths if path not in equal and (
+                push.get(path) in push.SENT if ended else push.get(path) != b'.')], equal)
+
+    def sizes_tell(self, push):
+        """One that is broken off while bandwidth_limit lets it sleep leaves right sizes, wrong bytes."""
+        return push.done.code in self.ENDED if push.done else not self.stream.bandwidth_limit
+
+    def finish_part(self, batch, push, equal):
+        """equal: a dictionary that gets what is proven, {path: checksum or None}."""
         everything = {e.path for e in batch.entries}
-        sent = {path for path in everything if push.get(path) in (b'<', b'c')}
+        sent = {path for path in everything if push.get(path) in push.SENT}
         quick = {e.path for e in batch.entries if push.get(e.path) == b'.' and (self.quick or e.kind == 'd')}
-        by_size = sent if self.stream.verify == 'size' else set()
-        equal = dict.fromkeys(quick)
+        quick -= self.doubts.names
+        by_size = sent if self.stream.verify == 'size' and self.sizes_tell(push) else set()
+        equal.update(dict.fromkeys(quick))
         known = {}
         # what was not sent stood there before: only its content can tell whether it is ours
         for paths, option in ((by_size, '--size-only'), (everything - by_size - quick, '--checksum')):
-            if self.stream.mirror and option == '--checksum' and paths - sent:
-                before, _ = self.prove(batch, paths - sent, [])
+            believed = paths - sent - self.doubts.names
+            if self.stream.mirror and option == '--checksum' and believed:
+                before, _ = self.prove(batch, believed, [])
                 equal.update(before)
                 paths = paths - set(before)
             if paths:
@@ -4679,10 +4754,10 @@ class RsyncTransport(Transport):
                 equal.update(proven)
                 known.update(rows)
         problems = {}
-        if batch is push.last and push.done.code == 11:
+        if batch is push.last and push.done.code == self.NO_ROOM:
             problems = self.make_room(batch, everything - set(equal))
         elif batch is push.last:
-            problems = self.send_again(batch, everything - set(equal), sent, known, equal)
+            problems = self.send_again(batch, push, everything - set(equal), sent, known, equal)
         else:
             push.late = [p for p in batch.parcels if any(e.path not in equal for e in p.entries)]
             late = set(map(id, push.late))
@@ -4702,7 +4777,7 @@ class RsyncTransport(Transport):
         return {path: NoRoom('%s was not taken: %s' % (show(path), batch.jobs.done.errors),
                              'is the disk full, or the quota?')}
 
-    def send_again(self, batch, missing, sent, rows, equal):
+    def send_again(self, batch, push, missing, sent, rows, equal):
         """What differs at the target is ours and damaged, or somebody else's: on_conflict."""
         differing = {p for p in missing if rows.get(p, (b'',))[0][:2] in (b'<f', b'cL')
                      and not rows[p][0].endswith(b'+' * 9)}
@@ -4734,6 +4809,7 @@ class RsyncTransport(Transport):
         if self.stream.on_conflict != 'refuse':
             again |= differing & sent       # damaged, or taken by another sender: backed up as well
         if again:
+            push.update(dict.fromkeys(again, b'<'))
             done, _ = self.push(batch, sorted(again), ['--ignore-times', '-i'] + backup)
             equal.update(self.prove(batch, again, ['--checksum'])[0])
         for path in (again | differing & sent) - set(equal):
