@@ -4547,8 +4547,13 @@ class RsyncTransport(Transport):
         """The -e option, or nothing for a daemon."""
         return []
 
-    def url(self, subdir=b''):
+    def url(self, path):
+        """What rsync calls a path at the target."""
         raise NotImplementedError
+
+    @property
+    def base(self):
+        return to_bytes(self.stream.target_base)
 
     def secret(self):
         return {}
@@ -4567,9 +4572,12 @@ class RsyncTransport(Transport):
             raise TargetError('rsync %d.%d.%d would let a shell see target_dir' % self.version,
                               'install rsync 3.2.4 or newer, or use plain characters')
 
-    def rsync(self, root, paths, options, subdir=b'', quiet_limit=None, rows=None):
-        """One rsync over a list of relative names: (Finished, its Rows)."""
+    def rsync(self, root, paths, options, top=None, quiet_limit=None, rows=None):
+        """One rsync over a list of relative names, below `top` at the target: (Finished, its Rows)."""
         stream = self.stream
+        # with a slash at its end, a directory that is missing would be made: perhaps on a disk
+        # that something else was mounted on
+        top = os.path.join(self.base if top is None else top, b'.')
         argv = [stream.rsync_command] + stream.rsync_options + [
             '--times', '--no-recursive', '--dirs', '--no-implied-dirs', '--from0',
             '--files-from=-', '--out-format=%i|%C|%n',
@@ -4582,7 +4590,7 @@ class RsyncTransport(Transport):
             argv += ['--chmod=Du+rwx']      # else one 0544 directory refuses its own content
         if self.version >= (3, 2, 0) and '--checksum' in options:
             argv += ['--checksum-choice=md5']       # a name for what the ledger holds
-        argv += options + self.remote_shell() + ['--', os.path.join(root, b''), self.url(subdir)]
+        argv += options + self.remote_shell() + ['--', os.path.join(root, b''), self.url(top)]
         feed = b''.join(b'./' + path + b'\0' for path in paths)
         rows = Rows() if rows is None else rows
         # a SIGTERM makes rsync flush what it has just sent once more, if --bwlimit let it sleep
@@ -4605,8 +4613,8 @@ class RsyncTransport(Transport):
         raise TargetError('%s: %s' % (what, done.errors or 'rsync ended with %d' % done.code),
                           hints.get(done.code, ''))
 
-    def look(self, names):
-        """Rows for names of an empty local directory: whether each stands at the target.
+    def look(self, names, top=None):
+        """Whether each of the names is in a directory of the target, and b'.' that itself.
 
         A listing would do, but not for write-only modules; a dry run does everywhere.
         """
@@ -4614,7 +4622,7 @@ class RsyncTransport(Transport):
             for name in names:
                 open(os.path.join(empty, name), 'wb').close()
             done, rows = self.rsync(empty, [b''] + sorted(names),
-                                    ['-n', '-i', '-i', '--ignore-existing'])
+                                    ['-n', '-i', '-i', '--ignore-existing'], top)
         standing = set(names) - set(rows)       # of what stands there, whatever it is, no row tells
         if b'.' not in rows or standing and done.code:
             self.fail(done, 'cannot look at %s' % target_of(self.stream))
@@ -4632,28 +4640,35 @@ class RsyncTransport(Transport):
         return {name for name, there in found.items() if there}
 
     def make_base(self):
-        if self.version < (3, 2, 3):
-            raise TargetError('rsync %d.%d.%d cannot make directories' % self.version,
-                              'create target_dir there, or install rsync 3.2.3 or newer')
-        with scratch_directory(self.stream) as empty:
-            done, _ = self.rsync(empty, [b''], ['--mkpath'])
-        if done.code:
-            self.fail(done, 'cannot make %s' % target_of(self.stream))
+        """Make target_dir, level by level below what exists: any rsync can do that."""
+        top, steps = self.base.rstrip(b'/'), []
+        while True:
+            top, name = os.path.split(top)
+            steps = [os.path.join(name, step) for step in [b''] + steps]
+            if self.look({to_bytes(self.stream.stop_file)}, top)[b'.']:
+                return self.make(top, [step.rstrip(b'/') for step in steps])
 
     def ensure(self, subdir):
-        """Make a dated directory by sending a tree of empty ones: any rsync can do that."""
-        if subdir in self.made:
-            return
-        with scratch_directory(self.stream) as empty:
-            os.makedirs(os.path.join(empty, subdir))
+        """Make a dated directory."""
+        if subdir not in self.made:
             parts = subdir.split(b'/')
-            steps = [b'/'.join(parts[:n + 1]) for n in range(len(parts))]
-            self.rsync(empty, steps, ['--omit-dir-times', '--ignore-existing'])
-            done, rows = self.rsync(empty, steps, ['--omit-dir-times', '-n', '-i', '-i'])
+            self.make(self.base, [b'/'.join(parts[:n + 1]) for n in range(len(parts))])
+            self.made.add(subdir)
+
+    def make(self, top, steps):
+        """Make directories, each below the one before, by sending empty ones."""
+        with scratch_directory(self.stream) as empty:
+            for step in steps:
+                os.mkdir(os.path.join(empty, step))
+                os.chmod(os.path.join(empty, step), 0o777)      # the umask there decides, not ours
+            self.rsync(empty, steps, ['--omit-dir-times', '--ignore-existing'], top)
+            done, rows = self.rsync(empty, steps, ['--omit-dir-times', '-n', '-i', '-i'], top)
         if any(rows.get(step, (b'',))[0][:2] != b'.d' for step in steps):
-            self.fail(done, 'cannot make %s at %s, or something else stands there' % (
-                show(subdir), target_of(self.stream)))
-        self.made.add(subdir)
+            self.fail(done, 'cannot make %s in %s at %s, or something else is there' % (
+                show(steps[-1]), show(top), target_of(self.stream)))
+
+    def top(self, batch):
+        return os.path.join(self.base, batch.subdir)
 
     def patience(self, batch):
         """Seconds of silence to allow while both sides read the biggest file."""
@@ -4670,7 +4685,7 @@ class RsyncTransport(Transport):
             options = options + ['--bwlimit=%d' % max(1, self.stream.bandwidth_limit // 1024)]
         done, rows = self.rsync(
             batch.root, paths, ['--partial-dir=' + PARTIAL_DIR] + self.reporting(batch) + options,
-            batch.subdir, self.patience(batch), Rows(self.progress) if rows is None else rows)
+            self.top(batch), self.patience(batch), Rows(self.progress) if rows is None else rows)
         if done.code not in self.ENDED + (self.NO_ROOM,):
             self.fail(done, 'the transfer to %s broke off' % target_of(self.stream))
         return done, rows
@@ -4687,8 +4702,7 @@ class RsyncTransport(Transport):
         if self.stream.mirror:
             self.doubts.begin(push, paths)
         try:
-            done, _ = self.push(batch, paths,
-                                ['-i', '-i'] + ([] if self.quick else ['--ignore-existing']), push)
+            done, _ = self.push(batch, paths, ['-i', '-i'] + self.fresh_only(), push)
         except BaseException:
             self.settle_doubts(push, paths)
             raise
@@ -4697,7 +4711,7 @@ class RsyncTransport(Transport):
     def prove(self, batch, paths, options):
         """{path: checksum} of those that stand at the target as they are here, and all rows."""
         done, rows = self.rsync(batch.root, sorted(paths), ['-n', '-i', '-i'] + options,
-                                batch.subdir, self.patience(batch) + batch.size / CHECK_RATE)
+                                self.top(batch), self.patience(batch) + batch.size / CHECK_RATE)
         if done.code not in self.ENDED:
             self.fail(done, 'nothing can be proven at %s' % target_of(self.stream))
         equal = {}
@@ -4721,6 +4735,13 @@ class RsyncTransport(Transport):
         finally:
             self.settle_doubts(push, [e.path for e in batch.entries], equal)
 
+    def fresh_only(self):
+        """Options of a first push.  What is there is left alone; what another sender brings while
+        ours is under way, which --ignore-existing no longer asks for, becomes a backup."""
+        if self.stream.on_conflict != 'overwrite' or self.stream.zips:
+            return ['--ignore-existing', '--backup', '--suffix=' + stamped(b'').decode()]
+        return [] if self.stream.mirror else ['--ignore-existing']
+
     def settle_doubts(self, push, paths, equal=()):
         """What a push may have left wrong: all that it sent, and if it was broken off, all but
         what it left alone."""
@@ -4737,7 +4758,7 @@ class RsyncTransport(Transport):
         """equal: a dictionary that gets what is proven, {path: checksum or None}."""
         everything = {e.path for e in batch.entries}
         sent = {path for path in everything if push.get(path) in push.SENT}
-        quick = {e.path for e in batch.entries if push.get(e.path) == b'.' and (self.quick or e.kind == 'd')}
+        quick = {path for path in everything if push.get(path) == b'.' and self.quick}
         quick -= self.doubts.names
         by_size = sent if self.stream.verify == 'size' and self.sizes_tell(push) else set()
         equal.update(dict.fromkeys(quick))
@@ -4746,8 +4767,9 @@ class RsyncTransport(Transport):
         for paths, option in ((by_size, '--size-only'), (everything - by_size - quick, '--checksum')):
             believed = paths - sent - self.doubts.names
             if self.stream.mirror and option == '--checksum' and believed:
-                before, _ = self.prove(batch, believed, [])
+                before, rows = self.prove(batch, believed, [])
                 equal.update(before)
+                known.update(rows)
                 paths = paths - set(before)
             if paths:
                 proven, rows = self.prove(batch, paths, [option])
@@ -4764,6 +4786,7 @@ class RsyncTransport(Transport):
             batch.parcels = [p for p in batch.parcels if id(p) not in late]
             for path in equal:
                 push.pop(path, None)
+        self.time_directories(batch, equal, known)
         return [self.outcome(batch, parcel, equal, problems, sent) for parcel in batch.parcels]
 
     def make_room(self, batch, missing):
@@ -4776,6 +4799,13 @@ class RsyncTransport(Transport):
         self.delete([parts])            # a directory that is not empty stays
         return {path: NoRoom('%s was not taken: %s' % (show(path), batch.jobs.done.errors),
                              'is the disk full, or the quota?')}
+
+    def time_directories(self, batch, equal, rows):
+        """rsync --backup gives none to directories."""
+        late = [e.path for e in batch.entries if e.kind == 'd' and e.path in equal
+                and rows.get(e.path, (b'',))[0][4:5] == b't']
+        if late:
+            self.push(batch, sorted(late), [])
 
     def send_again(self, batch, push, missing, sent, rows, equal):
         """What differs at the target is ours and damaged, or somebody else's: on_conflict."""
@@ -4827,7 +4857,7 @@ class RsyncTransport(Transport):
                 os.rename(os.path.join(batch.root, entry.path), os.path.join(batch.root, new))
                 fresh = Entry.of(new, os.lstat(os.path.join(batch.root, new)))
                 batch.parcels[index] = Parcel(parcel.item, [fresh])
-                self.push(batch, [new], ['--ignore-existing', '-i'])
+                self.push(batch, [new], ['-i'] + self.fresh_only())
                 equal.update(self.prove(batch, [new], ['--checksum'])[0])
         return set(paths)
 
@@ -4859,7 +4889,7 @@ class RsyncTransport(Transport):
         """List the target, then name what must go; a name that exists here by then is safe."""
         stream = self.stream
         argv = [stream.rsync_command] + stream.rsync_options + ['--recursive', '--list-only'] + \
-            self.remote_shell() + ['--', self.url()]
+            self.remote_shell() + ['--', self.url(os.path.join(self.base, b''))]
         done = run(argv, self.stop, stream.stall_timeout, secret=self.secret())
         if done.code:
             self.fail(done, 'mirror_delete cannot list %s' % target_of(stream))
@@ -4908,10 +4938,10 @@ class RsyncSsh(RsyncTransport):
         # rsync splits this itself: words in quotes, a quote doubled inside them (rsync(1), -e)
         return ['-e', ' '.join("'%s'" % to_text(w).replace("'", "''") for w in self.ssh.command())]
 
-    def url(self, subdir=b''):
+    def url(self, path):
         host = self.stream.target_host
         host = '[%s]' % host if ':' in host else host
-        return b'%s:%s' % (to_bytes(host), os.path.join(to_bytes(self.stream.target_base), subdir, b''))
+        return b'%s:%s' % (to_bytes(host), path)
 
 
 class RsyncNative(RsyncTransport):
@@ -4927,13 +4957,12 @@ class RsyncNative(RsyncTransport):
         options = options + ['--contimeout=%d' % max(1, self.stream.connect_timeout)]
         return RsyncTransport.rsync(self, root, paths, options, *more)
 
-    def url(self, subdir=b''):
+    def url(self, path):
         stream = self.stream
         host = '[%s]' % stream.target_host if ':' in stream.target_host else stream.target_host
         return b'rsync://%s%s%s/%s' % (
             to_bytes(stream.username + '@' if stream.username else ''), to_bytes(host),
-            b':%d' % stream.target_port if stream.target_port else b'',
-            os.path.join(to_bytes(stream.target_base), subdir, b''))
+            b':%d' % stream.target_port if stream.target_port else b'', path)
 
 
 def plain_reason(text):

@@ -204,7 +204,7 @@ class World:
     def leftovers(self):
         """Names of ours that a clean end does not leave, at either end."""
         names = [n for n in list(tree(self.source)) + list(tree(self.target)) if b'.mistamover' in n]
-        return names + [n for n in os.listdir(self.state) if n.endswith(('.dirty', '.releasing', '.new'))]
+        return names + [n for n in os.listdir(self.state) if n.endswith(('.dirty', '.releasing', '.new', '.unproven'))]
 
 
 class Case(unittest.TestCase):
@@ -3638,6 +3638,142 @@ cls.finish = finish
         self.assertEqual(done.code, 0, str(done))
         self.assert_converged(world, originals, str(done))
         self.assertEqual(len(world.ledger()), 31)
+
+
+@spread
+class RsyncPushes(Invariants):
+    """What a push of rsync may leave behind, and what it must not touch."""
+
+    SIZE, NUMBER = 8000, 300
+
+    def alike(self, world):
+        """Files of one size: bytes of one under the name of another show in nothing else."""
+        originals = {b'file %03d' % n: (b'%03d' % n * self.SIZE)[:self.SIZE] for n in range(self.NUMBER)}
+        for name, content in originals.items():
+            write(os.path.join(mm.to_bytes(world.source), name), content)
+        return originals
+
+    def assert_all_right(self, world, originals):
+        held = held_at_target(world)
+        self.assertEqual([name for name in originals if held.get(name) != originals[name]], [])
+        self.assertEqual(world.leftovers(), [])
+
+    def break_a_push(self, world, some=20, signal_number=signal.SIGTERM):
+        """Start a run and end its rsync from elsewhere when it has sent `some` files."""
+        process = world.start('--once')
+        wait_for(lambda: len(held_at_target(world)) > some, 'some files at the target')
+        rsync = [pid for pid in children_of(process.pid) if '--bwlimit=' in command_line(pid)]
+        self.assertTrue(rsync, world.said())
+        os.kill(rsync[0], signal_number)
+        return process
+
+    @on_sites('rsync_native', 'rsync_ssh')
+    def test_a_mirror_trusts_no_push_that_was_broken_off(self, site):
+        world = self.world(site, transfer_mode='mirror', bandwidth_limit='1M', retry_count='1',
+                           on_conflict='backup' if site == 'rsync_ssh' else None)
+        originals = self.alike(world)
+        process = self.break_a_push(world)
+        self.assertEqual(self.ended(process), 1, world.said())
+        # what the broken push may leave, made sure of: bytes of another file, same size and time
+        for name in sorted(held_at_target(world))[-3:]:
+            write(os.path.join(mm.to_bytes(world.target), name), originals[b'file 299'])
+        world.configure(**dict(world.options, bandwidth_limit=None))
+        self.assert_run(world, 0)
+        self.assert_all_right(world, originals)
+
+    @on_sites('rsync_native')
+    def test_nor_one_that_was_killed_with_us(self, site):
+        world = self.world(site, transfer_mode='mirror', bandwidth_limit='1M', retry_count='1')
+        originals = self.alike(world)
+        process = self.break_a_push(world, signal_number=signal.SIGSTOP)
+        family = children_of(process.pid)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        for pid in family:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        name = sorted(held_at_target(world))[-1]
+        write(os.path.join(mm.to_bytes(world.target), name), originals[b'file 299'])
+        world.configure(**dict(world.options, bandwidth_limit=None))
+        done = wait_for(lambda: Kills.undisturbed(world), 'the stream to be free', 60)
+        self.assertEqual(done.code, 0, str(done))
+        self.assert_all_right(world, originals)
+
+    @on_sites('rsync_native')
+    def test_a_move_by_size_trusts_none_either(self, site):
+        world = self.world(site, verify='size', bandwidth_limit='1M', retry_count='1')
+        originals = self.alike(world)
+        self.ended(self.break_a_push(world))
+        world.configure(**dict(world.options, bandwidth_limit=None))
+        self.assert_run(world, 0)
+        self.assert_all_right(world, originals)
+
+    def second_sender(self, first, **options):
+        """Another machine with the same target."""
+        second = self.world(first.site.name, **options)
+        second.target = first.target
+        return second.configure(**dict(second.options, target_dir=first.options['target_dir']))
+
+    @on_sites('rsync_ssh', 'rsync_native', 'write_only')
+    def test_two_senders_of_one_name(self, site):
+        for conflict in ('backup', 'refuse'):
+            slow = self.world(site, bandwidth_limit='4M', on_conflict=conflict)
+            large = os.urandom(6 << 20)
+            write(os.path.join(slow.source, 'run001.dat'), large)
+            process = slow.start('--once')
+            wait_for(lambda: [n for n in tree(slow.target) if RSYNC_TEMP.search(n)], 'the slow one to begin')
+            quick = self.second_sender(slow)
+            write(os.path.join(quick.source, 'run001.dat'), b'another run 001')
+            self.assert_run(quick, 0)
+            self.assertEqual(self.ended(process), 0, slow.said())
+            held = contents(tree(slow.target))
+            self.assertEqual(held.pop(b'run001.dat'), large)
+            (name, content), = held.items()
+            self.assertRegex(name, rb'^run001\.dat\.~\d{8}T\d{6}\.\d{3}Z~$')
+            self.assertEqual(content, b'another run 001')
+            self.assertEqual((tree(slow.source), tree(quick.source)), ({}, {}))
+
+    @on_sites('rsync_ssh', 'rsync_native')
+    def test_directories_keep_their_times(self, site):
+        world = self.world(site)
+        for name in ('day/sub/a', 'day/b'):
+            write(os.path.join(world.source, name), b'data')
+        for name in ('day/sub', 'day'):
+            os.utime(os.path.join(world.source, name), (OLD, OLD))
+        self.assert_run(world, 0)
+        self.assertEqual({name: int(os.lstat(os.path.join(world.target, name)).st_mtime)
+                          for name in ('day/sub', 'day')}, {'day/sub': OLD, 'day': OLD})
+
+    @on_sites('rsync_ssh', 'rsync_native')
+    def test_a_target_directory_that_goes_is_not_made_again(self, site):
+        world = self.world(site, target_marker='mounted')
+        write(os.path.join(world.target, 'mounted'))
+        process = self.daemon(world)
+        write(os.path.join(world.source, 'first'), b'first')
+        wait_for(lambda: not tree(world.source), 'the first item')
+        os.rename(world.target, world.target + '.away')
+        for number in range(3):
+            write(os.path.join(world.source, 'item', str(number)), b'%d' % number)
+        wait_for(lambda: 'ERROR' in world.said(), 'the bad news')
+        self.assertFalse(os.path.exists(world.target))
+        self.assertEqual(len(held_at_source(world)), 3)
+        os.rename(world.target + '.away', world.target)
+        wait_for(lambda: not held_at_source(world), 'the recovery')
+        process.terminate()
+        self.ended(process)
+
+    @on_sites('rsync_ssh')
+    def test_a_dated_directory_that_goes_is_made_again(self, site):
+        world = self.world(site)
+        world.configure(**dict(world.options, target_dir=world.options['target_dir'] + '/%Y'))
+        process = self.daemon(world)
+        for name in ('first', 'second'):
+            write(os.path.join(world.source, name), b'data')
+            wait_for(lambda: not held_at_source(world), name)
+            self.assertEqual(held_at_target(world), {b'2017/' + name.encode(): b'data'})
+            shutil.rmtree(os.path.join(world.target, '2017'))
+        process.terminate()
+        self.ended(process)
 
 
 class FtpLines(Doctored):
