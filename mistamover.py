@@ -3117,16 +3117,26 @@ Outcome.__new__.__defaults__ = (False,)
 
 
 class Batch:
-    """The parcels of one push, or a part of them; transports keep their notes in `jobs`."""
+    """The parcels of one push, or a part of them; transports keep their notes in `jobs`.
 
-    def __init__(self, root, subdir, parcels, jobs=None):
+    seen: the hashes of the folded names of what this pass has sent in earlier batches.
+    """
+
+    def __init__(self, root, subdir, parcels, jobs=None, seen=()):
         self.root = root
         self.subdir = subdir
         self.parcels = parcels
         self.jobs = jobs
+        self.seen = seen
 
     def part(self, parcels):
-        return Batch(self.root, self.subdir, parcels, self.jobs)
+        return Batch(self.root, self.subdir, parcels, self.jobs, self.seen)
+
+    def twins(self, paths):
+        """Those of its paths that a target may take for one name with another of this pass: what
+        has that name there is ours, and its source may be gone."""
+        count = collections.Counter(folded(entry.path) for entry in self.entries)
+        return {path for path in paths if count[folded(path)] > 1 or hash(folded(path)) in self.seen}
 
     def parts(self, most_files, most_bytes):
         """Yield it in parts, none of them larger, unless a single parcel is."""
@@ -3435,11 +3445,12 @@ class Staging(Transport):
         taken = self.names_taken(jobs)
         free = [job for job in jobs if not job.error and job not in taken]
         placed = self.place(free) if free else ()
-        twins = collections.Counter(folded(job.final) for job in jobs)
-        for job in jobs:
-            if not job.error and job not in placed:
+        refused = [job for job in jobs if not job.error and job not in placed]
+        twins = batch.twins([job.entry.path for job in refused]) if refused else ()
+        for job in refused:
+            if not job.error:
                 try:
-                    self.settle_conflict(batch, job, twins[folded(job.final)] > 1)
+                    self.settle_conflict(batch, job, job.entry.path in twins)
                 except (ItemError, Changed) as error:
                     job.error = error
         self.confirm([job for job in jobs if not job.error and not job.linked])
@@ -4825,11 +4836,9 @@ class RsyncTransport(Transport):
         foreign -= set(problems)
         renamed = set() if batch.root == self.stream.root else self.send_renamed(batch, foreign, equal)
         suffix = stamped(b'').decode()
-        # what was moved there may stand nowhere else: a zip, or a twin of this batch at a target
-        # that takes two names for one
-        names = collections.Counter(folded(e.path) for e in batch.entries if foreign)
-        kept = self.stream.move and any(
-            names[folded(p)] > 1 or self.stream.zips and p.endswith(b'.zip') for p in foreign)
+        # what was moved there may exist nowhere else: a zip, or a twin
+        kept = self.stream.move and foreign and (batch.twins(foreign) or any(
+            self.stream.zips and p.endswith(b'.zip') for p in foreign))
         backup = ['--backup', '--suffix=' + suffix] if kept or self.stream.on_conflict == 'backup' else []
         for path in sorted(foreign - renamed):
             log.info('%s: %s stood at the target with other content and %s' % (
@@ -5347,8 +5356,7 @@ class RcloneTransport(Transport):
             except ItemError as error:
                 problems[path] = error
         paths = paths - set(problems)
-        twins = collections.Counter(folded(entry.path) for entry in batch.entries)
-        backup = {p for p in paths if self.stream.on_conflict == 'backup' or twins[folded(p)] > 1}
+        backup = paths if self.stream.on_conflict == 'backup' else batch.twins(paths)
         before = self.keep_old(batch, backup, problems)
         self.overwrite(batch, paths - set(problems) - set(before), {})
         self.overwrite(batch, set(before), before)
@@ -8024,6 +8032,7 @@ class Delivery:
         self.connecting = Pipeline(self.connect)
         self.releasing = Pipeline(self.finish)      # while one part is recorded and released,
         self.proving = Pipeline(self.prove, self.releasing)     # the next is proven, the third sent
+        self.seen = set()               # hashes of folded names that were sent in earlier batches
         self.open = collections.OrderedDict()   # name -> (place, Parcel): sent, not answered yet
         self.again = collections.deque()        # batches to be sent again after the line broke
         self.aside = collections.OrderedDict()  # name -> Case: sent again, alone, when all else has gone
@@ -8248,6 +8257,7 @@ class Delivery:
                               size + item.size > self.stream.batch_size)
             if full or name in names:
                 yield from pending.values()
+                self.remember(names)
                 before, names = names, set()
                 pending.clear()
                 files = size = 0
@@ -8260,9 +8270,14 @@ class Delivery:
             root = self.stream.root if parcel.entries is item.entries else to_bytes(self.stream.spool)
             key = root, self.dated(item)
             if key not in pending:
-                pending[key] = Batch(root, key[1], [])
+                pending[key] = Batch(root, key[1], [], seen=self.seen)
             pending[key].parcels.append(parcel)
         yield from pending.values()
+
+    def remember(self, names):
+        """Only an overwriting move asks: its sources are gone when a twin comes."""
+        if self.stream.move and self.stream.on_conflict == 'overwrite':
+            self.seen.update(map(hash, names))
 
     def dated(self, item):
         if not self.stream.target_dates:
@@ -8392,7 +8407,7 @@ class Delivery:
                 self.send(self.again.popleft())
             else:
                 _, self.alone = self.aside.popitem(last=False)
-                self.send(Batch(*self.alone.place + ([self.alone.parcel],)))
+                self.send(self.batch_of(self.alone.place, [self.alone.parcel]))
             self.drain()
             self.alone = None
 
@@ -8436,8 +8451,10 @@ class Delivery:
         return next((name for name, (_, parcel) in left.items() if error.path is not None and
                      any(entry.path == error.path for entry in parcel.entries)), None)
 
-    @staticmethod
-    def halves(left, count):
+    def batch_of(self, place, parcels):
+        return Batch(place[0], place[1], parcels, seen=self.seen)
+
+    def halves(self, left, count):
         """Batches of what is left, in at least `count` pieces: the culprit is in one of them."""
         places = collections.OrderedDict()
         for place, parcel in left.values():
@@ -8445,7 +8462,7 @@ class Delivery:
         for place, parcels in places.items():
             size = -(-len(parcels) // count)
             for chunk in in_chunks(parcels, size):
-                yield Batch(*place + (chunk,))
+                yield self.batch_of(place, chunk)
 
     def set_aside(self, place, parcel, error):
         """The item at which the line broke is sent once more, alone; then it is judged."""

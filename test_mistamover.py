@@ -1681,6 +1681,22 @@ class Conflicts(Case):
 
 
 @spread
+class Twins(Case):
+    """Names that are one at the target: nothing that was delivered is overwritten by the other."""
+
+    def test_an_overwriting_move_backs_a_twin_up(self):
+        world = self.world('local', on_conflict='overwrite', batch_files='1')
+        target = NtfsFoldsCase(world.target)
+        self.addCleanup(target.end)
+        for number, name in enumerate(('Scan.dat', 'other', 'another', 'scan.dat')):
+            write(os.path.join(world.source, name), name.encode(), OLD + number)
+        done = self.assert_run(world, 0)
+        self.assertEqual(tree(world.source), {})
+        kept = contents(tree(world.target))
+        self.assertEqual(sorted(kept.values()), [b'Scan.dat', b'another', b'other', b'scan.dat'], str(done))
+        self.assertEqual(kept[b'scan.dat'], b'scan.dat')
+
+
 class KeepDelivered(Case):
     @on_sites(*ONE_EACH)
     def test_what_was_released_is_kept_and_purged_when_its_time_is_over(self, site):
