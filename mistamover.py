@@ -5581,7 +5581,8 @@ class Feed:
         self.broken = None              # why it takes no more
         self.program = Program(ssh.command() + ['--', ssh.stream.target_host, self.SHELL], stop, None,
                                keep_fds=keep_fds)
-        self.write(b'LC_ALL=C; export LC_ALL; echo %s; (%s); echo "%s $?"\n' % (
+        script = script.replace(b'\n', b"'\"$n\"'")       # in a quoted name, for the script is one line
+        self.write(b'LC_ALL=C; export LC_ALL; n=$(echo; echo x); n=${n%%x}; echo %s; (%s); echo "%s $?"\n' % (
             self.trace, script, self.trace))
 
     def write(self, data):
@@ -5649,7 +5650,7 @@ class ScpTransport(SshStaging):
     # what prints a SHA-256 first, then the name
     HASHES = (b'sha256sum', b'shasum -a 256', b'sha256 -r', b'digest -a sha256',
               b'openssl dgst -sha256 -r', b'cksum -a sha256 --untagged', b'busybox sha256sum')
-    KNOWN = b'ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad'     # of abc
+    KNOWN = b'edeaaff3f1774ad2888673770c6d64097e391bc362d7d6fb34982ddf0efd18cb'     # of abc and LF
 
     # place FROM TO: by a link, which never overwrites, or where there are none by a rename; not
     # where links work but not here: mv would copy to another file system
@@ -5663,7 +5664,7 @@ class ScpTransport(SshStaging):
 put() { place "$1" "$2" && rm -f -- "$1" && echo 1 || echo 0; }
 '''
 
-    FRUITLESS = 3               # streams that brought nothing, after which the rest is not tried
+    FRUITLESS = 2               # streams that brought nothing, after which one more tells
 
     def start_dialogue(self):
         self.batches, self.batch_patience = 0, 0
@@ -5684,7 +5685,7 @@ put() { place "$1" "$2" && rm -f -- "$1" && echo 1 || echo 0; }
         make = b'mkdir -p -- %s 2>/dev/null\n' % self.base if self.stream.create_directories else b''
         mark = random_hex(12)           # a login script may print, too
         script = b'echo; echo %s; LC_ALL=C; export LC_ALL\n%s%s' % (mark, self.PLACE, make)
-        script += b'for h in %s; do case $(printf abc | $h 2>/dev/null) in %s*)\n' \
+        script += b'for h in %s; do case $(echo abc | $h 2>/dev/null) in %s*)\n' \
             b'echo "hash $h"; break;; esac; done\n' % (b' '.join(map(shell_quote, self.HASHES)), self.KNOWN)
         script += b'cd -- %s && B=$PWD && echo base\n' \
             b'command -v tar >/dev/null && echo tar\necho umask $(umask)\n' % self.base
@@ -5759,12 +5760,8 @@ put() { place "$1" "$2" && rm -f -- "$1" && echo 1 || echo 0; }
         large = [job for job in jobs if self.resumes(job.entry)]
         rest, fruitless = [job for job in jobs if not self.resumes(job.entry)], 0
         while rest and self.tar:
-            before, rest = rest, self.pour(batch, rest)
-            fruitless = fruitless + 1 if len(rest) == len(before) - 1 else 0
-            if fruitless > self.FRUITLESS:
-                for job in rest:
-                    job.error = before[0].error
-                rest = []
+            before, rest = len(rest), self.pour(batch, rest, fruitless == self.FRUITLESS)
+            fruitless = fruitless + 1 if len(rest) == before - 1 else 0
         if rest:
             self.stage_by_scp(batch, rest)
         there = self.measure([job.staged for job in large], False)
@@ -5794,9 +5791,10 @@ put() { place "$1" "$2" && rm -f -- "$1" && echo 1 || echo 0; }
             feed.write(tar_head(mark, 0, 0o600) + bytes(2 * 512))
             return feed.end(self.growth())
 
-    def pour(self, batch, jobs):
-        """Send files in one tar stream.  Returns those that are left for another one, because
-        the receiver ended at the one before them; that one has its error."""
+    def pour(self, batch, jobs, last):
+        """Send files in one tar stream; the first that the target refused has its error, and those
+        are returned that are left for another stream: some tars end at the first that they cannot
+        write, and what is there of it may take the room of the others.  last: blame them all."""
         done = self.one_tar(batch, jobs)
         if done.output and done.code == 0:
             return []
@@ -5804,8 +5802,10 @@ put() { place "$1" "$2" && rm -f -- "$1" && echo 1 || echo 0; }
         if len(missing) == len(jobs) and not self.one_tar(batch, []).output:
             self.tar = False            # not such a tar
             return jobs
-        self.refuse(missing if done.output else missing[:1], done.errors)
-        return [] if done.output else missing[1:]
+        self.refuse(missing if last else missing[:1], done.errors)
+        free = self.free_space()
+        self.refuse([job for job in missing[1:] if free is not None and job.entry.size > free], 'no room')
+        return [job for job in missing if not job.error]
 
     def short(self, jobs):
         """Those of some files that are not there in their full size.  Of the others only the hash
@@ -5817,14 +5817,10 @@ put() { place "$1" "$2" && rm -f -- "$1" && echo 1 || echo 0; }
 
     def refuse(self, jobs, reason):
         """The target could not write these: say so, and give it the room again."""
-        if not jobs:
-            return
-        self.delete([job.staged for job in jobs])
-        free = self.free_space()
         for job in jobs:
-            fault = ItemError if free is None or free > job.entry.size else NoRoom
-            job.error = fault('%s cannot be written at %s: %s' % (
+            job.error = ItemError('%s cannot be written at %s: %s' % (
                 show(job.final), target_of(self.stream), reason or 'no reason given'))
+        self.delete([job.staged for job in jobs])
 
     def write_parents(self, feed, job, made):
         """The directories above it, those that are no members yet."""

@@ -424,6 +424,34 @@ class GesFtpServer(Sshd):
         return 'ForceCommand ' + self.sftp,
 
 
+class Box(Sshd):
+    """A machine with just the programs, the login script and the login shell that a test wants."""
+
+    needs = Sshd.needs + (('/usr/lib/sftp-server', 'openssh-sftp-server'),)
+    sftp = '/usr/lib/sftp-server'
+    PROGRAMS = 'sh cat rm mv ln mkdir wc du df sync chmod touch tar scp sha256sum'.split()
+
+    @property
+    def force(self):
+        return 'ForceCommand ' + os.path.join(self.top, 'login'),
+
+    def holds(self, without=(), shell='/bin/sh', login='', **scripts):
+        """programs: PROGRAMS but those; scripts: name -> another
+        program that has this name there, or the lines of a script."""
+        path = os.path.join(self.top, 'bin')
+        shutil.rmtree(path, ignore_errors=True)
+        os.mkdir(path)
+        for name in set(self.PROGRAMS) - set(without) - set(scripts):
+            os.symlink(find_program(name), os.path.join(path, name))
+        for name, script in scripts.items():
+            if script.startswith('/'):
+                os.symlink(script, os.path.join(path, name))
+            else:
+                self.file(os.path.join(path, name), '#!/bin/sh\n%s\n' % script, 0o755)
+        self.file('login', '#!/bin/sh\nPATH=%s; export PATH\n%s\nexec %s -c "$SSH_ORIGINAL_COMMAND"\n' % (
+            path, login, shell), 0o755)
+
+
 class RsyncDaemon(Server):
     needs = (('rsync', 'rsync'),)
 
@@ -3592,7 +3620,8 @@ mm.%s = dying
         self.assert_all_delivered(world, originals, world.run('--once'))
 
     def test_several_scp_that_work_side_by_side_are_no_silence(self):
-        world = self.world('scp', parallel='6', bandwidth_limit='2M', stall_timeout='2s', retry_count='1')
+        server('box').holds(without=['tar'])
+        world = self.world('box', parallel='6', bandwidth_limit='2M', stall_timeout='2s', retry_count='1')
         originals = self.many(world, 6, 3 << 20)
         self.assert_all_delivered(world, originals, world.run('--once'))
 
@@ -4010,7 +4039,7 @@ class BadTarget(Invariants):
                              if site == 'scp' else {}, str(done))
             self.assertEqual(done.code, 1 if site == 'scp' else 0, str(done))
 
-    @on_sites('sftp', 'ftp', 'rsync_ssh', 'rsync_native')
+    @on_sites('scp', 'sftp', 'ftp', 'rsync_ssh', 'rsync_native')
     def test_an_interrupted_large_file_resumes(self, site):
         world = self.world(site, bandwidth_limit='20M')
         large = os.urandom(30 << 20)
@@ -4028,7 +4057,7 @@ class BadTarget(Invariants):
         self.assertEqual((tree(world.source), contents(tree(world.target))), ({}, {b'large': large}))
         self.assertLess(proxy.sent, 22 << 20)       # the proxy counts what went to the server
 
-    @on_sites('sftp', 'ftp', 'rsync_ssh')
+    @on_sites('scp', 'sftp', 'ftp', 'rsync_ssh')
     def test_a_partial_that_went_bad_is_never_published(self, site):
         world = self.world(site, bandwidth_limit='20M', verify='size')
         large = os.urandom(24 << 20)
@@ -4085,6 +4114,248 @@ class BadTarget(Invariants):
                 write(os.path.join(world.source, name), name.encode())
             self.assert_run(world, 0)
             self.assertEqual(contents(tree(world.target)), {b'a': b'a', b'A': b'A', b'b': b'b'})
+
+
+CLASSES['box'] = Box
+SITES['box'] = OverSsh('box', 'box', 'scp')
+
+
+@spread
+class ScpTargets(Invariants):
+    """scp: what machines have and have not, a tar stream that does not come through."""
+
+    def box(self, options=None, **holds):
+        world = self.world('box', **(options or {}))
+        server('box').holds(**holds)
+        return world
+
+    FEW = (b'plain.dat', b'with space', b"quote'and\"double", b'new\nline', b'back\\slash', b'raw\xff\xfe')
+
+    def assert_delivers(self, world, names=FEW):
+        """Everything goes, odd names too, a taken name by its policy; returns what was said."""
+        write(os.path.join(world.target, 'run001'), b'yesterday')
+        for name in names + (b'run001',):
+            write(os.path.join(mm.to_bytes(world.source), name), b'content of ' + name)
+        before = tree(world.source) if names is self.FEW else fill(world.source)
+        done = self.assert_run(world, 0)
+        target = tree(world.target)
+        backup, = [name for name in target if b'.~' in name]
+        self.assertEqual(target.pop(backup)[0], b'yesterday', str(done))
+        target.pop(b'tree.zip', None)
+        self.assertEqual((target, tree(world.source), world.leftovers()), (
+            expected_target(world.site, before), {}, []), str(done))
+        return done.output
+
+    def test_a_box_with_dropbear_and_busybox(self):
+        world = self.world('nas')
+        os.chown(world.target, *ftp_ids())
+        self.assertNotIn('WARN', self.assert_delivers(world, tuple(NAMES)))
+        os.chmod(world.target, 0o777)
+        write(os.path.join(world.target, '.stop'), b'')
+        write(os.path.join(world.source, 'later'), b'x' * (9 << 20))
+        self.assert_run(world, 0)
+        self.assertEqual(list(tree(world.source)), [b'later'])
+        os.unlink(os.path.join(world.target, '.stop'))
+        self.assert_run(world, 0)
+        self.assertEqual((tree(world.source), len(tree(world.target)[b'later'][0])), ({}, 9 << 20))
+
+    @staticmethod
+    def here(*programs):
+        """(name, path) of those that are here; a missing one is told in the last lines."""
+        for name, _, package in (program.partition(':') for program in programs):
+            path = find_program(name)
+            if path:
+                yield name, path
+            else:
+                MISSING[name] = 'apt-get install ' + (package or name)
+
+    def test_programs_that_hash(self):
+        def path(name):
+            return find_program(name) or 'exit 127'
+        digest = '[ $# = 2 ] && %s dgst -sha256 -r | %s -c 1-64' % (path('openssl'), path('cut'))
+        for verify, name, script in (
+                ('checksum', 'shasum', path('shasum')), ('checksum', 'openssl', path('openssl')),
+                ('checksum', 'cksum', path('cksum')), ('checksum', 'busybox', path('busybox')),
+                ('checksum', 'digest', digest),         # Solaris: no name beside the hash
+                ('checksum', 'sha256sum', 'echo "usage: sha256sum [-q]"; exit 1'),
+                ('checksum', 'nothing', ''), ('size', 'nothing', '')):
+            with self.subTest(name, verify=verify):
+                world = self.box({'verify': verify}, without=['sha256sum'], **{name: script})
+                said = self.assert_delivers(world)
+                self.assertEqual('has no program for SHA-256' in said, name in ('nothing', 'sha256sum'), said)
+
+    def test_shells(self):
+        """As login shell, and as what is called sh there."""
+        for name, path in self.here('bash', 'tcsh', 'fish'):
+            with self.subTest(login=name):
+                self.assert_delivers(self.box(shell=path))
+        for name, path in self.here('bash', 'dash', 'busybox', 'mksh', 'zsh', 'ksh93:ksh93u+m'):
+            with self.subTest(sh=name):
+                self.assert_delivers(self.box(sh=path))
+
+    def test_a_login_script_that_prints(self):
+        world = self.box(login='echo "Welcome!"; echo tar; printf "no line feed"')
+        self.assert_delivers(world)
+
+    def test_accounts_without_a_shell(self):
+        for world, shell in ((self.box(), '/usr/bin/rbash'), (self.box(), '/usr/sbin/nologin'),
+                             (self.world('sftp', transfer_protocol='scp'), None)):
+            server('box').holds(shell=shell)
+            write(os.path.join(world.source, 'item'), b'item')
+            done = self.assert_run(world, 1)
+            self.assertIn('use transfer_protocol = sftp', done.output)
+            self.assertEqual(contents(tree(world.source)), {b'item': b'item'})
+
+    def test_without_tar_scp_carries_the_bytes(self):
+        for tar in ({'without': ['tar']}, {'tar': 'echo "tar: I know no -p" >&2; exit 64'}):
+            world = self.box({'target_chmod': '640'}, **tar)
+            self.assert_delivers(world)
+            self.assertEqual(os.stat(os.path.join(world.target, 'plain.dat')).st_mode & 0o777, 0o640)
+
+    def test_the_receiver_decides_modes(self):
+        world = self.box(login='umask 027')
+        world.configure(target_dir=world.target + '/%Y')
+        for size in (5, 9 << 20):
+            write(os.path.join(world.source, str(size)), b'x' * size)
+            os.chmod(os.path.join(world.source, str(size)), 0o4666)
+        self.assert_run(world, 0)
+        year = time.strftime('%Y', time.localtime(OLD))
+        found = {name: os.stat(os.path.join(world.target, year, name)).st_mode & 0o7777
+                 for name in ('', '5', str(9 << 20))}
+        self.assertEqual(found, {'': 0o750, '5': 0o640, str(9 << 20): 0o640})
+        self.assertEqual(tree(world.target)[b'%s/%d' % (year.encode(), 9 << 20)][1], OLD)
+
+    def test_receivers_of_tar(self):
+        for name, path in self.here('tar', 'bsdtar:libarchive-tools', 'busybox', 'toybox'):
+            with self.subTest(name):
+                self.assert_delivers(self.box(tar='exec %s%s "$@"' % (
+                    path, ' tar' if name.endswith('box') else '')), tuple(NAMES))
+
+    def refused_one(self, world):
+        """73 good files and one whose name the target's file system cannot hold, in the middle."""
+        for number in range(74):
+            name = b'c:1' if number == 37 else b'file %02d' % number
+            write(os.path.join(mm.to_bytes(world.source), name), b'content %d' % number, OLD + number)
+        before = tree(world.source)
+        self.mount('exfat', world.target)
+        return before
+
+    def receivers(self, **options):
+        """Worlds where GNU tar, which goes on after a trouble, and busybox's, which does not, unpack."""
+        for name, path in self.here('tar', 'busybox'):
+            with self.subTest(name):
+                yield self.box(options, tar='exec %s%s "$@"' % (path, ' tar' * (name == 'busybox')))
+
+    def test_one_file_that_the_target_refuses(self):
+        for world in itertools.chain(self.receivers(), self.receivers(verify='size')):
+            before = self.refused_one(world)
+            done = self.assert_run(world, 1)
+            self.assertEqual(contents(tree(world.source)), {b'c:1': b'content 37'}, str(done))
+            self.assertEqual(set(tree(world.target)), set(before) - {b'c:1'})
+            failures = mm.SharedJson(world.state, 'failures.json').read()['s']
+            self.assertEqual({name: entry['count'] for name, entry in failures.items()}, {'c:1': 1})
+            self.assertIn('c:1 cannot be written at', done.output)
+
+    def test_no_room_for_two_files(self):
+        for world in self.receivers():
+            if subprocess.call(['mount', '-t', 'tmpfs', '-o', 'size=6m,mode=777', 'tmpfs', world.target],
+                               stderr=subprocess.DEVNULL):
+                self.skipTest('no right to mount a tmpfs')
+            self.addCleanup(subprocess.call, ['umount', '-l', world.target], stderr=subprocess.DEVNULL)
+            write(os.path.join(world.source, 'large'), b'x' * (20 << 20), OLD)
+            write(os.path.join(world.source, 'middle'), b'x' * (7 << 20), OLD + 1)
+            for number in range(20):
+                write(os.path.join(world.source, 'small %02d' % number), b'%d' % number, OLD + 10 + number)
+            done = self.assert_run(world, 1)
+            self.assertEqual(set(tree(world.source)), {b'large', b'middle'}, str(done))
+            self.assertEqual(set(tree(world.target)), {b'small %02d' % n for n in range(20)}, str(done))
+            self.assertEqual(mm.SharedJson(world.state, 'failures.json').read().get('s', {}), {}, str(done))
+
+    def test_a_tar_stream_that_is_cut_where_a_member_ends(self):
+        # tar says 0 then: of 20 members with a block each it gets a directory, 8 members, 9 heads
+        world = self.box({'verify': 'size'}, head=find_program('head'), tar='head -c %d | %s "$@"' % (
+            512 + 8 * 1024, find_program('tar')))
+        originals = {b'file %02d' % number: b'content %02d' % number for number in range(20)}
+        for name, content in originals.items():
+            write(os.path.join(mm.to_bytes(world.source), name), content)
+        done = self.assert_run(world, 0)
+        self.assert_converged(world, originals, str(done))
+
+    def test_a_source_that_changes_in_the_stream(self):
+        world = self.world('scp')
+        for number in range(9):
+            write(os.path.join(world.source, 'file %d' % number), b'%d' % number * 100000, OLD + number)
+        done = self.doctored(world, """
+import os
+real = mm.copy_entry
+def moving(root, entry, write, stop, start=0):
+    path = os.path.join(root, entry.path)
+    def write_on(block):
+        if entry.path == b'file 3':
+            os.truncate(path, 10)
+        if entry.path == b'file 4' and os.path.getsize(path) == 100000:
+            open(path, 'ab').write(b'more')
+        return write(block[:50000]), write(block[50000:])
+    if entry.path == b'file 5':
+        os.unlink(path)
+    if entry.path == b'file 6':
+        mm.BLOCK = 50000
+        os.truncate(path, 60000)
+    return real(root, entry, write_on, stop, start)
+mm.copy_entry = moving
+""", '-v')
+        self.assertEqual(done.code, 0, str(done))
+        self.assertEqual({name: len(value[0]) for name, value in tree(world.source).items()}, {
+            b'file 3': 10, b'file 6': 60000}, str(done))
+        expected = {b'file %d' % n: b'%d' % n * 100000 for n in (0, 1, 2, 7, 8)}
+        expected[b'file 4'] = b'4' * 100000 + b'more'       # which was at rest when it was tried again
+        self.assertEqual(contents(tree(world.target)), expected, str(done))
+        self.assertEqual(world.leftovers(), [])
+
+    def test_questions_for_one_ordinary_file(self):
+        world = self.world('scp')
+        write(os.path.join(world.source, 'item'), b'item')
+        done = self.doctored(world, """
+asked = []
+def counted(cls, name):
+    real = getattr(cls, name)
+    def count(self, *args, **kwargs):
+        asked.append(name)
+        return real(self, *args, **kwargs)
+    setattr(cls, name, count)
+counted(mm.Dialogue, 'ask')
+counted(mm.Feed, '__init__')
+counted(mm.SshConnection, 'open')
+import atexit
+atexit.register(lambda: print('ASKED', len(asked)))
+""")
+        self.assertEqual(done.code, 0, str(done))
+        self.assertLessEqual(int(re.search(r'ASKED (\d+)', done.output).group(1)), 13, str(done))
+
+    def test_a_stop_is_no_trouble_of_the_target(self):
+        """Two threads use one dialogue, which the first that sees the request ends."""
+        stop = mm.StopRequest()
+        talk = mm.Dialogue(['sh', '-s'], stop, 20, lambda t: (b'echo %s\n' % t, t + b'\n'))
+        self.addCleanup(talk.close)
+        self.assertEqual(talk.ask(b'echo a; echo b\n'), [b'a', b'b'])
+        found = []
+
+        def ask(script):
+            try:
+                found.append(talk.ask(script))
+            except mm.MoverError as error:
+                found.append(type(error))
+        threads = [threading.Thread(target=ask, args=(script,)) for script in (
+            b'sleep 60\n', b'echo 1\n', b'echo 2\n')]
+        for thread in threads:
+            thread.start()
+        wait_for(talk.lock.locked, 'the first question')
+        stop.request()
+        for thread in threads:
+            thread.join(PATIENCE)
+        self.assertEqual(set(found) - {()}, {mm.Interrupted})
+        with self.assertRaises(mm.Interrupted):
+            talk.ask(b'echo 3\n')
 
 
 class Closing(Case):
