@@ -60,6 +60,7 @@ MONITOR_LINE = b'made by the disk space monitor of MiStaMover\n'     # marks its
 KEPT_DIR = b'.delivered'                # in the incoming directory: copies for keep_delivered
 HERE_NAME = OWN_PREFIX + b'-here-'      # in the incoming directory: must not show at the target
 PARTIAL_DIR = '.mistamover-partial'     # at the target: rsync's unfinished files
+CHECK_AREA = OWN_PREFIX + b'-check'     # at the target: the staging area of --check, always the same
 PROBE_NAME = b'.mistamover-probe'       # at the target: written, renamed, removed by a probe
 BLOCK = 1 << 20                         # bytes read at a time
 CHECK_RATE = 20 << 20                   # bytes per second any disk re-reads; slower counts as hung
@@ -3225,6 +3226,10 @@ class Transport:
         """Bytes free at the target, or None where nobody can tell."""
         return None
 
+    def learned(self):
+        """Yield (what, answer) of what experiments show of the target, for --check."""
+        return ()
+
     def arrived(self, _entries):
         """Bytes of one file that stay at the target for a resume, or None where nobody can tell."""
         return None
@@ -3472,6 +3477,22 @@ class Staging(Transport):
                                             ''.join(' %r' % (a,) for a in about) +
                                             ' ' + str(self.traits[key])))
             return self.traits[key]
+
+    ODD_NAMES = collections.OrderedDict((       # tried by --check
+        ('a blank at an edge', b' x '), ('a dot at the end', b'x.'), ('a colon', b'a:b'),
+        ('? * < > |', b'a?*<>|'), ('a double quote', b'a"b'), ('a backslash', b'a\\b'),
+        ('a line feed', b'a\nb'), ('accents', b'caf\xc3\xa9'), ('bytes that are no UTF-8', b'a\xff\xfeb')))
+
+    def learned(self):
+        if not self.lists:
+            return
+        yield 'what is missing', 'asked for by its name' if self.trait('absence') else \
+            'the target does not say so clearly: directories are listed'
+        yield 'upper and lower case', 'Scan and scan may be one name there' if self.trait('folds') else \
+            'two names'
+        lost = [what for what, name in self.ODD_NAMES.items()
+                if any(byte in name for byte in self.forbidden) or not self.keeps_name(name)]
+        yield 'odd names', 'kept' if not lost else 'refused are those with ' + ', '.join(lost)
 
     @contextlib.contextmanager
     def tiny(self, content=b'tried by MiStaMover\n'):
@@ -9715,6 +9736,23 @@ def command_dry_run(config, _args, stop):
     return code
 
 
+def check_target(worker, transport):
+    stream = worker.stream
+    names = {to_bytes(stream.stop_file), to_bytes(stream.target_marker or stream.stop_file)}
+    found = worker.ask_for_marker(names) if os.path.isdir(stream.root) else transport.present(names)
+    if stream.target_marker and to_bytes(stream.target_marker) not in found:
+        raise TargetError('target_marker: %s is missing' % stream.target_marker, 'is the disk mounted?')
+    yield 'target_dir', '%s is there%s' % (target_of(stream), ', and a stop file suspends the stream'
+                                          if to_bytes(stream.stop_file) in found else '')
+    worker.probe()
+    yield 'write, %s, rename, remove' % ('hash' if stream.verify == 'checksum' else 'size'), 'done'
+    yield from transport.learned()
+    free = transport.free_space()
+    yield 'free space', 'unknown (this protocol cannot tell)' if free is None else format_size(free)
+    yield 'our own files at the target', 'removed' if transport.tidy() else \
+        'a directory of ours stays, for nothing may be removed there; every check uses the same'
+
+
 def check_steps(worker):
     """Yield (what, answer) for one stream; a MoverError ends it."""
     stream, transport = worker.stream, worker.transport
@@ -9726,17 +9764,12 @@ def check_steps(worker):
     yield 'directory', show(stream.directory)
     yield 'open writers', worker.releaser.leases.report() or 'seen, and waited for'
     transport.open()
-    names = {to_bytes(stream.stop_file), to_bytes(stream.target_marker or stream.stop_file)}
-    found = worker.ask_for_marker(names) if os.path.isdir(stream.root) else transport.present(names)
-    if stream.target_marker and to_bytes(stream.target_marker) not in found:
-        raise TargetError('target_marker: %s is missing' % stream.target_marker, 'is the disk mounted?')
-    yield 'target_dir', '%s is there%s' % (target_of(stream), ', and a stop file suspends the stream'
-                                          if to_bytes(stream.stop_file) in found else '')
-    worker.probe()
-    yield 'write, %s, rename, remove' % ('hash' if stream.verify == 'checksum' else 'size'), 'done'
-    free = transport.free_space()
-    yield 'free space', 'unknown (this protocol cannot tell)' if free is None else format_size(free)
-    transport.tidy()
+    try:
+        yield from check_target(worker, transport)
+    except MoverError:
+        with contextlib.suppress(MoverError):
+            transport.tidy()
+        raise
 
 
 def command_check(config, _args, stop):
@@ -9750,6 +9783,7 @@ def command_check(config, _args, stop):
             stream.control_dir = os.path.join(scratch, 'ssh')   # a running daemon keeps its own
             worker = Worker(stream, State(scratch, config))
             worker.transport = stream.protocol(stream, stop, worker.progress)
+            worker.transport.area = CHECK_AREA
             try:
                 for what, answer in check_steps(worker):
                     say('%-12s OK      %s: %s' % (stream.name, what, answer))

@@ -5023,6 +5023,32 @@ mm.Ledger.append = append
             check(1, 'FAILED', 'may this account write there?')
             os.chmod(world.target, 0o777)
 
+    def test_check_says_what_it_learned_of_the_target(self):
+        world = self.world('local')
+        done = self.assert_run(world, 0, '--check')
+        self.assertIn('upper and lower case: two names', done.output)
+        self.assertIn('odd names: kept', done.output)
+        target = ExFat(world.target)
+        self.addCleanup(target.end)
+        done = self.assert_run(world, 0, '--check')
+        self.assertIn('may be one name there', done.output)
+        self.assertIn('refused are those with a colon, ? * < > |, a double quote, a backslash, a line feed, '
+                      'bytes that are no UTF-8', done.output)
+        self.assertIn('our own files at the target: removed', done.output)
+        self.assertEqual(tree(world.target), {})
+
+    def test_a_check_that_fails_leaves_nothing(self):
+        world = self.world('local')
+        for _ in range(2):
+            done = self.doctored(world, """
+def refuse(self, *args):
+    raise mm.ItemError('no')
+mm.LocalTransport.place = refuse
+""", '--check')
+            self.assertEqual(done.code, 1, str(done))
+            self.assertIn('FAILED', done.output)
+            self.assertEqual(tree(world.target), {})
+
     def test_an_unknown_host_key_is_never_accepted(self):
         world = self.world('rsync_ssh')
         empty = os.path.join(world.top, 'known_hosts')
