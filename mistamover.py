@@ -539,7 +539,7 @@ class Program:
             self.chunks.put(chunk)
             if not chunk:
                 return
-            if len(chunk) < self.PIPE:      # else it has gathered
+            if self.gather and len(chunk) < self.PIPE:      # else it has gathered
                 time.sleep(self.gather)
 
     def read(self, limit, alive=None):
@@ -6407,6 +6407,7 @@ class SftpTransport(Staging):
     no more."""
 
     directories = 'zip', 'keep'
+    lists = True
     takes = 'network host ssh sftp chmod staging'
     PIECE = 32 << 10                    # bytes a request carries: every server takes as many
     ROUND = 32                          # requests of one file that are read back together
@@ -6421,11 +6422,13 @@ class SftpTransport(Staging):
 
     def begin(self):
         """Nothing is known of a new connection."""
-        self.made.clear()
+        for notes in (self.made, self.shown, self.traits):
+            notes.clear()
         self.dressing = 0               # which of DRESSES the server takes
         self.publish_by = None          # 'rename' or 'link' where that never replaces, else 'look'
         self.mark = None                # the handle of sync()
         self.can_hash = self.can_hash and None      # once it ended the connection, never again
+        self.sized = {}                 # path -> size, as an answer told that nobody has used yet
 
     # -- the connection
 
@@ -6441,7 +6444,8 @@ class SftpTransport(Staging):
             keep_fds=self.lock_fds)
         self.can_sync = b'fsync@openssh.com' in self.session.extensions
         self.can_replace = b'posix-rename@openssh.com' in self.session.extensions
-        self.check_base()
+        if stream.create_directories:       # else present() tells whether it is there
+            self.make_base()
 
     def close(self):
         if self.session:
@@ -6467,15 +6471,13 @@ class SftpTransport(Staging):
         return TargetError('the target directory %s is missing or no directory' % target_of(self.stream),
                            'create it or mount it, or set create_directories = yes')
 
-    def check_base(self):
+    def make_base(self):
+        base = to_bytes(self.stream.target_base)
         if not self.run(self.is_directory(b'')):
-            if self.stream.create_directories:
-                base = to_bytes(self.stream.target_base)
-                self.run(self.make_steps([base[:m.end()] for m in re.finditer(rb'[^/]+', base)]))
-            if not self.stream.create_directories or not self.run(self.is_directory(b'')):
-                raise self.missing()
+            self.run(self.make_steps([base[:match.end()] for match in re.finditer(rb'[^/]+', base)]))
 
-    def make_steps(self, paths):
+    @staticmethod
+    def make_steps(paths):
         for path in paths:
             yield [(Fxp.MKDIR, Fxp.string(path) + Fxp.packed())]
 
@@ -6493,9 +6495,16 @@ class SftpTransport(Staging):
     def is_directory(self, path):
         """Following links, which may lead anywhere on purpose."""
         answer, = yield [(Fxp.STAT, self.path(path))]
-        if answer[0] != Fxp.ATTRS:
-            return False
-        mode = Fxp.attributes(answer[1], 0)[0].mode
+        return self.tells_directory(answer)
+
+    @staticmethod
+    def has_mode(answer, mode):
+        there = Fxp.attributes(answer[1], 0)[0].mode if answer[0] == Fxp.ATTRS else None
+        return there is not None and there & 0o7777 == mode
+
+    @staticmethod
+    def tells_directory(answer):
+        mode = Fxp.attributes(answer[1], 0)[0].mode if answer[0] == Fxp.ATTRS else 0
         return mode is None or stat.S_ISDIR(mode)
 
     def is_there(self, path):
@@ -6524,6 +6533,9 @@ class SftpTransport(Staging):
     def exists(self, path):
         return self.run(self.is_there(path))
 
+    def exist(self, paths):
+        return self.session.run((path, self.is_there(path)) for path in paths)
+
     def listing(self, directory):
         return self.run(self.names_in(directory))
 
@@ -6543,10 +6555,13 @@ class SftpTransport(Staging):
 
     def measured(self, path, hashed):
         try:
-            info = yield from self.stat(path)
-            if info is None or info.mode is not None and not stat.S_ISREG(info.mode):
-                return None
-            return info.size, (yield from self.hash_of(path, info.size)) if hashed else None
+            size = self.sized.pop(path, None)
+            if size is None:
+                info = yield from self.stat(path)
+                if info is None or info.mode is not None and not stat.S_ISREG(info.mode):
+                    return None
+                size = info.size
+            return size, (yield from self.hash_of(path, size)) if hashed else None
         except ItemError as error:
             return error
 
@@ -6626,7 +6641,10 @@ class SftpTransport(Staging):
             part = there.get(job.staged)
             if isinstance(part, tuple) and part[0] and part[0] <= job.entry.size:
                 starts[job] = max(0, part[0] - self.WINDOW)
-        self.session.run((job.entry.path, self.put(batch, job, starts.get(job, 0))) for job in jobs)
+        tasks = [(job.entry.path, self.put(batch, job, starts.get(job, 0))) for job in jobs]
+        if self.publish_by is None and jobs:        # while the first bytes go
+            tasks[:0] = [(None, self.learn_to_publish())] + [(None, self.open_mark())] * self.can_sync
+        self.session.run(tasks)
 
     def put(self, batch, job, start):
         """One file under its staged name: the answers to its bytes come before its time is set
@@ -6641,12 +6659,20 @@ class SftpTransport(Staging):
             except (ItemError, Changed):
                 yield [(Fxp.CLOSE, handle)]
                 raise
-            answer, = yield [(Fxp.CLOSE, handle)]
+            answer, seen = yield [(Fxp.CLOSE, handle), (Fxp.LSTAT, self.path(job.staged))]
             if Fxp.status(answer) != Fxp.OK:
                 raise self.trouble('cannot write %s' % show(job.final), answer)
+            self.note_size(job.staged, job.entry.size, seen)
         except (ItemError, Changed) as error:
             job.error = error
             yield [(Fxp.REMOVE, self.path(job.staged))]
+
+    def note_size(self, path, size, answer):
+        """If an answer to LSTAT tells of a file of the right size, measure() need not ask: one that
+        came too early, out of order, never does."""
+        info = Fxp.attributes(answer[1], 0)[0] if answer[0] == Fxp.ATTRS else None
+        if info and info.size == size and info.mode is not None and stat.S_ISREG(info.mode):
+            self.sized[path] = size
 
     def open_staged(self, job, start):
         """A handle to write with, and where to go on: a part that cannot be continued is begun
@@ -6721,27 +6747,62 @@ class SftpTransport(Staging):
         if self.can_sync:
             self.run(self.sync_names())
 
-    def sync_names(self):
+    def open_mark(self):
         path = self.path(os.path.join(self.area, b'sync'))
+        answer, = yield [(Fxp.OPEN, path + (Fxp.TO_WRITE | Fxp.CREATE).to_bytes(4, 'big') + Fxp.packed())]
+        self.mark = answer[1] if answer[0] == Fxp.HANDLE else None
+
+    def sync_names(self):
         if self.mark is None:
-            answer, = yield [(Fxp.OPEN, path + (Fxp.TO_WRITE | Fxp.CREATE).to_bytes(4, 'big') + Fxp.packed())]
-            if answer[0] != Fxp.HANDLE:
-                return
-            self.mark = answer[1]
+            yield from self.open_mark()
+        if self.mark is None:
+            return
         yield [(Fxp.WRITE, self.mark + bytes(8) + Fxp.string(random_hex(4)))]
         yield [self.to_sync(self.mark)]
 
     # -- publishing
 
+    def check_names(self, jobs):
+        """What is odd is tried together first; what then is not found is tried by itself."""
+        odd = {}
+        for part in {part for job in jobs if not job.error for part in job.final.split(b'/')}:
+            kind = oddities(part)
+            if kind and ('names', kind) not in self.traits:
+                odd[kind] = part
+        if len(odd) > 1:
+            with self.trying:
+                self.ensure([self.area])
+                found = self.run(self.try_together(sorted(odd.values())))
+            self.traits.update((('names', kind), True) for kind, part in odd.items() if part in found)
+        Staging.check_names(self, jobs)
+
+    def try_together(self, names):
+        """Steps that rename files of ours to these names in a directory of ours, and list it."""
+        directory = os.path.join(self.area, b'try-' + random_hex(4))
+        yield [(Fxp.MKDIR, self.path(directory) + Fxp.packed(0o700))]
+        found = set()
+        for chunk in in_chunks(names, SftpSession.AHEAD // 2):
+            files = [os.path.join(directory, b'%d-%s' % (n, random_hex(4))) for n in range(len(chunk))]
+            yield from self.make_files([(path, b'') for path in files])
+            yield [self.to_rename(path, os.path.join(directory, name)) for path, name in zip(files, chunk)]
+            there = yield from self.names_in(directory)
+            found.update(there or ())
+            yield [(Fxp.REMOVE, self.path(os.path.join(directory, name))) for name in there or ()]
+        yield [(Fxp.RMDIR, self.path(directory))]
+        return found
+
     def write_small(self, path, content):
-        """Steps that make a new file; whether that went well."""
-        answer, = yield [self.to_create(path)]
-        if answer[0] != Fxp.HANDLE:
-            return False
-        handle = answer[1]
-        answers = yield [(Fxp.WRITE, handle + bytes(8) + Fxp.string(content))]
-        answers += yield [(Fxp.CLOSE, handle)]
-        return all(Fxp.status(answer) == Fxp.OK for answer in answers)
+        if not self.run(self.make_files([(path, content)])):
+            raise ItemError('cannot write %s at %s' % (show(path), target_of(self.stream)))
+
+    def make_files(self, files):
+        """Steps that make new files of (path, content); whether that went well."""
+        opened = yield [self.to_create(path) for path, _ in files]
+        good = [(answer[1], content) for answer, (_, content) in zip(opened, files)
+                if answer[0] == Fxp.HANDLE]
+        answers = yield [(Fxp.WRITE, handle + bytes(8) + Fxp.string(content)) for handle, content in good]
+        answers += yield [(Fxp.CLOSE, handle) for handle, _ in good]
+        return len(good) == len(files) and all(Fxp.status(answer) == Fxp.OK for answer in answers)
 
     def to_create(self, path):
         return Fxp.OPEN, self.path(path) + (
@@ -6754,19 +6815,22 @@ class SftpTransport(Staging):
         return Fxp.EXTENDED, Fxp.string(b'hardlink@openssh.com') + self.path(old) + self.path(new)
 
     def learn_to_publish(self):
-        """Steps that find what never replaces: tried on two files of ours, told apart by size."""
+        """Steps that find what never replaces, tried on files of ours that their sizes tell apart;
+        and whether the server says no of a name that is not there."""
         one, two, three = (os.path.join(self.area, b'try-' + random_hex(4)) for _ in range(3))
         publish_by = 'look'
-        good = (yield from self.write_small(one, b'1')) and (yield from self.write_small(two, b'22'))
-        if good and (yield from self.kept(self.to_rename(one, two), [(one, 1), (two, 2)], False)):
+        good = yield from self.make_files([(one, b''), (two, b'22')])
+        if good and (yield from self.kept(self.to_rename(one, two), [(one, 0), (two, 2)], False)):
             publish_by = 'rename'
         elif good and b'hardlink@openssh.com' in self.session.extensions:
             one = os.path.join(self.area, b'try-' + random_hex(4))
-            good = yield from self.write_small(one, b'1')
+            good = yield from self.make_files([(one, b'1')])
             if good and (yield from self.kept(self.to_link(one, two), [(one, 1)], False)) and \
                     (yield from self.kept(self.to_link(one, three), [(one, 1), (three, 1)], True)) and \
                     (yield from self.kept((Fxp.REMOVE, self.path(one)), [(three, 1)], True)):
                 publish_by = 'link'
+        seen = yield [(Fxp.LSTAT, self.path(path)) for path in (two, self.area + b'/try-' + random_hex(8))]
+        self.traits['absence',] = seen[0][0] == Fxp.ATTRS and Fxp.status(seen[1]) == Fxp.MISSING
         yield [(Fxp.REMOVE, self.path(name)) for name in (one, two, three)]
         self.publish_by = publish_by
 
@@ -6797,32 +6861,26 @@ class SftpTransport(Staging):
     def publish_job(self, job):
         """Whether it was placed, or has an error now."""
         try:
-            there = yield from self.is_there(job.final)
-            if there is None:
-                raise ItemError('the server does not say whether %s is there' % show(job.final))
-            return not there and (yield from self.publishing(job.staged, job.final))
+            if self.publish_by == 'look' and (yield from self.is_there(job.final)) is not False:
+                return False
+            return (yield from self.publishing(job.staged, job.final, job.entry.size))
         except ItemError as error:
             job.error = error
             return True
 
-    def publishing(self, old, new):
+    def publishing(self, old, new, size=None):
         """Steps that give a file a name which nothing has: False if something has it after all.
         Raises ItemError."""
-        if self.publish_by == 'link':
-            answer, = yield [self.to_link(old, new)]
-            if Fxp.status(answer) == Fxp.OK:
+        request = self.to_link(old, new) if self.publish_by == 'link' else self.to_rename(old, new)
+        answer, seen = yield [request, (Fxp.LSTAT, self.path(new))]
+        if Fxp.status(answer) == Fxp.OK:
+            if self.publish_by == 'link':
                 yield [(Fxp.REMOVE, self.path(old))]
-                return True
-        else:
-            answer, = yield [self.to_rename(old, new)]
-            if Fxp.status(answer) == Fxp.OK:
-                return True
+            self.note_size(new, size, seen)
+            return True
         if (yield from self.is_there(new)):
             return False
         raise self.trouble('%s cannot be placed' % show(new), answer)
-
-    def publish(self, old, new):
-        return self.run(self.publishing(old, new), new)
 
     def rename(self, old, new):
         self.run(self.renaming(old, new), new)
@@ -6871,10 +6929,10 @@ class SftpTransport(Staging):
     def make_directory(self, path):
         """An ItemError if it cannot be had."""
         mode = 0o700 if path == self.area else self.stream.target_chmod and self.stream.target_chmod[1]
-        answer, = yield [(Fxp.MKDIR, self.path(path) + Fxp.packed(mode))]
-        if Fxp.status(answer) == Fxp.OK and mode:
+        answer, seen = yield [(Fxp.MKDIR, self.path(path) + Fxp.packed(mode)), (Fxp.STAT, self.path(path))]
+        if Fxp.status(answer) == Fxp.OK and mode and not self.has_mode(seen, mode):
             yield [(Fxp.SETSTAT, self.path(path) + Fxp.packed(mode))]
-        if not (yield from self.is_directory(path)):
+        if not self.tells_directory(seen) and not (yield from self.is_directory(path)):
             return self.trouble('cannot make the directory %s at %s' % (
                 show(path), target_of(self.stream)), answer)
         return None
@@ -6890,6 +6948,9 @@ class SftpTransport(Staging):
                 blocked[entry.path] = error
         answers = Staging.finish(self, batch)
         self.session.run((entry.path, self.date(batch, entry)) for entry in inner)
+        for job in batch.jobs:
+            self.sized.pop(job.staged, None)
+            self.sized.pop(job.final, None)
         return [answer._replace(error=answer.error or next(
             (blocked[e.path] for e in parcel.entries if e.path in blocked), None))
             for parcel, answer in zip(batch.parcels, answers)] if blocked else answers
@@ -6902,14 +6963,16 @@ class SftpTransport(Staging):
         return self.run(self.remove_area())
 
     def remove_area(self):
-        if self.mark is not None:
-            yield [(Fxp.CLOSE, self.mark)]
-            self.mark = None
-        names = yield from self.names_in(self.area)
-        for chunk in in_chunks(sorted(names or ()), SftpSession.AHEAD):
-            yield [(Fxp.REMOVE, self.path(os.path.join(self.area, name))) for name in chunk]
-        yield [(Fxp.RMDIR, self.path(self.area))]
-        return (yield from self.is_there(self.area)) is False
+        mark, self.mark = self.mark, None
+        if mark is not None:
+            yield [(Fxp.CLOSE, mark), (Fxp.REMOVE, self.path(os.path.join(self.area, b'sync')))]
+        answer, = yield [(Fxp.RMDIR, self.path(self.area))]
+        if Fxp.status(answer) != Fxp.OK:
+            names = yield from self.names_in(self.area)
+            for chunk in in_chunks(sorted(names or ()), SftpSession.AHEAD):
+                yield [(Fxp.REMOVE, self.path(os.path.join(self.area, name))) for name in chunk]
+            answer, = yield [(Fxp.RMDIR, self.path(self.area))]
+        return Fxp.status(answer) in (Fxp.OK, Fxp.MISSING)
 
     def free_space(self):
         return self.run(self.ask_space()) if b'statvfs@openssh.com' in self.session.extensions else None
