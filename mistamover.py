@@ -2163,6 +2163,7 @@ class Progress:
         self.started = time.monotonic()
         self.oldest_ns = None                       # mtime of the oldest item that waits
         self.next_try = None                        # epoch seconds
+        self.daemon = False                         # whether it goes on until it is stopped
         self.last = shared.read().get(stream.name, {})
         self.saved = 0
 
@@ -2203,7 +2204,7 @@ class Progress:
     def save(self):
         self.saved = time.monotonic()
         self.last.update(
-            state=self.state, note=self.note, updated=utc_stamp(), pid=os.getpid(),
+            state=self.state, note=self.note, updated=utc_stamp(), pid=os.getpid(), daemon=self.daemon,
             directory=to_text(self.stream.directory), mode=self.stream.transfer_mode,
             protocol=self.stream.transfer_protocol, target=target_of(self.stream),
             waiting_items=max(0, self.total_items - self.done_items),
@@ -8937,19 +8938,43 @@ class DiskMonitor:
 # 16  status for people and machines
 # ----------------------------------------------------------------------------------------
 
+def mood(state):
+    return 'bad' if state in ('down', 'died') else \
+        'wait' if state in ('stopped', 'never run', 'ended') else 'good'
+
+
+ENDINGS = {True: ('ended',), False: ('ended', 'done', 'stopped', 'down')}   # daemon: what it ends with
+
+
+def started_at():
+    """The epoch seconds at which this machine started, 0 where nobody can tell (proc(5), uptime)."""
+    with contextlib.suppress(OSError, ValueError), open('/proc/uptime') as handle:
+        return time.time() - float(handle.read().split()[0])
+    return 0
+
+
 def died(entry):
-    """Whether status.json says that a process works on a stream which is gone."""
-    return entry.get('state') not in (None, 'done', 'ended', 'stopped', 'down') and \
-        not alive(entry.get('pid'))
+    """Whether status.json says that a process works on a stream which is gone.  A number that
+    another process has since the machine was started again says nothing."""
+    if not entry.get('state') or entry['state'] in ENDINGS[bool(entry.get('daemon'))]:
+        return False
+    return not alive(entry.get('pid')) or epoch(entry['updated']) < started_at()
+
+
+def in_trouble(row):
+    """Whether somebody should look after a stream: its target, its process, or items that fail."""
+    return mood(row['state']) == 'bad' or bool(row.get('last_error'))
 
 
 def stream_rows(config, streams):
     """What is known of each stream, as dicts: status.json, made ready to be shown."""
     content = SharedJson(config.settings.state_dir, 'status.json').read()
+    failures = SharedJson(config.settings.state_dir, 'failures.json').read()
     rows = []
     for stream in streams:
         row = dict(content.get(stream.name, {}), name=stream.name)
         row['state'] = 'died' if died(row) else row.get('state', 'never run')
+        row['failing'] = len(failures.get(stream.name, {}))
         if stream.status == 'stopped':
             row.update(state='stopped', note='status = stopped')
         with contextlib.suppress(OSError):
@@ -8967,22 +8992,33 @@ def age_of(stamp, now):
 def row_cells(row, now):
     """The cells of a stream's line, as text: the same at the terminal and on the page."""
     waiting = row.get('waiting_items', 0)
-    notes = [row['note']] if row.get('note') and row['state'] != 'down' else []
-    if row.get('last_error'):
-        notes.append('%s ago: %s' % (age_of(row.get('last_error_time'), now), row['last_error']))
-    if row.get('quarantine'):
-        notes.append('%d in quarantine' % len(row['quarantine']))
-    next_try = row.get('next_try')
+    next_try = row.get('next_try') if row['state'] != 'died' else None
     return [row['name'], row['state'], '%d (%s)' % (waiting, format_size(row.get('waiting_bytes', 0))),
             age_of(row.get('oldest'), now) if waiting else '-',
-            format_size(row['rate']) + '/s' if row.get('rate') else '-',
             age_of(row.get('last_delivery'), now) + ' ago' if row.get('last_delivery') else '-',
-            'in ' + format_duration(epoch(next_try) - now) if next_try else '-',
-            show('; '.join(notes) or '-')]
+            'in ' + format_duration(epoch(next_try) - now) if next_try else '-']
 
 
-STATUS_TITLES = ['stream', 'state', 'waiting', 'oldest', 'rate', 'last delivery', 'next try',
-                 'note, last error']
+STATUS_TITLES = ['stream', 'state', 'waiting', 'oldest', 'last delivery', 'next try']
+
+
+def row_notes(row, now):
+    """What else there is to say of a stream: whole phrases, the last error last."""
+    notes = []
+    if row['state'] == 'died':
+        notes.append('process %s is gone; it was last seen %s ago' % (
+            row.get('pid'), age_of(row.get('updated'), now)))
+    elif row.get('note') and row['state'] != 'down':
+        notes.append(row['note'])
+    if row.get('rate') and row['state'] == 'transferring':
+        notes.append(format_size(row['rate']) + '/s')
+    if row.get('failing'):
+        notes.append('%s failing' % count_of(row['failing'], 'item'))
+    if row.get('quarantine'):
+        notes.append('%d in quarantine' % len(row['quarantine']))
+    if row.get('last_error'):
+        notes.append('%s ago: %s' % (age_of(row.get('last_error_time'), now), row['last_error']))
+    return [show(note) for note in notes]
 
 
 def bars(spans, index, label, what):
@@ -9015,20 +9051,22 @@ PAGE = """<!DOCTYPE html>
 @media (prefers-color-scheme: dark) { :root { --ink: #e8e8e8; --paper: #16181b; --line: #555;
   --bar: #7cc0e8; --good: #7ddc97; --bad: #ff9a9a; --wait: #f0c36d; } }
 body { font: 1rem/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
-  max-width: 75rem; margin: 0 auto; padding: 1rem; overflow-wrap: anywhere; }
+  max-width: 75rem; margin: 0 auto; padding: 1rem; }
 h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
 table { border-collapse: collapse; width: 100%%; }
 caption { text-align: left; padding-bottom: .5rem; }
 th, td { text-align: left; vertical-align: top; padding: .35rem .6rem .35rem 0;
-  border-bottom: 1px solid var(--line); }
+  border-top: 1px solid var(--line); }
+.note td { border: 0; padding: 0 0 .5rem 1.5rem; } .note td, li { overflow-wrap: anywhere; }
 .good { color: var(--good); } .bad { color: var(--bad); } .wait { color: var(--wait); }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(17rem, 1fr)); gap: 1rem; }
 figure { margin: 0; } svg { width: 100%%; height: 7rem; fill: var(--bar); stroke: none; }
 svg line { stroke: var(--line); } .axis { display: flex; justify-content: space-between; margin: 0; }
 @media (max-width: 44rem) { thead { position: absolute; left: -99rem; }
-  tr { display: block; padding: .6rem 0; border-bottom: 1px solid var(--line); }
+  tr { display: block; padding: .6rem 0; border-top: 1px solid var(--line); }
+  tr.note { border: 0; padding: 0; }
   th, td { display: block; border: 0; padding: .1rem 0; }
-  td::before { content: attr(data-title) ": "; opacity: .75; } }
+  td[data-title]::before { content: attr(data-title) ": "; opacity: .75; } }
 </style></head><body>
 <h1>%(title)s</h1>
 <p>As of <time datetime="%(stamp)s">%(local)s</time>. %(summary)s</p>
@@ -9040,11 +9078,6 @@ svg line { stroke: var(--line); } .axis { display: flex; justify-content: space-
 <h2>Quarantine</h2>%(quarantine)s
 </body></html>
 """
-
-
-def mood(state):
-    return 'bad' if state in ('down', 'died') else \
-        'wait' if state in ('stopped', 'never run', 'ended') else 'good'
 
 
 def html_list(lines):
@@ -9061,9 +9094,12 @@ def status_page(config, tally, now):
     lines = []
     for row in rows:
         cells = [html.escape(cell) for cell in row_cells(row, now)]
-        lines.append('<tr><th scope="row">%s</th><td data-title="state" class="%s">%s</td>%s</tr>' % (
+        notes = '; '.join(row_notes(row, now))
+        lines.append('<tr><th scope="row">%s</th><td data-title="state" class="%s">%s</td>%s</tr>%s' % (
             cells[0], mood(row['state']), cells[1],
-            ''.join('<td data-title="%s">%s</td>' % pair for pair in zip(STATUS_TITLES[2:], cells[2:]))))
+            ''.join('<td data-title="%s">%s</td>' % pair for pair in zip(STATUS_TITLES[2:], cells[2:])),
+            '<tr class="note"><td colspan="%d">%s</td></tr>' % (len(cells), html.escape(notes))
+            if notes else ''))
     day, month = tally.last(24, now=now), tally.last(Tally.DAYS, 86400, now)
     failures = SharedJson(config.settings.state_dir, 'failures.json').read()
     failed = ['%s: %s: failed %s, last: %s' % (stream.name, name, count_of(f['count'], 'time'), f['error'])
@@ -9086,35 +9122,89 @@ def status_page(config, tally, now):
         failures=html_list(failed[:100]), quarantine=html_list(aside[:100]))
 
 
-METRICS = (     # name, type, help, how to read it from a row
+def free_bytes(row):
+    """Free bytes at the incoming directory; None where nobody can tell."""
+    try:
+        return shutil_free(row['directory'])
+    except (KeyError, OSError):
+        return None
+
+
+METRICS = (     # name, type, help, how to read it from a row: None where it is not known
     ('up', 'gauge', '1 if the last pass of the stream reached its target',
      lambda row: int(mood(row['state']) != 'bad')),
     ('waiting_items', 'gauge', 'Items that are due', lambda row: row.get('waiting_items', 0)),
     ('waiting_bytes', 'gauge', 'Bytes that are due', lambda row: row.get('waiting_bytes', 0)),
     ('oldest_waiting_timestamp_seconds', 'gauge', 'Time of the oldest item that is due',
      lambda row: epoch(row['oldest']) if row.get('oldest') else None),
+    ('settling_items', 'gauge', 'Items that are still changing or too fresh',
+     lambda row: row.get('settling', 0)),
+    ('failing_items', 'gauge', 'Items that failed by their own fault and are tried again',
+     lambda row: row['failing']),
+    ('retries_total', 'counter', 'Passes that ended because the target was in trouble',
+     lambda row: row.get('retries', 0)),
+    ('last_pass_timestamp_seconds', 'gauge', 'Time at which the last whole pass ended',
+     lambda row: epoch(row['last_pass']) if row.get('last_pass') else None),
     ('delivered_items_total', 'counter', 'Items delivered', lambda row: row.get('delivered_items', 0)),
     ('delivered_bytes_total', 'counter', 'Bytes delivered', lambda row: row.get('delivered_bytes', 0)),
     ('last_delivery_timestamp_seconds', 'gauge', 'Time of the last delivery',
      lambda row: epoch(row['last_delivery']) if row.get('last_delivery') else None),
     ('quarantined_items', 'gauge', 'Items in quarantine', lambda row: len(row.get('quarantine') or ())),
+    ('free_bytes', 'gauge', 'Free space at the incoming directory', free_bytes),
 )
 
 
-def metrics_text(config, now):
+def metrics_text(config, now, config_ok=True):
     """Prometheus text exposition format 0.0.4, for node_exporter's textfile collector."""
     rows = stream_rows(config, config.every)
-    lines = ['# HELP mistamover_build_info The version that runs', '# TYPE mistamover_build_info gauge',
-             'mistamover_build_info{version="%s"} 1' % __version__,
-             '# HELP mistamover_written_timestamp_seconds Time at which this was written',
-             '# TYPE mistamover_written_timestamp_seconds gauge',
-             'mistamover_written_timestamp_seconds %.3f' % now]
+    lines = []
+
+    def metric(name, kind, text, samples):
+        lines.extend(['# HELP mistamover_%s %s' % (name, text), '# TYPE mistamover_%s %s' % (name, kind)])
+        lines.extend('mistamover_%s%s %s' % ((name,) + sample) for sample in samples)
+
+    metric('build_info', 'gauge', 'The version that runs', [('{version="%s"}' % __version__, 1)])
+    metric('written_timestamp_seconds', 'gauge', 'Time at which this was written', [('', '%.3f' % now)])
+    metric('config_last_reload_successful', 'gauge', '1 if the configuration as it is now is in force',
+           [('', int(config_ok))])
     for name, kind, text, read in METRICS:
-        full = 'mistamover_stream_' + name
-        lines += ['# HELP %s %s' % (full, text), '# TYPE %s %s' % (full, kind)]
-        lines += ['%s{stream="%s"} %s' % (full, row['name'], read(row)) for row in rows
-                  if read(row) is not None]
+        metric('stream_' + name, kind, text, [
+            ('{stream="%s"}' % row['name'], read(row)) for row in rows if read(row) is not None])
     return '\n'.join(lines) + '\n'
+
+
+RULES = """# Alert rules for Prometheus, printed by mistamover.py --print-rules.
+groups:
+- name: mistamover
+  rules:
+%s"""
+
+ALERT_RULES = (     # name, expression, for, severity, what it means
+    ('MistamoverGone', 'time() - mistamover_written_timestamp_seconds > 300', '0m', 'critical',
+     'MiStaMover on {{ $labels.instance }} has written no metrics for five minutes: it does not run'),
+    ('MistamoverStreamDown', 'mistamover_stream_up == 0', '15m', 'critical',
+     'stream {{ $labels.stream }} on {{ $labels.instance }} does not reach its target'),
+    ('MistamoverStreamStuck',
+     'mistamover_stream_waiting_items > 0 and time() - mistamover_stream_oldest_waiting_timestamp_seconds '
+     '> 86400 and time() - mistamover_stream_last_delivery_timestamp_seconds > 3600', '15m', 'warning',
+     'stream {{ $labels.stream }} on {{ $labels.instance }}: items older than a day wait, and nothing '
+     'was delivered for an hour'),
+    ('MistamoverItemsFail', 'mistamover_stream_failing_items > 0', '1h', 'warning',
+     '{{ $value }} items of stream {{ $labels.stream }} on {{ $labels.instance }} fail: see --status'),
+    ('MistamoverQuarantine', 'mistamover_stream_quarantined_items > 0', '0m', 'warning',
+     '{{ $value }} items of stream {{ $labels.stream }} on {{ $labels.instance }} are in quarantine'),
+    ('MistamoverDiskFills', 'predict_linear(mistamover_stream_free_bytes[6h], 86400) < 0', '1h', 'warning',
+     'the disk of stream {{ $labels.stream }} on {{ $labels.instance }} is full within a day'),
+    ('MistamoverConfigRefused', 'mistamover_config_last_reload_successful == 0', '10m', 'warning',
+     'MiStaMover on {{ $labels.instance }} goes on with its old configuration: the new one has a mistake'),
+)
+
+
+def rules_text():
+    """A rule file for Prometheus (its documentation, "Defining alerting rules"), as YAML."""
+    return RULES % ''.join(
+        '  - alert: %s\n    expr: %s\n    for: %s\n    labels:\n      severity: %s\n'
+        '    annotations:\n      summary: "%s"\n' % rule for rule in ALERT_RULES)
 
 
 class Caretaker:
@@ -9170,7 +9260,8 @@ class Caretaker:
     def write_metrics(self):
         path = self.config.settings.metrics_file
         if path:
-            atomic_write(path, metrics_text(self.config, time.time()).encode(), mode=0o644)
+            ok = not self.state.alerts.states.get('config')
+            atomic_write(path, metrics_text(self.config, time.time(), ok).encode(), mode=0o644)
 
     def heartbeat(self):
         """Once a day at the time wanted: all is well, or what is not."""
@@ -9335,6 +9426,8 @@ class Worker:
             self.transport.close()
             self.asked = -STOP_FILE_AGE
             raise
+        self.progress.last['last_pass'] = utc_stamp()
+        self.progress.last['settling'] = len(result.settling) + len(result.busy)
         if not (result.failed or result.waiting):
             self.progress.mended()
         if delivery.connected:
@@ -9356,6 +9449,7 @@ class Worker:
         again = pause is not None
         message = '%s: %s' % (self.stream.name, error)
         self.progress.failed(str(error))
+        self.progress.last['retries'] = self.progress.last.get('retries', 0) + 1
         self.progress.enter('down', str(error), pause=pause)
         if self.daemonic or not again:
             self.state.alerts.turn('target:' + self.stream.name, True, 'error', message)
@@ -9458,7 +9552,7 @@ class Worker:
 
     def run(self, daemon):
         """The thread's life: nothing escapes but into the log, alerts and exit_code."""
-        self.daemonic = daemon
+        self.daemonic = self.progress.daemon = daemon
         failures, again, locked = 0, True, None
         while again:
             pause = self.pause_after(failures + 1) if daemon else None
@@ -9865,22 +9959,57 @@ def command_check(config, _args, stop):
 COLOURS = {'good': '32', 'bad': '31', 'wait': '33'}
 
 
-def command_status(config, args, _stop):
-    """What each stream is doing, from the state directory."""
-    rows = stream_rows(config, config.streams)
-    if args.json:
-        say(to_json({row['name']: row for row in rows}, indent=1, sort_keys=True).decode())
-        return EXIT_OK
-    table = [[title.upper() for title in STATUS_TITLES]]
-    table += [row_cells(row, time.time()) for row in rows]
-    widths = [max(len(cells[i]) for cells in table) for i in range(len(STATUS_TITLES) - 1)] + [0]
-    coloured = sys.stdout.isatty() and not os.environ.get('NO_COLOR')
+def status_lines(rows, now, width, coloured):
+    """The table, its notes on lines of their own under each stream."""
+    import textwrap
+    table = [[title.upper() for title in STATUS_TITLES]] + [row_cells(row, now) for row in rows]
+    widths = [max(len(cells[i]) for cells in table) for i in range(len(STATUS_TITLES))]
     for number, cells in enumerate(table):
         padded = [cell.ljust(width) for cell, width in zip(cells, widths)]
         if coloured and number:
             padded[1] = '\033[%sm%s\033[0m' % (COLOURS[mood(rows[number - 1]['state'])], padded[1])
-        say('  '.join(padded).rstrip())
-    return EXIT_OK
+        yield '  '.join(padded).rstrip()
+        for note in row_notes(rows[number - 1], now) if number else ():
+            yield from textwrap.wrap(note, width, initial_indent='    ', subsequent_indent='    ',
+                                     break_on_hyphens=False)
+
+
+def command_status(config, args, _stop):
+    """What each stream is doing, from the state directory; exit code 1 if one is in trouble."""
+    import shutil
+    import socket
+    rows = stream_rows(config, config.streams)
+    if args.json:
+        say(to_json(dict(host=socket.gethostname(), version=__version__, time=utc_stamp(),
+                         streams={row['name']: row for row in rows}), indent=1, sort_keys=True).decode())
+    else:
+        width = shutil.get_terminal_size((80, 24)).columns if sys.stdout.isatty() else 80
+        for line in status_lines(rows, time.time(), max(40, width),
+                                 sys.stdout.isatty() and not os.environ.get('NO_COLOR')):
+            say(line)
+    return EXIT_FAILED if any(map(in_trouble, rows)) else EXIT_OK
+
+
+def status_of_broken(args, error, stop):
+    """--status while the configuration holds a mistake: what state_dir tells of the streams that
+    ran last.  Raises the error if there is none."""
+    import configparser
+    import types
+    path = os.path.abspath(args.config or default_config())
+    parser = configparser.RawConfigParser(default_section='\0', delimiters=('=',), strict=False)
+    with contextlib.suppress(configparser.Error, OSError, UnicodeDecodeError):
+        parser.read(path, encoding='utf-8-sig')
+    text = parser.get('mistamover', 'state_dir', fallback='mistamover-state')
+    directory = kind_path(text, os.path.dirname(path))
+    names = sorted(SharedJson(directory, 'status.json').read())
+    if not names:
+        raise error
+    say('mistamover: %s' % show(str(error)), sys.stderr)
+    streams = [types.SimpleNamespace(name=name, status='running', move=False) for name in names
+               if not args.stream or name in args.stream]
+    settings = types.SimpleNamespace(state_dir=directory)
+    command_status(types.SimpleNamespace(settings=settings, streams=streams), args, stop)
+    return EXIT_USAGE
 
 
 def parse_moment(text):
@@ -9970,7 +10099,7 @@ def reasons_by_state(stream, scanner, item, now):
         yield 'it is settling: it changed %s ago, settle_time is %s' % (
             format_duration(age), format_duration(stream.settle_time))
     try:
-        check_unused(stream, item)
+        check_unused(stream, item, Leases(stream))
     except MoverError as error:
         yield str(error)
 
@@ -10071,6 +10200,12 @@ CapabilityBoundingSet=CAP_LEASE CAP_DAC_OVERRIDE CAP_FOWNER CAP_CHOWN
 [Install]
 WantedBy=multi-user.target
 """
+
+
+def command_print_rules(_config, _args, _stop):
+    """Alert rules for Prometheus, made for the metrics of metrics_file."""
+    say(rules_text().rstrip())
+    return EXIT_OK
 
 
 def unit_word(text):
@@ -10291,6 +10426,7 @@ def make_parser():
     what.add_argument('--init', action='store_true', help='ask a few questions, write a configuration')
     what.add_argument('--test-alert', action='store_true', help='send one alert, by mail and command')
     what.add_argument('--print-unit', action='store_true', help='print a unit file for systemd')
+    what.add_argument('--print-rules', action='store_true', help='print alert rules for Prometheus')
     group.add_argument('--since', metavar='TIME', help='with --history: from 2026-11-24, '
                        '2026-11-24T18:30, or 2d (ago) on')
     group.add_argument('--until', metavar='TIME', help='with --history: before that time')
@@ -10320,12 +10456,19 @@ def main(argv=None):
     command = next((run_it for chosen, run_it in (
         (args.dry_run, command_dry_run), (args.check, command_check), (args.status, command_status),
         (args.history is not None, command_history), (args.explain, command_explain),
-        (args.test_alert, command_test_alert), (args.print_unit, command_print_unit))
+        (args.test_alert, command_test_alert), (args.print_unit, command_print_unit),
+        (args.print_rules, command_print_rules))
         if chosen), command_run)
     try:
         if args.init:
             return command_init(args, StopRequest())
-        return command(read_config(args), args, StopRequest())
+        try:
+            config = read_config(args)
+        except ConfigError as error:
+            if args.status:
+                return status_of_broken(args, error, StopRequest())
+            raise
+        return command(config, args, StopRequest())
     except MoverError as error:
         log.clear_line()
         say('mistamover: %s' % show(str(error)), sys.stderr)

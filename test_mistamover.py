@@ -2101,7 +2101,7 @@ class StopFiles(Case):
             write(os.path.join(place, '.stop'))
             done = self.assert_run(world, 0)
             self.assertIn('suspended: .stop in', done.output)
-            status = json.loads(self.assert_run(world, 0, '--status', '--json').output)['s']
+            status = json.loads(self.assert_run(world, 0, '--status', '--json').output)['streams']['s']
             self.assertEqual((status['state'], status['waiting_items']), ('stopped', 1))
             self.assertEqual(contents(tree(world.source)).pop(b'item'), b'item')
             self.assertNotIn(b'item', tree(world.target))
@@ -4963,9 +4963,12 @@ class Commands(Doctored):
         self.assertEqual(done.output.splitlines()[1:], ['1 item delivered, 5 B'])
         self.assertIn('s  delivered  run\\x1b[31m.dat -> ', done.output)
         done = self.assert_run(world, 0, '--status')
-        self.assertRegex(done.output, r'(?m)^s +done +0 \(0 B\) +- +\d+ B/s +\d\.\d s ago +- +-$')
+        self.assertRegex(done.output, r'(?m)^s +done +0 \(0 B\) +- +\d\.\d s ago +-$')
         status = json.loads(self.assert_run(world, 0, '--status', '--json').output)
-        self.assertEqual((status['s']['delivered_items'], status['s']['waiting_items']), (2, 0))
+        self.assertEqual((status['host'], status['version']), (socket.gethostname(), mm.__version__))
+        self.assertLess(abs(mm.epoch(status['time']) - time.time()), 60)
+        row = status['streams']['s']
+        self.assertEqual((row['delivered_items'], row['waiting_items'], row['failing']), (2, 0, 0))
 
     def test_nothing_is_released_when_the_ledger_cannot_be_written(self):
         world = self.world('local')
@@ -5633,9 +5636,14 @@ class Looking(Case):
                 self.assertIn(name, kinds, 'a type stands before each sample')
                 self.assertEqual(name.endswith('_total'), kinds[name] == 'counter')
         self.assertEqual({k: v for k, v in found.items() if 'timestamp' not in k}, {
-            'mistamover_build_info': 1, 'mistamover_stream_up': 1, 'mistamover_stream_waiting_items': 1,
+            'mistamover_build_info': 1, 'mistamover_config_last_reload_successful': 1,
+            'mistamover_stream_up': 1, 'mistamover_stream_waiting_items': 1,
             'mistamover_stream_waiting_bytes': 4, 'mistamover_stream_delivered_items_total': 1,
-            'mistamover_stream_delivered_bytes_total': 4, 'mistamover_stream_quarantined_items': 1})
+            'mistamover_stream_delivered_bytes_total': 4, 'mistamover_stream_quarantined_items': 1,
+            'mistamover_stream_settling_items': 0, 'mistamover_stream_failing_items': 1,
+            'mistamover_stream_retries_total': 0,
+            'mistamover_stream_free_bytes': found['mistamover_stream_free_bytes']})
+        self.assertGreater(found['mistamover_stream_free_bytes'], 0)
         self.assertEqual(stat.S_IMODE(os.stat(os.path.join(world.top, 'm.prom')).st_mode), 0o644)
 
     def test_the_tally_counts_by_hour_and_day(self):
@@ -5655,6 +5663,88 @@ class Looking(Case):
             tally.update()
         self.assertEqual([span[1:] for span in tally.last(2, now=now)], [(1, 11), (2, 12)])
         self.assertEqual([span[1:] for span in tally.last(2, 86400, now)], [(1, 13), (3, 23)])
+
+
+class Status(Case):
+    """--status, as somebody who looks after many machines uses it."""
+
+    def row(self, world, code):
+        return json.loads(self.assert_run(world, code, '--status', '--json').output)['streams']['s']
+
+    def test_a_killed_daemon_has_died_whatever_it_did(self):
+        def suspend(world):
+            write(os.path.join(world.source, '.stop'))
+
+        for state, prepare in (('idle', lambda world: None), ('stopped', suspend),
+                               ('down', lambda world: os.rmdir(world.target))):
+            world = self.world('local')
+            write(os.path.join(world.source, 'item'), b'item')
+            prepare(world)
+            process = self.daemon(world)
+            shared = mm.SharedJson(world.state, 'status.json')
+            wait_for(lambda: shared.read().get('s', {}).get('state') == state, state)
+            self.assertEqual(self.row(world, 1 if state == 'down' else 0)['state'], state)
+            process.kill()
+            process.wait()
+            self.assertEqual(self.row(world, 1)['state'], 'died')
+            done = self.assert_run(world, 1, '--status')
+            self.assertRegex(done.output, r'(?m)^s +died +.*\n    process %d is gone; ' % process.pid)
+
+    def test_a_daemon_that_was_stopped_has_ended(self):
+        world = self.world('local')
+        process = self.daemon(world)
+        wait_for(lambda: mm.SharedJson(world.state, 'status.json').read(), 'the status')
+        process.terminate()
+        self.assertEqual(self.ended(process), 143)
+        self.assertEqual(self.row(world, 0)['state'], 'ended')
+
+    def test_it_fits_80_columns_and_the_error_has_its_own_line(self):
+        world = self.world('local', retry_count='1')
+        write(os.path.join(world.source, 'item'), b'item')
+        os.rmdir(world.target)
+        self.assert_run(world, 1)
+        done = self.assert_run(world, 1, '--status')
+        self.assertLessEqual(max(map(len, done.output.splitlines())), 80)
+        self.assertRegex(done.output, r'(?m)^s +down +1 \(4 B\) .*\n    \d\.\d s ago: the target directory')
+        os.makedirs(world.target)
+        self.assert_run(world, 0)
+        self.assertNotIn('ago: ', self.assert_run(world, 0, '--status').output)
+
+    def test_an_item_that_fails_is_trouble(self):
+        world = self.world('local', on_conflict='refuse')
+        write(os.path.join(world.source, 'item'), b'item')
+        write(os.path.join(world.target, 'item'), b'other')
+        self.assert_run(world, 1)
+        done = self.assert_run(world, 1, '--status')
+        self.assertIn('\n    1 item failing\n', done.output)
+
+    def test_it_works_while_the_configuration_holds_a_mistake(self):
+        world = self.world('local')
+        write(os.path.join(world.source, 'item'), b'item')
+        self.assert_run(world, 0)
+        with open(world.ini, 'a') as handle:
+            handle.write('settle_tme = 3s\n')
+        done = self.assert_run(world, 2, '--status')
+        self.assertIn('settle_tme: unknown option', done.output)
+        self.assertRegex(done.output, r'(?m)^s +done ')
+
+    def test_alert_rules(self):
+        world = self.world('local')
+        done = self.assert_run(world, 0, '--print-rules')
+        used = set(re.findall(r'mistamover_\w+', done.output))
+        config = mm.load_config(world.ini, mm.TRANSPORTS)
+        offered = set(re.findall(r'TYPE (mistamover_\w+)', mm.metrics_text(config, 0)))
+        self.assertEqual(used - offered, set())
+        self.assertGreaterEqual(len(used), 7)
+        promtool = find_program('promtool') or os.path.join(servers_folder(), 'root/usr/bin/promtool')
+        if not os.path.exists(promtool):
+            self.skipTest('promtool is not there: see .ci/servers')
+        rules = os.path.join(world.top, 'rules.yml')
+        write(rules, done.output.encode())
+        checked = subprocess.run([promtool, 'check', 'rules', rules], stdout=subprocess.PIPE,
+                                 stderr=subprocess.STDOUT)
+        self.assertEqual(checked.returncode, 0, checked.stdout.decode())
+        self.assertIn('7 rules found', checked.stdout.decode())
 
 
 class Explaining(Case):
