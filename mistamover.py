@@ -250,11 +250,24 @@ def epoch(stamp):
     return calendar.timegm(time.strptime(stamp[:19], '%Y-%m-%dT%H:%M:%S')) + float(stamp[19:23])
 
 
+NAME_MAX = 255          # bytes that a file system takes as one name
+
+
 def stamped(name, now=None):
-    """NAME.~20261124T031500.123Z~, with the stamp before the ending of a zip."""
+    """NAME.~20261124T031500.123Z~, with the stamp before the ending of a zip; what would get too
+    long for a file system is cut, and a hash of it keeps two such names apart."""
     now = time.time() if now is None else now
     stamp = b'.~%s~' % utc_stamp(now).replace('-', '').replace(':', '').encode()
-    return name[:-4] + stamp + b'.zip' if name.endswith(b'.zip') else name + stamp
+    ending = b'.zip' if name.endswith(b'.zip') else b''
+    name = name[:len(name) - len(ending)]
+    if len(name.rpartition(b'/')[2]) + len(stamp) + len(ending) > NAME_MAX:
+        import hashlib
+        head, slash, base = name.rpartition(b'/')
+        tag = b'.' + hashlib.sha1(base).hexdigest()[:8].encode()
+        base = base[:NAME_MAX - len(tag) - len(stamp) - len(ending)]
+        base = re.sub(rb'[\xc0-\xff][\x80-\xbf]*\Z', b'', base)     # it may be half a character
+        name = head + slash + base + tag
+    return name + stamp + ending
 
 
 def sync_directory(path):
@@ -303,6 +316,61 @@ def lies_below(path, top):
     """Whether path is top or lies somewhere below it, symlinks resolved."""
     path, top = (os.path.join(os.path.realpath(to_bytes(p)), b'') for p in (path, top))
     return path.startswith(top)
+
+
+def directory_trouble(what, path):
+    """(errno, message, hint) if this is no directory that can be used, else None."""
+    try:
+        number = 0 if stat.S_ISDIR(os.stat(path).st_mode) else errno.ENOTDIR
+    except OSError as error:
+        number = error.errno
+    if not number:
+        return None
+    if number == errno.ENOENT:
+        return number, '%s %s is missing' % (what, show(path)), \
+            'create it or mount it, or set create_directories = yes'
+    return number, '%s %s cannot be used: %s' % (what, show(path), os.strerror(number)), {
+        errno.EACCES: 'change the permissions above it', errno.ENOTDIR: 'something else has that name',
+        errno.ELOOP: 'fix the symlink'}.get(number, 'unmount it and mount it again')
+
+
+C_FUNCTIONS = {}        # name -> a function of the C library that Python has no door to, or None
+
+
+def c_call(name, *args):
+    """Call a function of the C library.  Raises OSError, with ENOSYS where it is missing."""
+    if name not in C_FUNCTIONS:
+        try:
+            import ctypes
+            C_FUNCTIONS[name] = getattr(ctypes.CDLL(None, use_errno=True), name)
+        except (ImportError, OSError, AttributeError, TypeError):
+            C_FUNCTIONS[name] = None
+    number = errno.ENOSYS
+    if C_FUNCTIONS[name]:
+        if C_FUNCTIONS[name](*args) >= 0:
+            return
+        import ctypes
+        number = ctypes.get_errno()
+    raise OSError(number, os.strerror(number))
+
+
+def rename_exclusively(old, new):
+    """renameat2(2) with RENAME_NOREPLACE (Linux 3.15, glibc 2.28).  Raises OSError: EEXIST if the
+    new name is taken, EINVAL or ENOSYS where a file system or a system has no such thing."""
+    c_call('renameat2', -100, old, -100, new, 1)        # AT_FDCWD twice
+
+
+def link_and_unlink(old, new):
+    """link(2) never overwrites.  Raises OSError."""
+    os.link(old, new, follow_symlinks=False)
+    os.unlink(old)
+
+
+def look_and_rename(old, new):
+    """What is left where there are no hard links: what comes in between is overwritten."""
+    if os.path.lexists(new):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), new)
+    os.rename(old, new)
 
 
 def parent_of(path):
@@ -2487,13 +2555,18 @@ def mounts():
     return b''
 
 
-def file_system_type(device, table):
-    """Of a mounted file system, by its st_dev, as mounts() has it (proc(5), mountinfo), or None."""
+def file_system(device, table):
+    """(type, source) of a mounted file system, by its st_dev, as mounts() has it (proc(5),
+    mountinfo), or (None, b'')."""
     number = b'%d:%d' % (os.major(device), os.minor(device))
     for words in map(bytes.split, table.splitlines()):
         if words[2] == number:
-            return words[words.index(b'-') + 1]
-    return None
+            return tuple(words[words.index(b'-') + 1:][:2])
+    return None, b''
+
+
+def file_system_type(device, table):
+    return file_system(device, table)[0]
 
 
 class Watch:
@@ -3020,8 +3093,10 @@ def zip_info(entry, name):
 
 
 def shutil_free(path):
+    """Bytes free, or None: some FUSE file systems say 0 of everything."""
     import shutil
-    return shutil.disk_usage(path).free
+    usage = shutil.disk_usage(path)
+    return usage.free if usage.total else None
 
 
 def read_entry(root, entry, stop, start=0):
@@ -3065,7 +3140,8 @@ def zip_item(root, item, path, stop):
     room = NoRoom('no room to zip %s (%s) in %s' % (
         show(item.name), format_size(item.size), show(os.path.dirname(path))), 'see state_dir')
     # of each entry the zip holds two headers and its name twice
-    if shutil_free(os.path.dirname(path)) < item.size + sum(200 + 2 * len(e.path) for e in item.entries):
+    free = shutil_free(os.path.dirname(path))
+    if free is not None and free < item.size + sum(200 + 2 * len(e.path) for e in item.entries):
         raise room
     try:
         with open(path, 'wb') as target, \
@@ -3182,6 +3258,7 @@ class Transport:
     littered = False            # an earlier run ended in the middle: more for tidy() to look for
     takes = 'network'           # words of the option table's column `need` that it fulfils
     overlaps = True             # sending takes so long that the part before is finished meanwhile
+    asks_at_once = False        # present() costs nothing
     forbidden = b''             # bytes the protocol cannot carry in a name
 
     def __init__(self, stream, stop, progress, lock_fds=()):
@@ -3789,22 +3866,44 @@ def protected(relative, stream):
                                                   to_bytes(stream.target_marker or ''))
 
 
-def current_umask():
-    """The process's umask, without the race of setting it where Linux can tell."""
+def sync_file(path):
+    fd = os.open(path, OPEN_FLAGS)
     try:
-        with open('/proc/self/status') as handle:
-            return int(re.search(r'^Umask:\s*(\d+)', handle.read(), re.M).group(1), 8)
-    except (OSError, AttributeError):
-        mask = os.umask(0o022)
-        os.umask(mask)
-        return mask
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+SPARSE_FROM = 64 << 10      # below that size nobody misses a hole
+HOLE = 4096                 # bytes, and where one begins and ends
+
+
+def has_holes(path):
+    """Whether a file takes less room than its size: stat(2) counts blocks of 512 bytes."""
+    with contextlib.suppress(OSError, AttributeError):
+        info = os.lstat(path)
+        return info.st_blocks * 512 < info.st_size
+    return False
+
+
+def pieces(block):
+    """Yield (whether it is a hole, bytes) for a block of a sparse file."""
+    view, start, hole, nothing = memoryview(block), 0, None, bytes(HOLE)
+    for at in range(0, len(block), HOLE):
+        empty = block[at:at + HOLE] == nothing[:len(block) - at]
+        if empty != hole and at:
+            yield hole, view[start:at]
+            start = at
+        hole = empty
+    yield hole, view[start:]
 
 
 class Link:
     """A source file with a second name at the target, held by a read lease until the first is
     gone: meanwhile a writer waits who would show half of it there."""
 
-    FREE = threading.BoundedSemaphore(400)      # of the 1,024 descriptors a process usually has
+    MOST = 400                      # of the 1,024 descriptors a process usually has
+    FREE = threading.BoundedSemaphore(MOST)
 
     def __init__(self, path, entry):
         self.path = path            # the second name
@@ -3852,6 +3951,15 @@ class LocalTransport(Staging):
     directories = 'keep', 'zip'
     takes = 'here chmod'
     target_form = 'here'
+    asks_at_once = True
+    # mounts that say of a file that it is written before the server has it: davfs2 is plain
+    # "fuse" with a URL for a source
+    UPLOADS_LATER = (b'davfs', b'fuse.davfs', b'fuse.rclone', b'fuse.geesefs', b'fuse.onedriver')
+    SYNCED_AT_ONCE = (b'btrfs', b'ext4', b'tmpfs', b'xfs')      # where syncfs(2) keeps its promise
+    SYNC_FROM, SYNC_PATIENCE = 8, 5     # files that it is called for; seconds it may take
+    CANNOT = (errno.EPERM, errno.EACCES, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+    AWAY = (errno.EROFS, errno.ESTALE, errno.ENOTCONN, errno.ENODEV, errno.ENXIO, errno.EMFILE,
+            errno.ENFILE, errno.ENOMEM)     # the target's trouble, whatever the name
 
     def __init__(self, *args, **kwargs):
         Staging.__init__(self, *args, **kwargs)
@@ -3861,20 +3969,74 @@ class LocalTransport(Staging):
         self.held = {}              # final name -> (identity here, mtime_ns there) of one content
         self.leases = Leases(self.stream)
         self.links = []             # every Link since the connection was made
+        self.begin()
+
+    def begin(self):
+        """What is learned of the target is forgotten with the connection."""
+        self.made.clear()
+        self.ways = [rename_exclusively, link_and_unlink, look_and_rename]      # to publish
+        self.linkable = None        # whether a link from the source leads there, once it was tried
+        self.coarse = None          # how many seconds a time that is set is off, 'not kept' or None
+        self.together = None        # whether syncfs may be used
+        self.beyond = set()         # directories that lie on another file system than target_dir
+        self.notes = os.path.join(self.area, b'beyond')
+        self.identity = self.device = None
 
     def path(self, relative):
         return self.base + relative
 
     def open(self):
-        self.made.clear()
-        if not os.path.isdir(self.path(b'')):
-            if not self.stream.create_directories:
-                raise TargetError('the target directory %s is missing' % show(self.stream.target_base),
-                                  'create it or mount it, or set create_directories = yes')
+        self.begin()
+        trouble = directory_trouble('the target directory', self.path(b''))
+        if trouble and trouble[0] == errno.ENOENT and self.stream.create_directories:
             try:
                 os.makedirs(self.path(b''), exist_ok=True)
             except OSError as error:
                 raise self.trouble('cannot make', error)
+        elif trouble:
+            raise TargetError(*trouble[1:])
+        self.identity = self.look()
+        self.device = self.identity[0]
+        with contextlib.suppress(OSError):
+            if self.stream.move and os.stat(self.stream.root).st_dev == self.device:
+                self.PART_FILES = min(type(self).PART_FILES, Link.MOST)     # all of a part is held
+        self.refuse_late_uploads()
+
+    def look(self):
+        """Which directory target_dir is.  Raises TargetError if it is none, or lacks its marker."""
+        marker = self.stream.target_marker
+        try:
+            if marker:
+                os.lstat(self.path(to_bytes(marker)))
+            info = os.stat(self.path(b''))
+            return info.st_dev, info.st_ino
+        except OSError as error:
+            trouble = directory_trouble('the target directory', self.path(b''))
+            if not trouble and error.errno == errno.ENOENT:
+                trouble = 0, '%s is missing in %s' % (marker, show(self.stream.target_base)), \
+                    'is the disk mounted there?'
+            raise TargetError(*trouble[1:]) if trouble else self.trouble('cannot look at', error)
+
+    def stay(self):
+        """Raises TargetError if target_dir is not what it was: a disk that is unmounted uncovers
+        a directory that takes files as well."""
+        if self.look() != self.identity:
+            raise TargetError('the target directory %s is another one than a moment ago' % show(
+                self.stream.target_base), 'was a disk mounted or unmounted there?')
+
+    def refuse_late_uploads(self):
+        """What is read back from a mount that uploads later comes from its cache and proves nothing."""
+        kind, source = file_system(self.device, mounts())
+        if kind == b'fuse' and source.startswith((b'http://', b'https://')):
+            kind = b'davfs'
+        if kind not in self.UPLOADS_LATER or self.stream.target_uploads_later == 'accepted':
+            return
+        message = '%s is a mount that may upload later (%s): what is read back there proves nothing' % (
+            show(self.stream.target_base), to_text(kind))
+        if self.stream.move:
+            raise TargetError(message, "use the server's own protocol, or set target_uploads_later = "
+                              'accepted and keep_delivered')
+        log.once('%s: %s' % (self.stream.name, message))
 
     def close(self):
         links, self.links = self.links, []
@@ -3895,9 +4057,9 @@ class LocalTransport(Staging):
                 pass
             except OSError as error:
                 raise self.trouble('cannot look at', error)
-        if not os.path.isdir(self.path(b'')):
-            raise TargetError('the target directory %s is missing' % show(self.stream.target_base),
-                              'create it or mount it')
+        trouble = directory_trouble('the target directory', self.path(b''))
+        if trouble:
+            raise TargetError(*trouble[1:])
         return found
 
     def make_directories(self, paths):
@@ -3914,28 +4076,75 @@ class LocalTransport(Staging):
             except OSError as error:
                 raise ItemError('cannot make %s: %s' % (show(self.path(path)), error.strerror))
 
-    def send(self, batch, ready):
-        self.device = os.lstat(self.path(b'')).st_dev
-        Staging.send(self, batch, ready)
-
     def stage(self, batch, jobs):
+        self.stay()
         self.links = [link for link in self.links if link.fd is not None]
         self.overlaps = False           # unless there is something to copy
-        for job in jobs:
-            self.stop.check()
-            job.equal = self.stream.mirror and self.looks_like(job.entry, job.final)
-            try:
-                if job.equal:
-                    self.progress.sent(job.entry.size)
-                elif job.linked:
-                    job.linked = None
-                    job.linked = self.hold(job)
-                    self.progress.sent(job.entry.size)
-                else:
-                    self.overlaps = True
-                    self.copy(batch, job)
-            except (Changed, ItemError) as error:
-                job.error = error
+        with self.synced_together(jobs) as together:
+            for job in jobs:
+                self.stop.check()
+                self.stage_one(batch, job, together)
+
+    def stage_one(self, batch, job, together):
+        job.equal = self.stream.mirror and self.looks_like(job.entry, job.final, True)
+        try:
+            if job.equal:
+                self.progress.sent(job.entry.size)
+            elif job.linked:
+                job.linked = None
+                job.linked = self.hold(job)
+                self.progress.sent(job.entry.size)
+            else:
+                self.overlaps = True
+                if parent_of(job.final) in self.beyond:
+                    job.staged = self.beside(job)
+                self.copy(batch, job, not together or parent_of(job.final) in self.beyond)
+        except (Changed, ItemError) as error:
+            job.error = error
+
+    @contextlib.contextmanager
+    def synced_together(self, jobs):
+        """Whether one syncfs(2) follows for all files, which must not be synced one by one.  It
+        waits for the data of strangers, too, so never while a lease makes somebody wait."""
+        fd = self.begin_together() if len(jobs) >= self.SYNC_FROM and not any(
+            job.linked for job in jobs) else None
+        try:
+            yield fd is not None
+            if fd is not None:
+                self.sync_together(fd, [job for job in jobs if not (job.error or job.equal)])
+        finally:
+            if fd is not None:
+                os.close(fd)
+
+    def begin_together(self):
+        """A descriptor for syncfs, opened before the first write: it tells of errors since then.
+        None where it would not (Linux before 5.8) or does nothing (FUSE)."""
+        if self.together is None:
+            numbers = re.match(r'(\d+)\.(\d+)', os.uname().release) if hasattr(os, 'uname') else None
+            self.together = bool(numbers) and sys.platform.startswith('linux') and \
+                tuple(map(int, numbers.groups())) >= (5, 8) and \
+                file_system_type(self.device, mounts()) in self.SYNCED_AT_ONCE
+        return os.open(self.path(self.area), os.O_RDONLY | os.O_DIRECTORY) if self.together else None
+
+    def sync_together(self, fd, jobs):
+        started = time.monotonic()
+        try:
+            c_call('syncfs', fd)
+        except OSError as error:
+            log.debug('%s: syncfs: %s' % (self.stream.name, error.strerror))
+            self.together = False
+            for job in jobs:
+                self.sync_one(job)
+        if time.monotonic() - started > self.SYNC_PATIENCE:
+            self.together = False       # somebody else writes much there
+
+    def sync_one(self, job):
+        try:
+            sync_file(self.path(job.staged))
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.unlink(self.path(job.staged))
+            job.error = self.cannot_write(job, error)
 
     def hold(self, job):
         """A Link for what is about to get its second name.  Raises Changed, ItemError."""
@@ -3957,7 +4166,7 @@ class LocalTransport(Staging):
             watch.add(self.base + os.path.dirname(final))
         return all(map(self.looks_like, item.entries, finals))
 
-    def looks_like(self, entry, final):
+    def looks_like(self, entry, final, connected=False):
         """Mirror: equal by kind, size and mtime, like rsync's quick check; a link by its aim."""
         try:
             info = os.lstat(self.base + final)
@@ -3966,43 +4175,117 @@ class LocalTransport(Staging):
             if entry.kind == 'l':
                 return os.readlink(self.base + final) == os.readlink(self.root + entry.path)
             return (info.st_size == entry.size or entry.kind == 'd') and (
-                info.st_mtime_ns // 10 ** 9 == entry.mtime_ns // 10 ** 9 or
+                self.same_time(entry, info, connected) or
                 self.held.get(final) == (entry.identity, info.st_mtime_ns))
         except OSError:
             return False
 
-    def can_link(self, batch, entry):
-        return self.stream.move and batch.root == self.stream.root and \
-            entry.dev == self.device and not self.stream.target_chmod
+    def same_time(self, entry, info, connected):
+        """Whether the time there is the one here, as far as the target keeps times: within the
+        seconds that it is off, or not older where it does not take them at all."""
+        off = abs(info.st_mtime_ns // 10 ** 9 - entry.mtime_ns // 10 ** 9)
+        if not off:
+            return True
+        if self.coarse is None and connected:
+            self.coarse = self.try_times()
+        if self.coarse == 'not kept':
+            return info.st_mtime_ns >= entry.mtime_ns
+        return off <= (self.coarse or 0)
 
-    def copy(self, batch, job):
-        """Copy to the staged name, fsync, set time and mode; job.digest is what was read."""
+    def try_times(self):
+        """Set a time and read it back: how many seconds it is off, or 'not kept'."""
+        path, odd = self.path(os.path.join(self.area, b'time')), 1234567891
+        try:
+            with open(path, 'wb'):
+                pass
+            try:
+                os.utime(path, (odd, odd))
+                off = abs(os.stat(path).st_mtime - odd)
+                return int(off + 0.999) if off < 3 else 'not kept'
+            finally:
+                os.unlink(path)
+        except OSError:
+            return 'not kept'
+
+    def can_link(self, batch, entry):
+        if not self.stream.move or batch.root != self.stream.root or entry.dev != self.device or \
+                self.stream.target_chmod:
+            return False
+        if self.linkable is None:
+            self.linkable = self.try_link()
+        return self.linkable
+
+    def try_link(self):
+        """Whether a link from the source to the staging area is one file with two names: not so
+        between two mounts, without hard links, or where each name has an inode of its own."""
+        there = self.path(os.path.join(self.area, b'link'))
+        try:
+            with marked(self.stream.root) as marker:
+                here = self.root + marker
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(there)
+                os.link(here, there)
+                try:
+                    info = os.lstat(here)
+                    return os.path.samestat(info, os.lstat(there)) and info.st_nlink == 2
+                finally:
+                    os.unlink(there)
+        except OSError:
+            return False
+
+    def copy(self, batch, job, durable=True):
+        """Copy to the staged name, fsync, set time and mode; job.digest is what was read.
+        Raises ItemError, Changed; what was begun is removed then."""
         import hashlib
         digest = hashlib.sha256() if job.hashed else None
+        path = self.path(job.staged)
         with contextlib.suppress(OSError):
-            os.unlink(self.path(job.staged))
+            os.unlink(path)
         try:
-            fd = os.open(self.path(job.staged), os.O_WRONLY | os.O_CREAT | os.O_EXCL |
-                         getattr(os, 'O_NOFOLLOW', 0) | getattr(os, 'O_BINARY', 0), 0o600)
-            with os.fdopen(fd, 'wb', 0) as handle:
-                def write(block):
-                    if digest:
-                        digest.update(block)
-                    view = memoryview(block)
-                    while view:
-                        view = view[handle.write(view):]
-                    self.progress.sent(len(block))
-                    self.throttle.spend(len(block))
-
-                if digest or self.throttle.limit or not self.copy_inside(batch, job, handle):
-                    copy_entry(batch.root, job.entry, write, self.stop)
-                os.fsync(handle.fileno())
-            self.dress(job)
+            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, 'O_NOFOLLOW', 0) |
+                         getattr(os, 'O_BINARY', 0), job.entry.mode & 0o777 | 0o600)
+            try:
+                with os.fdopen(fd, 'wb', 0) as handle:
+                    self.copy_into(batch, job, handle, digest)
+                    if durable:
+                        os.fsync(handle.fileno())
+                self.dress(job)
+            except (MoverError, OSError):
+                with contextlib.suppress(OSError):
+                    os.unlink(path)
+                raise
         except OSError as error:
-            if error.errno in (errno.ENAMETOOLONG, errno.EILSEQ, errno.EFBIG):
-                raise ItemError('%s: %s' % (show(job.final), error.strerror))
-            raise self.trouble('cannot write', error)
+            raise self.cannot_write(job, error)
         job.digest = digest and digest.hexdigest()
+
+    def copy_into(self, batch, job, handle, digest):
+        size = job.entry.size
+        holes = size >= SPARSE_FROM and has_holes(os.path.join(batch.root, job.entry.path))
+
+        def write(block):
+            if digest:
+                digest.update(block)
+            for is_hole, piece in pieces(block) if holes else ((False, memoryview(block)),):
+                if is_hole:
+                    handle.seek(len(piece), os.SEEK_CUR)
+                while piece and not is_hole:
+                    piece = piece[handle.write(piece):]
+            self.progress.sent(len(block))
+            self.throttle.spend(len(block))
+
+        if digest or holes or self.throttle.limit or not self.copy_inside(batch, job, handle):
+            copy_entry(batch.root, job.entry, write, self.stop)
+            if holes:
+                handle.truncate(size)
+
+    def cannot_write(self, job, error):
+        """What it means that a file could not be written to the staging area."""
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return NoRoom('no room for %s (%s) in %s' % (show(job.final), format_size(
+                job.entry.size), show(self.stream.target_base)), 'make room there')
+        if error.errno == errno.EFBIG:
+            return ItemError('%s: %s' % (show(job.final), error.strerror))
+        return self.trouble('cannot write', error)
 
     def copy_inside(self, batch, job, handle):
         """Let the kernel copy (copy_file_range(2)), which may only have to share the blocks.
@@ -4030,34 +4313,52 @@ class LocalTransport(Staging):
         return False
 
     def dress(self, job):
-        mode = self.stream.target_chmod[0] if self.stream.target_chmod else \
-            job.entry.mode & ~current_umask() & 0o777
+        path, ns = self.path(job.staged), job.entry.mtime_ns
         try:
-            os.utime(self.path(job.staged), ns=(job.entry.mtime_ns, job.entry.mtime_ns))
-            os.chmod(self.path(job.staged), mode)
-        except PermissionError:
-            if self.stream.target_chmod:
+            os.utime(path, ns=(ns, ns))
+        except OSError as error:
+            if error.errno not in self.CANNOT:
                 raise
-            log.once('%s: %s does not take times and modes' % (self.stream.name, target_of(self.stream)))
+            log.once('%s: %s does not take times' % (self.stream.name, target_of(self.stream)))
+        if self.stream.target_chmod:
+            self.set_mode(path, self.stream.target_chmod[0])
+        elif job.entry.mode & 0o600 != 0o600:       # what it was made with to be written
+            self.set_mode(path, stat.S_IMODE(os.lstat(path).st_mode) & job.entry.mode)
+
+    def set_mode(self, path, mode):
+        """A mode that target_chmod asks for and that cannot be had is an error."""
+        try:
+            os.chmod(path, mode)
+        except OSError as error:
+            if self.stream.target_chmod or error.errno not in self.CANNOT:
+                raise
+            log.once('%s: %s does not take modes' % (self.stream.name, target_of(self.stream)))
 
     def measure(self, paths, hashed):
         found = {}
         for path in paths:
             self.stop.check()
-            try:
-                fd = os.open(self.path(path), os.O_RDONLY | getattr(os, 'O_NOFOLLOW', 0) |
-                             getattr(os, 'O_NONBLOCK', 0) | getattr(os, 'O_BINARY', 0))
-            except OSError:
-                continue
-            try:
-                info = os.fstat(fd)
-                if stat.S_ISREG(info.st_mode):
-                    found[path] = info.st_size, self.read_back(fd) if hashed else None
-            except OSError as error:
-                raise self.trouble('cannot read back', error)
-            finally:
-                os.close(fd)
+            size = self.measure_one(self.path(path), hashed)
+            if size:
+                found[path] = size
         return found
+
+    def measure_one(self, path, hashed):
+        """(size, SHA-256 or None) of a file, or None.  No link is followed, no FIFO waited for."""
+        try:
+            if not hashed:
+                info = os.lstat(path)
+                return (info.st_size, None) if stat.S_ISREG(info.st_mode) else None
+            fd = os.open(path, OPEN_FLAGS)
+        except OSError:
+            return None
+        try:
+            info = os.fstat(fd)
+            return (info.st_size, self.read_back(fd)) if stat.S_ISREG(info.st_mode) else None
+        except OSError as error:
+            raise self.trouble('cannot read back', error)
+        finally:
+            os.close(fd)
 
     def read_back(self, fd):
         """SHA-256 of what the disk holds: the cache is dropped first where that can be asked."""
@@ -4071,24 +4372,109 @@ class LocalTransport(Staging):
         return digest.hexdigest()
 
     def place(self, jobs):
-        done = set()
-        for job in jobs:
-            source = self.root + job.entry.path if job.linked else self.path(job.staged)
-            try:
-                os.link(source, self.path(job.final), follow_symlinks=False)
-                if not job.linked:
-                    os.unlink(source)
-                elif not self.linked_rightly(job, self.path(job.final)):
-                    os.unlink(self.path(job.final))
-                    job.error = Changed('%s was replaced' % show(job.entry.path))
-                done.add(job)
-            except FileExistsError:
-                continue
-            except OSError as error:
-                if self.place_otherwise(job, error):
-                    done.add(job)
+        done = {job for job in jobs if self.place_one(job)}
         self.renamed.update(parent_of(job.final) for job in done if not job.error)
         return done
+
+    def place_one(self, job):
+        """False if the name was taken; True if the job has it, or an error that says why not."""
+        try:
+            if job.linked:
+                try:
+                    return self.place_link(job)
+                except OSError as error:
+                    log.debug('%s: link %s: %s' % (self.stream.name, show(job.final), error.strerror))
+                    self.copy_instead(job)
+            try:
+                return self.publish(job.staged, job.final)
+            except OSError as error:
+                if error.errno != errno.EXDEV or not job.staged.startswith(self.area + b'/'):
+                    raise
+            self.move_beside(job)
+            return self.publish(job.staged, job.final)
+        except OSError as error:
+            job.error = self.cannot_name(job.final, error)
+        except (Changed, ItemError) as error:
+            job.error = error
+        return True
+
+    def place_link(self, job):
+        """Raises OSError where there can be no link; Changed."""
+        final = self.path(job.final)
+        try:
+            os.link(self.root + job.entry.path, final, follow_symlinks=False)
+        except FileExistsError:
+            return False
+        if not self.linked_rightly(job, final):
+            os.unlink(final)
+            raise Changed('%s was replaced' % show(job.entry.path))
+        return True
+
+    def copy_instead(self, job):
+        """No link to this file, or from there: another disk after all, a file of somebody else."""
+        job.linked.close()
+        job.linked, job.staged = None, self.staged_name(job.entry)
+        batch = Batch(self.stream.root, b'', ())
+        self.copy(batch, job)
+        self.verify(batch, [job])
+        if job.error:
+            raise job.error
+
+    def publish(self, old, new):
+        """Whether a file of ours was given that name, without overwriting; False: it was taken.
+        Raises OSError."""
+        old, new = self.path(old), self.path(new)
+        for way in list(self.ways):
+            try:
+                way(old, new)
+            except FileExistsError:
+                return False
+            except OSError as error:
+                if error.errno in self.AWAY or way is look_and_rename:
+                    raise
+                continue
+            # what did not do where another did is not tried again
+            self.ways = self.ways[self.ways.index(way):]
+            return True
+
+    def beside(self, job):
+        name = os.path.basename(self.staged_name(job.entry))
+        return os.path.join(parent_of(job.final), self.area + b'-' + name)
+
+    def move_beside(self, job):
+        """Another file system or a subvolume begins below target_dir: what is staged goes on to
+        there, under a name of ours beside the final one.  Raises OSError, ItemError."""
+        import shutil
+        directory, old = parent_of(job.final), self.path(job.staged)
+        if directory not in self.beyond:
+            with open(self.path(self.notes), 'ab') as notes:        # for delete_area()
+                notes.write(directory + b'\0')
+                os.fsync(notes.fileno())
+            self.beyond.add(directory)
+        job.staged = self.beside(job)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.path(job.staged))
+        fd = os.open(self.path(job.staged), os.O_WRONLY | os.O_CREAT | os.O_EXCL,
+                     job.entry.mode & 0o777 | 0o600)
+        with os.fdopen(fd, 'wb') as target, open(old, 'rb') as source:
+            shutil.copyfileobj(source, target, BLOCK)
+            target.flush()
+            os.fsync(fd)
+        self.dress(job)
+        os.unlink(old)
+        self.verify(None, [job])
+        if job.error:
+            raise job.error
+
+    def cannot_name(self, name, error):
+        """What it means that a name could not be given: mostly that the target has no such names.
+        Raises TargetError."""
+        if error.errno in self.AWAY:
+            raise self.trouble('cannot rename', error)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return NoRoom('no room for the name %s in %s' % (show(name), show(self.stream.target_base)))
+        return ItemError('%s cannot be placed: %s' % (show(self.path(name)), error.strerror),
+                         'can that file system hold such a name? may this account write there?')
 
     @staticmethod
     def linked_rightly(job, path):
@@ -4201,20 +4587,33 @@ class LocalTransport(Staging):
                 raise self.trouble('cannot sync', error)
 
     def overwrite(self, job):
-        if job.linked:
-            job.staged = self.staged_name(job.entry)
-            staged = self.path(job.staged)
-            try:
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(staged)           # a crash left it
-                os.link(self.root + job.entry.path, staged)
-            except OSError as error:
-                raise ItemError('%s: cannot link: %s' % (show(job.final), error.strerror))
-            if not self.linked_rightly(job, staged):
-                os.unlink(staged)
-                raise Changed('%s was replaced' % show(job.entry.path))
+        try:
+            if job.linked:
+                self.link_staged(job)
+            elif job.staged.startswith(self.area + b'/') and self.lies_beyond(parent_of(job.final)):
+                self.move_beside(job)
+        except OSError as error:
+            raise self.cannot_name(job.final, error)
         self.rename(job.staged, job.final)
         self.renamed.add(parent_of(job.final))
+
+    def lies_beyond(self, directory):
+        return os.stat(self.path(directory)).st_dev != self.device
+
+    def link_staged(self, job):
+        """Raises Changed, ItemError."""
+        job.staged = self.staged_name(job.entry)
+        staged = self.path(job.staged)
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(staged)           # a crash left it
+            os.link(self.root + job.entry.path, staged)
+        except OSError:
+            self.copy_instead(job)
+            return
+        if not self.linked_rightly(job, staged):
+            os.unlink(staged)
+            raise Changed('%s was replaced' % show(job.entry.path))
 
     def delete(self, paths):
         for path in paths:
@@ -4232,6 +4631,7 @@ class LocalTransport(Staging):
 
     def finish(self, batch):
         """Directories first, with their times last; then files as everywhere, and symlinks."""
+        self.stay()
         blocked = {}                    # directories that cannot be had, and all below them
         inner = [e for e in batch.entries if e.kind == 'd']
         for entry in inner:
@@ -4241,6 +4641,7 @@ class LocalTransport(Staging):
         for job in batch.jobs if blocked else ():
             job.error = job.error or blocked.get(parent_of(job.entry.path))
         answers = Staging.finish(self, batch)
+        self.stay()
         links = {e.path: blocked.get(parent_of(e.path)) or self.copy_link(batch, e)
                  for e in batch.entries if e.kind == 'l'}
         for entry in reversed(inner):
@@ -4307,6 +4708,10 @@ class LocalTransport(Staging):
 
     def delete_area(self):
         import shutil
+        with contextlib.suppress(OSError), open(self.path(self.notes), 'rb') as notes:
+            for directory in set(notes.read().split(b'\0')[:-1]):
+                names = [n for n in os.listdir(self.path(directory)) if n.startswith(self.area + b'-')]
+                self.delete(os.path.join(directory, name) for name in names)
         shutil.rmtree(self.path(self.area), ignore_errors=True)
         return not os.path.lexists(self.path(self.area))
 
@@ -8153,7 +8558,10 @@ class Delivery:
     def prepare(self):
         """Make directories that may be made, finish what a crash left."""
         stream = self.stream
-        if stream.create_directories and not os.path.isdir(stream.root):
+        trouble = directory_trouble('the directory', stream.root)
+        if trouble and trouble[0] != errno.ENOENT:
+            raise StateError(*trouble[1:])
+        if trouble and stream.create_directories:
             try:
                 os.makedirs(stream.root)
             except OSError as error:
@@ -8437,7 +8845,7 @@ class Delivery:
     def ask_there(self):
         """Raises Suspended, or TargetError if it cannot be known."""
         stream = self.stream
-        if time.monotonic() - self.worker.asked < STOP_FILE_AGE:
+        if time.monotonic() - self.worker.asked < STOP_FILE_AGE and not self.transport.asks_at_once:
             return
         names = {to_bytes(stream.stop_file), to_bytes(stream.target_marker or stream.stop_file)}
         found = self.worker.ask_for_marker(names)
@@ -8887,6 +9295,8 @@ class DiskMonitor:
         def below(level):
             usage = shutil.disk_usage(stream.directory)
             return usage.free < level(usage.total)
+        if shutil_free(stream.directory) is None:
+            return                      # no conclusion from it
         path = os.path.join(stream.root, to_bytes(stream.stop_file))
         key = 'disk:' + stream.name
         if below(levels.level_low):
@@ -9372,9 +9782,9 @@ class Worker:
 
     def start(self):
         """Take the lock and read what earlier runs left.  Raises LockedError, StateError."""
-        if not os.path.isdir(self.stream.root) and not self.stream.create_directories:
-            raise StateError('the directory %s is missing' % show(self.stream.directory),
-                             'create it or mount it, or set create_directories = yes')
+        trouble = directory_trouble('the directory', self.stream.root)
+        if trouble and not (trouble[0] == errno.ENOENT and self.stream.create_directories):
+            raise StateError(*trouble[1:])
         try:
             os.makedirs(self.stream.root, exist_ok=True)
         except OSError as error:
@@ -9913,8 +10323,9 @@ def check_target(worker, transport):
 def check_steps(worker):
     """Yield (what, answer) for one stream; a MoverError ends it."""
     stream, transport = worker.stream, worker.transport
-    if not os.path.isdir(stream.root) and not stream.create_directories:
-        raise StateError('directory: %s is missing' % show(stream.directory), 'create it or mount it')
+    trouble = directory_trouble('directory:', stream.root)
+    if trouble and not (trouble[0] == errno.ENOENT and stream.create_directories):
+        raise StateError(*trouble[1:])
     if stream.move and os.path.isdir(stream.root) and not os.access(stream.root, os.W_OK | os.X_OK):
         raise StateError('directory: %s is not writable, so nothing could be deleted after its '
                          'delivery' % show(stream.directory), 'change its permissions')
