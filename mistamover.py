@@ -2910,11 +2910,12 @@ OPEN_FLAGS = os.O_RDONLY | getattr(os, 'O_NOFOLLOW', 0) | getattr(os, 'O_NONBLOC
     getattr(os, 'O_BINARY', 0) | getattr(os, 'O_CLOEXEC', 0)
 
 
-def open_entry(root, entry):
+def open_entry(root, entry, any_ctime=False):
     """Open a file of a snapshot for reading, if it still is that file.
 
-    Neither a symlink nor a FIFO put in its place is followed or waited for.  Returns a
-    descriptor; raises Changed, ItemError.
+    Neither a symlink nor a FIFO put in its place is followed or waited for.  any_ctime: it may
+    have another one, for a link that we made and removed again.  Returns a descriptor; raises
+    Changed, ItemError.
     """
     try:
         fd = os.open(os.path.join(root, entry.path), OPEN_FLAGS)
@@ -2927,7 +2928,8 @@ def open_entry(root, entry):
             raise StateError('cannot open %s: %s' % (show(entry.path), error.strerror))
         raise ItemError('%s cannot be read: %s' % (show(entry.path), error.strerror),
                         'check its permissions')
-    if not entry.same_as(os.fstat(fd)):
+    info = os.fstat(fd)
+    if not (entry._replace(ctime_ns=info.st_ctime_ns) if any_ctime else entry).same_as(info):
         os.close(fd)
         raise Changed('%s has changed' % show(entry.path))
     return fd
@@ -3974,9 +3976,9 @@ class LocalTransport(Staging):
     def begin(self):
         """What is learned of the target is forgotten with the connection."""
         self.made.clear()
+        self.traits.clear()
+        self.shown.clear()
         self.ways = [rename_exclusively, link_and_unlink, look_and_rename]      # to publish
-        self.linkable = None        # whether a link from the source leads there, once it was tried
-        self.coarse = None          # how many seconds a time that is set is off, 'not kept' or None
         self.together = None        # whether syncfs may be used
         self.beyond = set()         # directories that lie on another file system than target_dir
         self.notes = os.path.join(self.area, b'beyond')
@@ -3995,14 +3997,14 @@ class LocalTransport(Staging):
                 raise self.trouble('cannot make', error)
         elif trouble:
             raise TargetError(*trouble[1:])
-        self.identity = self.look()
+        self.identity = self.whereabouts()
         self.device = self.identity[0]
         with contextlib.suppress(OSError):
             if self.stream.move and os.stat(self.stream.root).st_dev == self.device:
                 self.PART_FILES = min(type(self).PART_FILES, Link.MOST)     # all of a part is held
         self.refuse_late_uploads()
 
-    def look(self):
+    def whereabouts(self):
         """Which directory target_dir is.  Raises TargetError if it is none, or lacks its marker."""
         marker = self.stream.target_marker
         try:
@@ -4020,7 +4022,7 @@ class LocalTransport(Staging):
     def stay(self):
         """Raises TargetError if target_dir is not what it was: a disk that is unmounted uncovers
         a directory that takes files as well."""
-        if self.look() != self.identity:
+        if self.whereabouts() != self.identity:
             raise TargetError('the target directory %s is another one than a moment ago' % show(
                 self.stream.target_base), 'was a disk mounted or unmounted there?')
 
@@ -4148,7 +4150,7 @@ class LocalTransport(Staging):
 
     def hold(self, job):
         """A Link for what is about to get its second name.  Raises Changed, ItemError."""
-        fd = open_entry(self.root, job.entry)
+        fd = open_entry(self.root, job.entry, True)
         leased = self.leases.take(fd)
         link = Link(self.path(job.final), job.entry)
         if leased:
@@ -4186,36 +4188,27 @@ class LocalTransport(Staging):
         off = abs(info.st_mtime_ns // 10 ** 9 - entry.mtime_ns // 10 ** 9)
         if not off:
             return True
-        if self.coarse is None and connected:
-            self.coarse = self.try_times()
-        if self.coarse == 'not kept':
-            return info.st_mtime_ns >= entry.mtime_ns
-        return off <= (self.coarse or 0)
+        known = self.trait('times') if connected else self.traits.get(('times',), 0)
+        return info.st_mtime_ns >= entry.mtime_ns if known is None else off <= known
 
     def try_times(self):
-        """Set a time and read it back: how many seconds it is off, or 'not kept'."""
-        path, odd = self.path(os.path.join(self.area, b'time')), 1234567891
+        """Set a time and read it back: how many seconds it is off, or None if it is not kept."""
+        odd = 1234567891
         try:
-            with open(path, 'wb'):
-                pass
-            try:
-                os.utime(path, (odd, odd))
-                off = abs(os.stat(path).st_mtime - odd)
-                return int(off + 0.999) if off < 3 else 'not kept'
-            finally:
-                os.unlink(path)
-        except OSError:
-            return 'not kept'
+            with self.tiny() as tiny:
+                os.utime(self.path(tiny), (odd, odd))
+                off = abs(os.stat(self.path(tiny)).st_mtime - odd)
+                return int(off + 0.999) if off < 3 else None
+        except (OSError, ItemError):
+            return None
 
     def can_link(self, batch, entry):
         if not self.stream.move or batch.root != self.stream.root or entry.dev != self.device or \
                 self.stream.target_chmod:
             return False
-        if self.linkable is None:
-            self.linkable = self.try_link()
-        return self.linkable
+        return self.trait('source_links')
 
-    def try_link(self):
+    def try_source_links(self):
         """Whether a link from the source to the staging area is one file with two names: not so
         between two mounts, without hard links, or where each name has an inode of its own."""
         there = self.path(os.path.join(self.area, b'link'))
@@ -4482,36 +4475,12 @@ class LocalTransport(Staging):
         return (job.entry.dev, job.entry.ino, job.entry.size, job.entry.mtime_ns) == \
             (info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns)
 
-    def place_otherwise(self, job, error):
-        """No hard link here: another disk after all, a share, a file of somebody else."""
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE):
-            raise self.trouble('cannot link', error)
-        if error.errno in (errno.ENOENT, errno.ENAMETOOLONG, errno.ENOTDIR):
-            job.error = ItemError('%s: %s' % (show(job.final), error.strerror))
-            return True
-        try:
-            if job.linked:
-                job.linked.close()
-                job.linked, job.staged = None, self.staged_name(job.entry)
-                batch = Batch(self.stream.root, b'', ())
-                self.copy(batch, job)
-                self.verify(batch, [job])
-                if job.error:
-                    return True
-            if os.path.lexists(self.path(job.final)):
-                return False
-            os.rename(self.path(job.staged), self.path(job.final))
-        except OSError as trouble:
-            if trouble.errno != errno.EXDEV:
-                raise self.trouble('cannot rename', trouble)
-            job.error = ItemError('%s: another file system is mounted below target_dir' % show(job.final),
-                                  'make it the target_dir of a stream of its own')
-        except (Changed, ItemError) as trouble:
-            job.error = trouble
-        return True
-
     def exists(self, path):
-        return os.path.lexists(self.path(path))
+        try:
+            os.lstat(self.path(path))
+            return True
+        except OSError as error:
+            return False if error.errno in (errno.ENOENT, errno.ENOTDIR) else None
 
     def names_taken(self, _jobs):
         return ()           # place() never overwrites
