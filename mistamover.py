@@ -219,7 +219,7 @@ def format_size(count):
     power = 0
     while count >= 1024 and power < 4:
         count, power = count / 1024, power + 1
-    return '%.1f %s' % (count, ('B', 'KB', 'MB', 'GB', 'TB')[power]) if power else '%d B' % count
+    return '%.1f %s' % (count, ('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]) if power else '%d B' % count
 
 
 def format_duration(seconds):
@@ -2155,6 +2155,16 @@ class Failures:
         pause = min(self.stream.retry_pause * 2 ** min(tries - 1, 30), self.stream.retry_pause_max)
         return tries > 0 and 0 <= now - last < pause
 
+    TOLD_AFTER = 3600           # seconds
+
+    def to_tell(self, age):
+        """[(name, entry)] of those that fail for long and that nobody was told about; now they are."""
+        new = [(name, entry) for name, entry in sorted(self.items.items())
+               if not entry.get('told') and age(entry['first']) >= self.TOLD_AFTER]
+        for _, entry in new:
+            entry['told'] = True
+        return new
+
     def hopeless(self, name, age):
         """age: tells how long ago a moment of the wall clock was, see Ages."""
         entry = self.items.get(to_text(name))
@@ -2229,6 +2239,7 @@ class Progress:
         self.done_items = self.done_bytes = 0
         self.sent_bytes = 0                         # pushed, perhaps not yet proven
         self.started = time.monotonic()
+        self.looks = collections.deque(maxlen=100)  # (monotonic time, bytes sent) when line() was asked
         self.oldest_ns = None                       # mtime of the oldest item that waits
         self.next_try = None                        # epoch seconds
         self.daemon = False                         # whether it goes on until it is stopped
@@ -2239,6 +2250,7 @@ class Progress:
         self.total_items, self.total_bytes, self.oldest_ns = items, size, oldest_ns
         self.done_items = self.done_bytes = self.sent_bytes = 0
         self.started = time.monotonic()
+        self.looks.clear()
 
     def sent(self, count):
         self.sent_bytes += count
@@ -2287,15 +2299,17 @@ class Progress:
         except StateError as error:
             log.once(str(error))
 
-    def line(self):
-        """For a terminal: items, bytes, rate, time left."""
-        seconds = max(0.001, time.monotonic() - self.started)
+    def line(self, now=None):
+        """For a terminal: per cent, items, bytes, rate and time left by what went of late."""
+        now = time.monotonic() if now is None else now
         size = min(max(self.sent_bytes, self.done_bytes), self.total_bytes)
-        rate = size / seconds
-        left = format_duration((self.total_bytes - size) / rate) if rate else '?'
-        return '%s: %d/%d items, %s of %s, %s/s, %s left' % (
-            self.stream.name, self.done_items, self.total_items, format_size(size),
-            format_size(self.total_bytes), format_size(rate), left)
+        self.looks.append((now, size))
+        since, before = self.looks[0]
+        rate = (size - before) / (now - since) if now - since > 1 else 0
+        return '%s: %d %%, %d/%d items, %s of %s%s' % (
+            self.stream.name, 100 * size // max(1, self.total_bytes), self.done_items, self.total_items,
+            format_size(size), format_size(self.total_bytes), ', %s/s, %s left' % (
+                format_size(rate), format_duration((self.total_bytes - size) / rate)) if rate else '')
 
 
 # ----------------------------------------------------------------------------------------
@@ -2347,32 +2361,42 @@ class Alerts:
             log.once(str(error))
 
     def tell(self, level, text, always=False):
-        """Something happened; always: whatever the threshold."""
+        """Something happened; always: whatever the threshold.  Whether anybody will hear of it."""
         left = [name for name, _ in self.channels()]
         if left and (always or self.LEVELS.index(level) >= self.LEVELS.index(self.email.threshold)):
             with self.lock:
                 self.pending = self.pending[1 - self.KEPT:] + [
                     dict(time=utc_stamp(), level=level, text=show(text), left=left)]
                 self.save(self.key, self.pending or None)
+            return True
+        return False
+
+    UNTOLD = 'bad, and nobody heard of it'
 
     def turn(self, key, bad, level, text):
-        """Something is bad or good: told when it changes, across runs, not while it lasts."""
+        """Something is bad or good: told when it changes, across runs, not while it lasts.  Who did
+        not hear that it was bad does not hear that it is good."""
+        before = self.states.get(key)
+        if bool(before) == bad:
+            return
+        state = bad
+        if before != self.UNTOLD and not self.tell(level, text) and bad:
+            state = self.UNTOLD
         with self.lock:
-            if bool(self.states.get(key)) == bad:
-                return
-            self.states[key] = bad
-            self.save(key, bad)
-        self.tell(level, text)
+            self.states[key] = state
+            self.save(key, state)
 
     def compose(self, alerts):
         """(subject, body) of one message about some alerts."""
         import socket
-        subject = alerts[0]['text'] if len(alerts) == 1 else \
-            '%d alerts, %d of them errors' % (len(alerts), sum(a['level'] == 'error' for a in alerts))
+        worst = max(alerts, key=lambda alert: self.LEVELS.index(alert['level']))
+        subject = worst['text'] if len(alerts) == 1 else '%d alerts, %d of them errors; one is: %s' % (
+            len(alerts), sum(a['level'] == 'error' for a in alerts), worst['text'])
         lines = ['%(time)s  %(level)-7s  %(text)s' % alert for alert in alerts]
         host = socket.gethostname()
         return ' '.join(('%s on %s: %s' % (self.email.subject, host, subject[:150])).split()), \
-            '\n'.join(lines + ['', 'MiStaMover on %s' % host, ''])
+            '\n'.join(lines + ['', 'What every stream is doing now: mistamover.py --status on %s.' % host,
+                               'Why a file is still there: mistamover.py --explain PATH', ''])
 
     def send_due(self, force=False):
         """Send what waits, unless the last message is younger than digest_time; the names of
@@ -8518,6 +8542,7 @@ class Delivery:
                 self.drain()
                 self.send_again()
             self.judge_suspects()
+            self.tell_of_failing()
             self.quarantine_hopeless()
             self.delete_missing()
             self.tidy()
@@ -9182,6 +9207,16 @@ class Delivery:
         if self.stream.move and self.failures.hopeless(name, self.worker.age):
             self.hopeless[name] = entry
 
+    def tell_of_failing(self):
+        """An item that fails for an hour is told about once, long before it is quarantined."""
+        new = self.failures.to_tell(self.worker.age)
+        if new:
+            name, entry = new[0]
+            self.worker.state.alerts.tell('warning', (
+                'Stream %s cannot deliver %s, for more than an hour now: %s%s.  The others go on.' % (
+                    self.stream.name, show(to_bytes(name)), entry['error'],
+                    '; and %s like it' % count_of(len(new) - 1, 'more item') if len(new) > 1 else '')))
+
     def quarantine_hopeless(self):
         """At the end of a pass that nobody suspended."""
         if self.hopeless:
@@ -9212,10 +9247,11 @@ class Delivery:
             return
         self.failures.forget(name)
         self.result.quarantined += 1
-        message = '%s: quarantined %s in %s' % (self.stream.name, show(name),
-                                                show(self.stream.quarantine_dir))
-        log.error(message)
-        self.worker.state.alerts.tell('warning', '%s: %s' % (message, entry['error']))
+        log.error('%s: quarantined %s in %s' % (self.stream.name, show(name),
+                                                show(self.stream.quarantine_dir)))
+        self.worker.state.alerts.tell('warning', (
+            'Stream %s gave up and quarantined %s in %s: %s.  To have it tried again, fix that and move it '
+            'back.' % (self.stream.name, show(name), show(self.stream.quarantine_dir), entry['error'])))
 
 
 # ----------------------------------------------------------------------------------------
@@ -9810,8 +9846,9 @@ class Worker:
         if not (result.failed or result.waiting):
             self.progress.mended()
         if delivery.connected:
-            self.state.alerts.turn('target:' + self.stream.name, False, 'info', '%s: %s is back' % (
-                self.stream.name, target_of(self.stream)))
+            self.state.alerts.turn('target:' + self.stream.name, False, 'info',
+                                   'Stream %s delivers to %s again.' % (
+                                       self.stream.name, target_of(self.stream)))
         if result.items or result.failed or result.kept or not patient:
             log.info('%s: %s' % (self.stream.name, result.line()))
         return result
@@ -9831,7 +9868,9 @@ class Worker:
         self.progress.last['retries'] = self.progress.last.get('retries', 0) + 1
         self.progress.enter('down', str(error), pause=pause)
         if self.daemonic or not again:
-            self.state.alerts.turn('target:' + self.stream.name, True, 'error', message)
+            self.state.alerts.turn('target:' + self.stream.name, True, 'error', (
+                'Stream %s does not deliver: %s.  Nothing is lost; it goes on by itself when this is fixed.'
+                % (self.stream.name, error)))
         if failures == 1:
             log.error(message)
         elif not again:
@@ -9969,19 +10008,19 @@ class Worker:
 
 
 def draw_progress(workers):
-    """One line at the bottom of a terminal, overwritten in place."""
+    """A line a stream at the bottom of a terminal, overwritten in place."""
     import shutil
-    busy = [w.progress for w in workers if w.progress.state == 'transferring']
     width = shutil.get_terminal_size().columns - 1
-    text = '   '.join(p.line() for p in busy)[:width]
+    lines = [w.progress.line()[:width] for w in workers if w.progress.state == 'transferring']
 
     def clear():
-        sys.stderr.write('\r' + ' ' * width + '\r')
+        sys.stderr.write('\r\033[K' + '\033[A\033[K' * (len(lines) - 1))    # ECMA-48: EL, CUU
         sys.stderr.flush()
         log.clear_line = lambda: None
 
-    if text:
-        sys.stderr.write('\r' + text.ljust(width))
+    log.clear_line()
+    if lines:
+        sys.stderr.write('\n'.join(lines))
         sys.stderr.flush()
         log.clear_line = clear
 
@@ -10114,7 +10153,8 @@ class Supervisor:
                              daemon=True).start()
         self.start_missing()
         self.notifier.send('READY=1')
-        terminal = sys.stderr.isatty() and not self.config.settings.log_file
+        settings = self.config.settings
+        terminal = sys.stderr.isatty() and not settings.log_file and settings.loudness != 'WARNING'
         while self.goes_on():
             self.wait(0.2 if terminal or not self.daemon else 1)
             try:
@@ -10556,6 +10596,7 @@ Wants=network-online.target
 
 [Service]
 Type=notify
+User=%(user)s
 ExecStart=%(command)s
 ExecReload=/bin/kill -HUP $MAINPID
 KillMode=mixed
@@ -10563,18 +10604,31 @@ Restart=always
 RestartSec=30
 WatchdogSec=10min
 TimeoutStopSec=30
+# To see who writes files that belong to other accounts, and nothing else, of root's rights
+CapabilityBoundingSet=CAP_LEASE
+AmbientCapabilities=CAP_LEASE
 NoNewPrivileges=yes
 PrivateTmp=yes
 PrivateDevices=yes
 ProtectSystem=strict
 ProtectHome=read-only
-ProtectKernelTunables=yes
+ProtectClock=yes
+ProtectHostname=yes
+ProtectKernelLogs=yes
 ProtectKernelModules=yes
+ProtectKernelTunables=yes
 ProtectControlGroups=yes
+ProtectProc=invisible
 RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6
+RestrictNamespaces=yes
+RestrictRealtime=yes
 RestrictSUIDSGID=yes
+RemoveIPC=yes
 LockPersonality=yes
-CapabilityBoundingSet=CAP_LEASE CAP_DAC_OVERRIDE CAP_FOWNER CAP_CHOWN
+SystemCallArchitectures=native
+SystemCallFilter=@system-service
+SystemCallErrorNumber=EPERM
+# A leading "-": a directory that is missing, as of a disk that is not mounted, is no reason not to start
 %(paths)s
 
 [Install]
@@ -10593,10 +10647,19 @@ def unit_word(text):
     return '"%s"' % text.replace('\\', '\\\\').replace('"', '\\"').replace('%', '%%').replace('$', '$$')
 
 
+def unit_user(config):
+    """Who is to run it: whoever prints the unit or, if that is root, who owns the configuration."""
+    import pwd
+    owner = os.getuid() or os.stat(config.path).st_uid
+    try:
+        return pwd.getpwuid(owner).pw_name
+    except KeyError:
+        return str(owner)
+
+
 def command_print_unit(config, args, _stop):
     """A hardened unit file for systemd, with write access to what the streams need."""
     settings = config.settings
-    make_private_directory(settings.state_dir)
     words = [sys.executable, os.path.abspath(__file__), '--daemon', '--config', config.path]
     for name in args.stream:
         words += ['--stream', name]
@@ -10610,8 +10673,8 @@ def command_print_unit(config, args, _stop):
         if stream.protocol.target_form == 'here':
             paths.append(stream.target_base)
     unique = list(collections.OrderedDict.fromkeys(paths))
-    say(UNIT % dict(command=' '.join(unit_word(word) for word in words), paths='\n'.join(
-        'ReadWritePaths=%s' % unit_word(path).replace('$$', '$') for path in unique)))
+    say(UNIT % dict(user=unit_user(config), command=' '.join(map(unit_word, words)), paths='\n'.join(
+        'ReadWritePaths=%s' % unit_word('-' + path).replace('$$', '$') for path in unique)))
     return EXIT_OK
 
 

@@ -5083,7 +5083,7 @@ mm.LocalTransport.place = refuse
             output += piece
         os.close(master)
         self.assertEqual(process.wait(), 0)
-        self.assertRegex(output.decode(), r's: 0/1 items, [12]\.0 MB of 3\.0 MB, [\d.]+ \w+/s, .* left')
+        self.assertRegex(output.decode(), r's: (33|66) %, 0/1 items, [12]\.0 MiB of 3\.0 MiB')
         write(os.path.join(world.source, 'item2'), b'x')
         self.assertNotIn('\r', self.assert_run(world, 0).output)
 
@@ -5152,6 +5152,10 @@ class SmtpSink:
         return '[email]\n' + ''.join('%s = %s\n' % pair for pair in options.items())
 
 
+def body_of(mail):
+    return mail.get_payload(decode=True).decode()
+
+
 class Alerting(Doctored):
     def test_an_outage_is_one_mail_and_its_end_another(self):
         sink = SmtpSink().start()
@@ -5169,8 +5173,37 @@ class Alerting(Doctored):
         os.mkdir(world.target)
         self.assert_run(world, 0)
         self.assertEqual(len(sink.mails), 2)
-        self.assertIn('is back', sink.mails[1].get_payload())
+        self.assertIn('Stream s delivers to %s again.' % world.target, body_of(sink.mails[1]))
+        self.assertIn('Stream s does not deliver: the target directory', body_of(sink.mails[0]))
         self.assertEqual(tree(world.source), {})
+
+    def test_no_good_news_for_who_did_not_hear_the_bad(self):
+        sink = SmtpSink().start()
+        self.addCleanup(sink.listener.close)
+        world = self.world('local')
+        os.rmdir(world.target)
+        write(os.path.join(world.source, 'run001'), b'run')
+        self.assert_run(world, 1)               # nobody is told
+        world.configure(sink.settings())
+        os.mkdir(world.target)
+        self.assert_run(world, 0)
+        self.assertEqual([mail.get_payload() for mail in sink.mails], [])
+
+    def test_an_item_that_fails_is_told_about_within_the_hour_and_once(self):
+        sink = SmtpSink().start()
+        self.addCleanup(sink.listener.close)
+        world = self.world('local')
+        world.configure(sink.settings(), on_conflict='refuse')
+        for name in ('item', 'more'):
+            write(os.path.join(world.source, name), b'item')
+            write(os.path.join(world.target, name), b'other')
+        self.assert_run(world, 1)
+        self.assertEqual(sink.mails, [])
+        for _ in range(2):
+            self.assertEqual(self.doctored(world, 'mm.Failures.TOLD_AFTER = 0').code, 1)
+        told, = map(body_of, sink.mails)
+        self.assertIn('Stream s cannot deliver item, for more than an hour now: item ', told)
+        self.assertIn('; and 1 more item like it.  The others go on.', told)
 
     def test_a_mail_server_that_is_down_disturbs_nothing_and_gets_it_later(self):
         sink = SmtpSink()
@@ -5322,12 +5355,12 @@ threading.Thread(target=watch, daemon=True).start()
         os.utime(path, (15032385535, 15032385535))      # the last second that ext4 knows
         self.assert_run(world, 1)
         self.assertIn('is missing', text_of(out))
-        self.assert_run(world, 0, '--status')
+        self.assert_run(world, 1, '--status')
         progress = mm.Progress(mm.load_config(world.ini, mm.TRANSPORTS).streams[0],
                                mm.SharedJson(world.state, 'status.json'))
         progress.begin(1, 1, 300000000000 * 10 ** 9)    # the year 11476
         progress.save()
-        self.assert_run(world, 0, '--status')
+        self.assertNotIn('Traceback', self.assert_run(world, 1, '--status').output)
         for bad in ('a@', 'foo <', 'a@['):
             world.configure(program + '[email]\nsmarthost = h\nrecipient = a@b.org\nfrom = %s\n' % bad)
             self.assertIn('is no mail address', self.assert_run(world, 2).output)
@@ -5790,11 +5823,11 @@ class Explaining(Case):
 
         def history(*args):
             return self.assert_run(world, 0, '--history', *args).output.splitlines()
-        self.assertEqual(history()[-1], '3 items delivered, 3.0 MB')
+        self.assertEqual(history()[-1], '3 items delivered, 3.0 MiB')
         self.assertEqual(history('*', '--since', '2026-03-03', '--until', '2026-03-31T23:59')[-1],
-                         '1 item delivered, 1.0 MB')
-        self.assertEqual(history('run2')[-1], '1 item delivered, 1.0 MB')
-        self.assertEqual(history('*', '--until', '2026-03-03')[-1], '1 item delivered, 1.0 MB')
+                         '1 item delivered, 1.0 MiB')
+        self.assertEqual(history('run2')[-1], '1 item delivered, 1.0 MiB')
+        self.assertEqual(history('*', '--until', '2026-03-03')[-1], '1 item delivered, 1.0 MiB')
         self.assertIn('no moment', self.assert_run(world, 2, '--history', '*', '--since', 'soon').output)
 
     def test_init_writes_a_file_that_works_and_never_overwrites(self):
@@ -5827,7 +5860,17 @@ class Explaining(Case):
         unit = self.assert_run(world, 0, '--print-unit', '--stream', 's').output
         self.assertIn('Type=notify', unit)
         for path in (world.source, world.target, world.state):
-            self.assertIn('ReadWritePaths="%s"' % path, unit)
+            self.assertIn('ReadWritePaths="-%s"' % path, unit)
+        self.assertIn('User=%s' % pwd.getpwuid(os.getuid()).pw_name, unit)
+        self.assertFalse(os.path.exists(world.state))
+        analyze = find_program('systemd-analyze')
+        if not analyze:
+            self.skipTest('systemd-analyze is not installed (Debian package systemd)')
+        path = os.path.join(world.top, 'mistamover.service')
+        write(path, unit.replace('User=root', 'User=nobody').encode())
+        done = subprocess.run([analyze, 'security', '--offline=yes', '--threshold=25', path],
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        self.assertEqual(done.returncode, 0, done.stdout.decode())      # 25: an exposure of 2.5
         self.assertIn('"--daemon" "--config" "%s" "--stream" "s"' % world.ini, unit)
 
     def test_lines_for_the_journal(self):
