@@ -1208,8 +1208,8 @@ def read_ini(config, path):
             text = handle.read()
     except OSError as error:
         raise ConfigError('%s: cannot be read: %s' % (show(path), error.strerror),
-                          'write one, e.g. from mistamover.ini.example, beside the program, or name '
-                          'it with --config' if error.errno == errno.ENOENT else 'name a readable file')
+                          'to write one, type: python3 %s --init; to use another, name it with --config'
+                          % show(sys.argv[0]) if error.errno == errno.ENOENT else 'name a readable file')
     except UnicodeDecodeError:
         raise ConfigError('%s: is not UTF-8 text' % show(path), 'save it as UTF-8')
     parser = configparser.RawConfigParser(default_section='\0', delimiters=('=',))
@@ -10686,71 +10686,99 @@ def ask(question, default=''):
         raise ConfigError('no more answers', 'nothing was written')
 
 
-INIT_QUESTIONS = (      # option, default, whether to ask, given the answers so far
-    ('directory', 'incoming', lambda a: True),
-    ('transfer_protocol', 'rsync_ssh', lambda a: True),
-    ('target_host', '', lambda a: 'host' in TRANSPORTS[a['transfer_protocol']].takes),
-    ('username', '', lambda a: 'host' in TRANSPORTS[a['transfer_protocol']].takes),
-    ('password_file', '', lambda a: 'password' in TRANSPORTS[a['transfer_protocol']].takes),
-    ('target_dir', 'archive', lambda a: True),
-    ('transfer_mode', 'move', lambda a: TRANSPORTS[a['transfer_protocol']].mirrors),
-    ('create_directories', 'yes', lambda a: True),
-    ('settle_time', '60s', lambda a: True),
-)
+INIT_QUESTIONS = collections.OrderedDict((      # option -> default; asked where it means anything
+    ('directory', 'incoming'), ('transfer_protocol', 'rsync_ssh'), ('target_host', ''), ('target_port', ''),
+    ('username', ''), ('password_file', ''), ('ssh_key', ''), ('tls', 'no'), ('target_dir', 'archive'),
+    ('target_marker', ''), ('transfer_mode', 'move'), ('create_directories', 'no'), ('settle_time', '60s')))
 
 
-def ask_options():
-    """{option: text} for a stream; what is no answer is asked for again."""
-    table = {option.name: option for option in OPTIONS if option.section == 'stream'}
+def stream_option(name):
+    return next(option for option in OPTIONS if option.section == 'stream' and option.name == name)
+
+
+def init_asks(name, answers):
+    """Whether a question makes sense after the answers so far."""
+    protocol = TRANSPORTS[answers.get('transfer_protocol', 'rsync_ssh')]
+    return (name != 'transfer_mode' or protocol.mirrors) and \
+        means_something(stream_option(name), protocol, answers.get('transfer_mode', 'move'))
+
+
+def ask_option(name, default):
+    """The text of one option; what is no answer is asked for again."""
+    option = stream_option(name)
+    while True:
+        text = ask('%s (%s)' % (name, option.text), default)
+        try:
+            to_text(text).encode('utf-8')
+            if name == 'transfer_protocol':
+                return one_of(*sorted(TRANSPORTS))(text, '')
+            if text:
+                option.kind(text, '.')
+            elif name in REQUIRED or name == 'target_host':
+                raise ValueError('an answer is needed')
+            return text
+        except ValueError as error:
+            say(str(error))
+
+
+def ask_stream(others):
+    """(name, {option: text}) of a stream that is configured in a dialogue, seen and confirmed."""
+    name = ask('a name for the stream', 'data' if not others else '')
+    while not re.match(STREAM_NAME, name) or name in others:
+        say('it is made of letters, digits, _ . and -, begins with a letter or a digit, and is no '
+            'other stream\'s')
+        name = ask('a name for the stream')
     answers = collections.OrderedDict()
-    for name, default, wanted in INIT_QUESTIONS:
-        while wanted(answers):
-            text = ask('%s (%s)' % (name, table[name].text), default)
-            try:
-                to_text(text).encode('utf-8')
-                if name == 'transfer_protocol':
-                    text = one_of(*sorted(TRANSPORTS))(text, '')
-                elif text:
-                    table[name].kind(text, '.')
-                elif name in REQUIRED or name == 'target_host':
-                    raise ValueError('an answer is needed')
-            except ValueError as error:
-                say(str(error))
-                continue
-            answers[name] = text
-            break
-    return answers
+    for option, default in INIT_QUESTIONS.items():
+        if init_asks(option, answers):
+            answers[option] = ask_option(option, default)
+    while True:
+        say('')
+        for line in stream_section(name, answers):
+            say(line)
+        word = ask('\nIs this right?  yes, or the name of an option to correct', 'yes')
+        if word == 'yes':
+            return name, answers
+        if word in INIT_QUESTIONS:
+            answers[word] = ask_option(word, answers.get(word, INIT_QUESTIONS[word]))
+        else:
+            say('%s is none of %s' % (word, ', '.join(INIT_QUESTIONS)))
+
+
+def stream_section(name, answers):
+    """The lines of a stream's section; what another answer made pointless is left out."""
+    return ['[stream:%s]' % name] + ['%s = %s' % (option, text.replace('$', '$$'))
+                                     for option, text in answers.items()
+                                     if text and init_asks(option, answers)]
 
 
 def command_init(args, stop):
-    """Ask a few questions, write a configuration, try the target."""
-    path = os.path.abspath(args.config or os.path.join(
-        os.path.dirname(os.path.abspath(__file__)), 'mistamover.ini'))
+    """Ask a few questions, write a configuration, try the targets, say what to type next."""
+    beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'mistamover.ini')
+    path = os.path.abspath(args.config or beside)
     if os.path.lexists(path):
-        raise ConfigError('%s is there already' % show(path), 'name another one with --config')
-    say('This writes %s.  An empty answer takes what stands in [brackets].' % show(path))
-    name = ask('a name for the stream', 'data')
-    while not re.match(STREAM_NAME, name):
-        say('it is made of letters, digits, _ . and -, and begins with a letter or a digit')
-        name = ask('a name for the stream', 'data')
-    answers = ask_options()
-    table = {option.name: option for option in OPTIONS if option.section == 'stream'}
-    lines = ['# Written by mistamover.py --init.  Every other option: mistamover.ini.example.', '',
-             '[mistamover]', 'state_dir = mistamover-state', '', '[stream:%s]' % name]
-    for option, text in answers.items():
-        if text:
-            lines += ['# ' + table[option].text, '%s = %s' % (option, text.replace('$', '$$'))]
+        raise ConfigError('%s exists already' % show(path), 'name another one with --config')
+    say('This writes %s.  An empty answer takes what is in [brackets].' % show(path))
+    streams = collections.OrderedDict()
+    while not streams or ask('Another stream?  yes or no', 'no') == 'yes':
+        name, answers = ask_stream(streams)
+        streams[name] = answers
+    lines = ['# Written by mistamover.py --init.  README.md has every other option.', '',
+             '[mistamover]', 'state_dir = mistamover-state']
+    for name, answers in streams.items():
+        lines += [''] + stream_section(name, answers)
     try:
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(fd, 'w', encoding='utf-8') as handle:
             handle.write('\n'.join(lines) + '\n')
     except OSError as error:
         raise ConfigError('cannot write %s: %s' % (show(path), error.strerror))
-    say('%s is written.  Trying the target:' % show(path))
+    say('%s is written.  Trying every target:' % show(path))
+    program = 'python3 %s' % show(sys.argv[0]) + (' --config %s' % show(args.config) if args.config else '')
     args.config = path
     code = command_check(read_config(args), args, stop)
-    say('It works: start it with --once or --daemon.' if code == EXIT_OK else
-        'Mend what failed, in the file or at the target, and try again with --check.')
+    say('It works.  Type next:  %s --dry-run  and then  %s --once' % (program, program) if code == EXIT_OK
+        else 'Fix what failed, in that file or at the target, and type:  %s --check' % program)
     return code
 
 

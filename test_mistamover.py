@@ -5830,22 +5830,58 @@ class Explaining(Case):
         self.assertEqual(history('*', '--until', '2026-03-03')[-1], '1 item delivered, 1.0 MiB')
         self.assertIn('no moment', self.assert_run(world, 2, '--history', '*', '--since', 'soon').output)
 
+    def init(self, ini, *answers):
+        argv = [sys.executable, PROGRAM, '--init', '--config', ini]
+        done = subprocess.run(argv, input='\n'.join(answers + ('',)).encode(), stdout=subprocess.PIPE,
+                              stderr=subprocess.STDOUT)
+        return Finished(done.returncode, done.stdout.decode())
+
     def test_init_writes_a_file_that_works_and_never_overwrites(self):
         world = self.world('local')
         ini = os.path.join(world.top, 'fresh.ini')
-        answers = '\n'.join(['first', world.source, 'nonsense', 'local', world.target, '', 'yes', '0s', ''])
-        argv = [sys.executable, PROGRAM, '--init', '--config', ini]
-        done = subprocess.run(argv, input=answers.encode(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        self.assertEqual(done.returncode, 0, done.stdout)
-        self.assertIn(b"'nonsense' is none of", done.stdout)
-        self.assertIn(b'It works', done.stdout)
+        answers = ('first', world.source, 'nonsense', 'local', world.target, '', '', '', '0s',
+                   'settle_time', '0.1s', 'yes', '')
+        done = self.init(ini, *answers)
+        self.assertEqual(done.code, 0, str(done))
+        self.assertIn("'nonsense' is none of", done.output)
+        self.assertIn('Type next:  python3 %s --config %s --dry-run' % (PROGRAM, ini), done.output)
         self.assertEqual(stat.S_IMODE(os.stat(ini).st_mode), 0o600)
-        before = text_of(ini)
+        self.assertEqual(text_of(ini).splitlines()[2:], [
+            '[mistamover]', 'state_dir = mistamover-state', '', '[stream:first]',
+            'directory = ' + world.source, 'transfer_protocol = local', 'target_dir = ' + world.target,
+            'transfer_mode = move', 'create_directories = no', 'settle_time = 0.1s'])
         write(os.path.join(world.source, 'item'), b'item')
         subprocess.check_call([sys.executable, PROGRAM, '-q', '--config', ini])
         self.assertEqual((contents(tree(world.target)), tree(world.source)), ({b'item': b'item'}, {}))
-        done = subprocess.run(argv, input=answers.encode(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        self.assertEqual((done.returncode, text_of(ini)), (2, before))
+        before = text_of(ini)
+        self.assertEqual((self.init(ini, *answers).code, text_of(ini)), (2, before))
+
+    def test_init_asks_what_the_protocol_needs_and_for_more_streams(self):
+        world = self.world('local')
+        ini = os.path.join(world.top, 'fresh.ini')
+        ftp = ('far', world.source, 'ftp', 'host.example', '2121', 'me', '', 'yes', 'upload', '.marker', '',
+               '', 'yes', 'yes')
+        done = self.init(ini, *ftp + ('near', world.top + '/other', 'local', world.target, '', 'mirror', '',
+                                      '', 'yes', 'no'))
+        self.assertEqual(done.code, 1, str(done))       # there is no such host
+        self.assertIn('far          FAILED', done.output)
+        self.assertIn('and type:  python3 %s --config %s --check' % (PROGRAM, ini), done.output)
+        self.assertNotIn('ssh_key', done.output)
+        self.assertEqual(text_of(ini).splitlines()[5:], [
+            '[stream:far]', 'directory = ' + world.source, 'transfer_protocol = ftp',
+            'target_host = host.example', 'target_port = 2121', 'username = me', 'tls = yes',
+            'target_dir = upload', 'target_marker = .marker', 'create_directories = no',
+            'settle_time = 60s', '', '[stream:near]', 'directory = ' + world.top + '/other',
+            'transfer_protocol = local', 'target_dir = ' + world.target, 'transfer_mode = mirror',
+            'create_directories = no', 'settle_time = 60s'])
+
+    def test_without_a_configuration_the_message_leads_to_init(self):
+        top = tempfile.mkdtemp(dir=BASE)
+        shutil.copy(PROGRAM, top)
+        done = subprocess.run([sys.executable, 'mistamover.py'], cwd=top, stdout=subprocess.PIPE,
+                              stderr=subprocess.STDOUT)
+        self.assertEqual(done.returncode, 2)
+        self.assertIn('type: python3 mistamover.py --init', done.stdout.decode())
 
     def test_help_fits_80_columns_and_names_every_flag(self):
         done = subprocess.run([sys.executable, PROGRAM, '--help'], stdout=subprocess.PIPE)
