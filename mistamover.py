@@ -4765,22 +4765,35 @@ class SshConnection:
         """ssh itself; it never becomes a master unless told, whatever ssh_config says."""
         return [self.stream.ssh_command, '-T'] + self.options()
 
-    def control(self, verb, path=None):
-        """Ask the master for something: the finished command, or None if it does not answer."""
+    # OpenSSH's PROTOCOL.mux: packets of a length and numbers of 32 bits.  To start an ssh for
+    # such a question takes longer than to deliver a file.
+    HELLO, ALIVE, TERMINATE = (0x00000001, 4), (0x10000004, 0), (0x10000005, 0)
+    IS_ALIVE = 0x80000005
+
+    def control(self, request, path=None):
+        """Ask the master for something: its answer as numbers, () if there is none."""
+        import socket
+        import struct
         try:
-            return run([self.stream.ssh_command, '-O', verb,
-                        '-oControlPath=' + (path or self.control_path()).replace('%', '%%'),
-                        '--', self.stream.target_host], StopRequest(), 5)
-        except (TargetError, OSError):
-            return None
+            with contextlib.closing(socket.socket(socket.AF_UNIX)) as line:
+                line.settimeout(5)
+                line.connect(path or self.control_path())
+                for numbers in (self.HELLO, request):
+                    line.sendall(struct.pack('>%dI' % (1 + len(numbers)), 4 * len(numbers), *numbers))
+                with line.makefile('rb') as answers:
+                    for _ in range(2):      # its hello, then what was asked
+                        size, = struct.unpack('>I', answers.read(4))
+                        answer = answers.read(size)
+                return struct.unpack('>%dI' % (size // 4), answer)
+        except (OSError, struct.error):
+            return ()
 
     def open(self):
         """Log in, or see that we still are.  Raises TargetError with what ssh said."""
         if WINDOWS:
             return                  # no shared connections there: each program logs in itself
         if self.directory:
-            answer = self.control('check')
-            if answer and answer.code == 0:
+            if self.control(self.ALIVE)[:1] == (self.IS_ALIVE,):
                 return
             self.close()
         self.directory = self.stream.control_dir
@@ -4793,7 +4806,7 @@ class SshConnection:
         make_private_directory(self.directory)
         for name in os.listdir(self.directory):     # left by a killed run, perhaps for another host
             path = os.path.join(self.directory, name)
-            self.control('exit', path)
+            self.control(self.TERMINATE, path)
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
         argv = self.command() + ['-f', '-N', '-oControlMaster=yes', '-oControlPersist=60',
@@ -4803,17 +4816,14 @@ class SshConnection:
             raise TargetError('cannot log in to %s: %s' % (
                 self.stream.target_host, done.errors or 'ssh ended with %d' % done.code),
                 'can you log in by hand? host key known, key in place, right port?')
-        answer = self.control('check')
-        match = re.search(r'pid=(\d+)', answer.errors) if answer else None
-        self.pid = int(match.group(1)) if match else None
+        answer = self.control(self.ALIVE)
+        self.pid = answer[2] if answer[:1] == (self.IS_ALIVE,) else None
 
     def close(self):
         if not self.directory:
             return
         import shutil
-        answer = self.control('exit')
-        if (answer is None or answer.code != 0) and self.pid and \
-                os.path.exists(self.control_path()):
+        if not self.control(self.TERMINATE) and self.pid and os.path.exists(self.control_path()):
             with contextlib.suppress(OSError):
                 os.kill(self.pid, 15)       # it hangs: no ssh client would ever reach it again
         shutil.rmtree(self.directory, ignore_errors=True)
