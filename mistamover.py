@@ -6004,16 +6004,20 @@ class Feed:
 
     SHELL = """exec sh -c 'IFS= read -r line; eval "$line"'"""
 
-    def __init__(self, ssh, stop, script, limit, throttle, keep_fds=()):
+    def __init__(self, ssh, stop, limit, throttle, keep_fds=()):
         self.limit, self.throttle = limit, throttle
         self.trace = random_hex(12)     # a login script may print, too
         self.gathered = bytearray()     # a write for each small file would cost more than its bytes
         self.broken = None              # why it takes no more
         self.program = Program(ssh.command() + ['--', ssh.stream.target_host, self.SHELL], stop, None,
                                keep_fds=keep_fds)
+
+    def begin(self, script):
+        """What sh shall do there; returns itself."""
         script = script.replace(b'\n', b"'\"$n\"'")       # in a quoted name, for the script is one line
         self.write(b'LC_ALL=C; export LC_ALL; n=$(echo; echo x); n=${n%%x}; echo %s; (%s); echo "%s $?"\n' % (
             self.trace, script, self.trace))
+        return self
 
     def write(self, data):
         """Send bytes, sooner or later.  Raises TargetError (it hangs), Interrupted."""
@@ -6096,7 +6100,17 @@ put() { place "$1" "$2" && rm -f -- "$1" && echo 1 || echo 0; }
 
     FRUITLESS = 2               # streams that brought nothing, after which one more tells
 
+    def __init__(self, *args, **kwargs):
+        SshStaging.__init__(self, *args, **kwargs)
+        self.prepared = []              # the Feed that is ready for the first bytes
+
+    def end_dialogue(self):
+        while self.prepared:
+            self.prepared.pop().close()
+        SshStaging.end_dialogue(self)
+
     def start_dialogue(self):
+        self.prepared = [self.new_feed()]       # its session begins while the first questions are asked
         self.batches, self.batch_patience = 0, 0
         self.run_id = random_hex(4)     # what an older run staged is never taken for ours
         return Dialogue(self.ssh.command() + ['--', self.stream.target_host, 'exec sh -s'], self.stop,
@@ -6201,10 +6215,19 @@ put() { place "$1" "$2" && rm -f -- "$1" && echo 1 || echo 0; }
 
     # -- the bytes, as a tar stream
 
+    def new_feed(self):
+        return Feed(self.ssh, self.stop, self.stream.stall_timeout, self.throttle, self.lock_fds)
+
     def feed(self, script):
-        return Feed(self.ssh, self.stop, b'umask 077; cd -- %s && cd %s && %s' % (
-            self.base, self.words([self.area]), script), self.stream.stall_timeout, self.throttle,
-            self.lock_fds)
+        try:
+            feed = self.prepared.pop()          # one step: another thread may need one, too
+        except IndexError:
+            feed = self.new_feed()
+        if feed.program.process.poll() is not None:         # its session ended while it waited
+            feed.close()
+            feed = self.new_feed()
+        return feed.begin(b'umask 077; cd -- %s && cd %s && %s' % (
+            self.base, self.words([self.area]), script))
 
     def one_tar(self, batch, jobs):
         """One tar stream; what tar said of it, `output` is empty if it did not come to its end."""
@@ -6401,14 +6424,16 @@ put() { place "$1" "$2" && rm -f -- "$1" && echo 1 || echo 0; }
         command = self.hash if hashed else b'wc -c'
         for chunk in in_chunks([p for p in paths if not re.search(rb'[\n\r\\]', p)], 500):
             lines = self.talk.ask(
-                b'set --; for f in %s; do [ -f "$f" ] && [ ! -L "$f" ] && set -- "$@" "$f"; done\n'
-                b'[ $# -gt 0 ] && %s "$@"\n' % (self.words(chunk), command), self.hash_limit())
+                b'set -- %s\nfor f do if [ -L "$f" ] || { [ -e "$f" ] && [ ! -f "$f" ]; }\n'
+                b'then set --; break; fi; done\n[ $# -gt 0 ] && %s "$@" 2>/dev/null\n' % (
+                    self.words(chunk), command), self.hash_limit())
             for line in lines:
                 match = re.match(rb'\s*(\w+) [ *]?(\./.*)$', line)
                 if match:
                     found[match.group(2)[2:]] = match.group(1)
         for chunk in in_chunks([p for p in paths if p not in found], 500):
-            # names that are printed in another way, a program that names no files, what is not there
+            # what is no file or not there, names that are printed in another way, a program that
+            # prints none
             lines = self.talk.ask(
                 b'for f in %s; do set --; [ -f "$f" ] && [ ! -L "$f" ] && set -- $(%s < "$f")\n'
                 b'echo "$1"; done\n' % (self.words(chunk), command), self.hash_limit())
