@@ -32,6 +32,15 @@ Sections, each using only what stands above it:
     18  commands
     19  command line
 """
+try:
+    import signal
+
+    # Ctrl-C and the like are held back from here on until somebody is there to take them
+    HELD_BACK = [getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGHUP') if hasattr(signal, name)]
+    if __name__ == '__main__' and hasattr(signal, 'pthread_sigmask'):
+        signal.pthread_sigmask(signal.SIG_BLOCK, HELD_BACK)
+except KeyboardInterrupt:
+    raise SystemExit(130)
 import collections
 import contextlib
 import errno
@@ -445,11 +454,13 @@ class StopRequest:
     def __init__(self):
         self.signal = None              # what a signal handler recorded
         self.reload = False             # whether SIGHUP asked to read the configuration again
+        self.pause = False              # whether SIGTSTP (Ctrl-Z) came
         self.event = threading.Event()
         self.leaving = threading.Event()    # end when this batch is done
         self.seen = time.monotonic()    # the last sign of life of whoever looks here
         self.lock = threading.Lock()    # guards wakers, which threads add and remove
         self.wakers = set()
+        self.bell = None                # wakes who sleeps between two passes
 
     def record(self, number, _frame):
         self.signal = number
@@ -457,9 +468,18 @@ class StopRequest:
     def record_reload(self, _number, _frame):
         self.reload = True
 
+    def record_pause(self, _number, _frame):
+        self.pause = True
+
+    def leave(self):
+        """End when this batch is done."""
+        self.leaving.set()
+        if self.bell:
+            self.bell.ring()
+
     def request(self):
         self.event.set()
-        self.leaving.set()
+        self.leave()
         with self.lock:
             wakers = list(self.wakers)
         for wake in wakers:
@@ -477,10 +497,14 @@ class StopRequest:
         self.event.wait(max(0, seconds))
         self.check()
 
-    def rest(self, seconds=0):
-        """Sleep between two batches or passes, the place to leave at.  Raises Interrupted."""
+    def rest(self, seconds=0, fd=None):
+        """Sleep between two batches or passes, the place to leave at.  fd: something to be read
+        there ends the sleep; who passes it has set a bell.  Raises Interrupted."""
         self.seen = time.monotonic() + seconds
-        self.leaving.wait(max(0, seconds))
+        if fd is None:
+            self.leaving.wait(max(0, seconds))
+        elif not self.leaving.is_set():
+            self.bell.wait(max(0, seconds), fd)
         self.check()
         if self.leaving.is_set():
             raise Interrupted('left after its batch')
@@ -497,43 +521,85 @@ class StopRequest:
                 self.wakers.discard(wake)
 
 
+class Bell:
+    """Wakes a thread that waits, from another thread or from a signal handler."""
+
+    def __init__(self):
+        import socket
+        self.reader, self.writer = socket.socketpair()
+        self.reader.setblocking(False)
+        self.writer.setblocking(False)
+
+    def ring(self):
+        with contextlib.suppress(OSError):      # it rings already
+            self.writer.send(b'\0')
+
+    def wait(self, seconds, *fds):
+        """Sleep until it rings or one of these descriptors can be read."""
+        import select
+        fds = (self.reader.fileno(),) + fds
+        if hasattr(select, 'poll'):             # unlike select() it knows descriptors above 1,023
+            waiting = select.poll()
+            for fd in fds:
+                waiting.register(fd, select.POLLIN)
+            waiting.poll(seconds * 1000)
+        else:
+            select.select(fds, [], [], seconds)
+        with contextlib.suppress(BlockingIOError):
+            self.reader.recv(64)
+
+    def close(self):
+        self.reader.close()
+        self.writer.close()
+
+
 @contextlib.contextmanager
-def signals_recorded(stop, daemon):
-    """Let SIGTERM, SIGINT and SIGHUP be recorded, which means reload to a daemon; yields
-    wait(seconds), cut short by a signal and by wake(), which other threads may call."""
-    import signal
-    import socket
-    reader, writer = socket.socketpair()
-    reader.setblocking(False)
-    writer.setblocking(False)
-    names = [n for n in ('SIGTERM', 'SIGINT', 'SIGHUP', 'SIGBREAK') if hasattr(signal, n) and not (
-        n == 'SIGHUP' and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN)]      # nohup(1)
-    before = {getattr(signal, n): signal.signal(getattr(signal, n), stop.record) for n in names}
-    if daemon and hasattr(signal, 'SIGHUP'):
-        signal.signal(signal.SIGHUP, stop.record_reload)
+def signals_let_in():
+    """What the first lines of this file held back may come; afterwards it is held back again,
+    for at the end of the program nobody takes it any more."""
+    if not hasattr(signal, 'pthread_sigmask'):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD_BACK)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def handlers_of(stop, daemon):
+    """{signal: its handler}: each is recorded; SIGHUP means reload to a daemon."""
+    handlers = {getattr(signal, name): stop.record
+                for name in ('SIGTERM', 'SIGINT', 'SIGHUP', 'SIGBREAK') if hasattr(signal, name)}
+    if hasattr(signal, 'SIGHUP'):
+        if daemon:
+            handlers[signal.SIGHUP] = stop.record_reload
+        elif signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+            del handlers[signal.SIGHUP]                     # nohup(1)
+    if hasattr(signal, 'SIGTSTP') and signal.getsignal(signal.SIGTSTP) != signal.SIG_IGN:
+        handlers[signal.SIGTSTP] = stop.record_pause
     if hasattr(signal, 'SIGIO'):
         # a writer that meets one of our leases makes the kernel send SIGIO, which would kill us
-        before[signal.SIGIO] = signal.signal(signal.SIGIO, signal.SIG_IGN)
-    old_fd = signal.set_wakeup_fd(writer.fileno())
+        handlers[signal.SIGIO] = signal.SIG_IGN
+    return handlers
 
-    def wait(seconds):
-        import select
-        if select.select([reader], [], [], seconds)[0]:
-            with contextlib.suppress(BlockingIOError):
-                reader.recv(64)
 
-    def wake():
-        with contextlib.suppress(OSError):      # it is awake already
-            writer.send(b'\0')
-
+@contextlib.contextmanager
+def signals_recorded(stop, daemon):
+    """Let signals be recorded, see handlers_of(); yields wait(seconds), cut short by a signal
+    and by ring(), which other threads may call."""
+    bell = Bell()
+    before = {number: signal.signal(number, handler)
+              for number, handler in handlers_of(stop, daemon).items()}
+    old_fd = signal.set_wakeup_fd(bell.writer.fileno())
     try:
-        yield wait, wake
+        with signals_let_in():
+            yield bell.wait, bell.ring
     finally:
         signal.set_wakeup_fd(old_fd)
         for number, handler in before.items():
             signal.signal(number, handler)
-        reader.close()
-        writer.close()
+        bell.close()
 
 
 # ----------------------------------------------------------------------------------------
@@ -563,6 +629,10 @@ class Program:
     signals: what ends it, the next one if it does not within KILL_GRACE.
     merged: its errors are read with its output.
     """
+
+    RUNNING = set()
+    GUARD = threading.Lock()            # of RUNNING
+    frozen, thawed = False, 0           # whether all of them are stopped; monotonic time of their going on
 
     POLITE, ABRUPT = ('SIGTERM', 'SIGKILL'), ('SIGKILL',)
     PIPE = 1 << 16                      # bytes that pipe(7) holds
@@ -597,6 +667,8 @@ class Program:
                                   'install %s or set its path in the configuration' % self.name)
         if feed is None and not WINDOWS:
             os.set_blocking(self.process.stdin.fileno(), False)
+        with self.GUARD:
+            self.RUNNING.add(self)
         self.reader = threading.Thread(target=self._read, name=self.name, daemon=True)
         self.reader.start()
 
@@ -636,7 +708,24 @@ class Program:
 
     @staticmethod
     def overdue(since, limit):
-        return time.monotonic() - since > limit
+        return not Program.frozen and time.monotonic() - max(since, Program.thawed) > limit
+
+    @classmethod
+    def send_all(cls, number):
+        with cls.GUARD:
+            programs = list(cls.RUNNING)
+        for program in programs:
+            with contextlib.suppress(OSError):
+                os.killpg(program.process.pid, number)
+
+    @classmethod
+    def stop_with_us(cls):
+        """Ctrl-Z: they are in sessions of their own, so the terminal does not stop them."""
+        cls.frozen = True
+        cls.send_all(signal.SIGSTOP)
+        os.kill(os.getpid(), signal.SIGSTOP)        # until somebody says fg
+        cls.send_all(signal.SIGCONT)
+        cls.frozen, cls.thawed = False, time.monotonic()
 
     def watch(self, since, limit):
         """End the program on a stop request, or when it was silent for too long."""
@@ -700,7 +789,6 @@ class Program:
 
     def kill(self):
         """End the process and every child it started in its session."""
-        import signal
         import subprocess
         for name in self.signals:
             with contextlib.suppress(OSError):
@@ -717,6 +805,8 @@ class Program:
     def close(self):
         if self.process.poll() is None:
             self.kill()
+        with self.GUARD:
+            self.RUNNING.discard(self)
         if self.process.stdin:
             self.end_input()
         self.reader.join(KILL_GRACE)
@@ -2595,7 +2685,7 @@ def file_system_type(device, table):
 
 class Watch:
     """Tells whether anything happened in some directories since they were added (inotify(7)), so
-    that an idle daemon need not scan them.
+    that an idle daemon need not scan them, and scans at once when something did.
 
     Where nobody can tell, it says yes: outside Linux, on a file system that others change as
     well, when there are many directories or the kernel has no watch left, or when something
@@ -2605,7 +2695,8 @@ class Watch:
 
     # IN_MODIFY, ATTRIB, CLOSE_WRITE, MOVED_FROM, MOVED_TO, CREATE, DELETE, DELETE_SELF,
     # MOVE_SELF, ONLYDIR
-    EVENTS = 0x2 | 0x4 | 0x8 | 0x40 | 0x80 | 0x100 | 0x200 | 0x400 | 0x800 | 0x1000000
+    MODIFY = 0x2
+    EVENTS = MODIFY | 0x4 | 0x8 | 0x40 | 0x80 | 0x100 | 0x200 | 0x400 | 0x800 | 0x1000000
     LOCAL = (b'ext2', b'ext3', b'ext4', b'f2fs', b'jfs', b'tmpfs', b'xfs', b'zfs')
     MOST = 1000                 # directories: other programs need watches, too
 
@@ -2648,18 +2739,23 @@ class Watch:
         return self.local[device]
 
     def stirred(self):
-        """Whether anything happened that was not our own doing, or nobody can tell."""
+        """Whether anything happened that was not our own doing, or nobody can tell: 'written' if
+        files were only written to, else 'changed'; None if nothing did."""
         if self.fd is None or (self.look(), mounts()) != (self.place, self.mounts):
-            return True
+            return 'changed'
+        happened = None
         while True:
             try:
                 events = os.read(self.fd, 1 << 16)
             except BlockingIOError:
-                return False
+                return happened
             while events:       # int wd; uint32_t mask, cookie, len; char name[len]
+                mask = int.from_bytes(events[4:8], sys.byteorder)
                 end = 16 + int.from_bytes(events[12:16], sys.byteorder)
                 if not events[16:end].startswith(OWN_PREFIX):   # nor is it if it has no name
-                    return True
+                    if mask & ~self.MODIFY:
+                        return 'changed'
+                    happened = 'written'
                 events = events[end:]
 
     def close(self):
@@ -3283,6 +3379,7 @@ class Transport:
     target_form = 'path'        # what target_dir is: one of TARGET_FORMS
     littered = False            # an earlier run ended in the middle: more for tidy() to look for
     takes = 'network'           # words of the option table's column `need` that it fulfils
+    modules = ()                # what it imports where it needs it
     overlaps = True             # sending takes so long that the part before is finished meanwhile
     asks_at_once = False        # present() costs nothing
     forbidden = b''             # bytes the protocol cannot carry in a name
@@ -6081,6 +6178,7 @@ class ScpTransport(SshStaging):
     """
 
     takes = 'network host ssh scp chmod parallel'
+    modules = ('tarfile',) if WINDOWS else ('grp', 'pwd', 'tarfile')
     # what prints a SHA-256 first, then the name
     HASHES = (b'sha256sum', b'shasum -a 256', b'sha256 -r', b'digest -a sha256',
               b'openssl dgst -sha256 -r', b'cksum -a sha256 --untagged', b'busybox sha256sum')
@@ -7427,6 +7525,7 @@ class FtpTransport(Staging):
     """
 
     takes = 'network host password tls chmod parallel staging'
+    modules = 'base64', 'ftplib', 'ssl'
     forbidden = b'\r\n\0'
     AHEAD = 32                          # questions under way; their answers fit any buffer
     EAGER = 1 << 14                     # bytes that fit a socket's buffer whether read or not
@@ -8499,6 +8598,11 @@ class Result:
         self.unready = 0                    # without their ready file
         self.quarantined = 0
         self.seconds = 0.0
+
+    @property
+    def disturbed(self):
+        """Whether the pass itself may have changed something in the directory."""
+        return bool(self.items or self.kept or self.failed or self.quarantined)
 
     @property
     def idle(self):
@@ -9740,6 +9844,8 @@ class Caretaker:
 class Worker:
     """One stream: its lock, its transport, its passes.  Runs in a thread of its own."""
 
+    EASE = 10                   # times a pass takes are at least between it and the next
+
     def __init__(self, stream, state):
         self.stream = stream
         self.stop = StopRequest()
@@ -9762,6 +9868,7 @@ class Worker:
         self.mirrored = {}              # name -> fingerprint of what the target has
         self.zipped = {}                # name -> snapshot of trees delivered, not yet released
         self.exit_code = EXIT_OK
+        self.trouble_now = ''           # why it does not run, for whoever started us
         self.daemonic = False
         self.ended = False
 
@@ -9951,6 +10058,7 @@ class Worker:
         that streams do not look in step and hinder each other."""
         import random
         failures, suspended, share = 0, None, random.random()
+        self.stop.bell = self.stop.bell or Bell()
         while True:
             if self.lock.misplaced():
                 log.info('%s: %s was replaced' % (self.stream.name, show(self.stream.directory)))
@@ -9969,10 +10077,10 @@ class Worker:
                 worked = result.items or result.quarantined
                 self.progress.enter('settling' if result.settling else 'idle')
                 pause = 0 if worked else min(self.stream.pause_time, self.next_look(result))
-                self.stop.rest(pause * share)
+                if result.disturbed:        # by our own doing, that is no news
+                    self.watch.close()
+                self.rest_between(result, pause * share)
                 share = 1 if pause else share
-                if result.idle:
-                    self.rest_while_quiet()
             except Suspended as why:
                 if suspended != str(why):
                     log.info('%s: suspended: %s' % (self.stream.name, why))
@@ -9987,12 +10095,24 @@ class Worker:
             finally:
                 self.watch.close()
 
-    def rest_while_quiet(self):
-        """A look at what nobody touched would find what the last one found."""
-        until = time.monotonic() + LOOK_ANYWAY
-        while time.monotonic() < until and not self.watch.stirred():
-            self.progress.enter('idle')
-            self.stop.rest(self.stream.pause_time)
+    def rest_between(self, result, pause):
+        """Sleep until the next pass: until something that happened in a watched directory has
+        settled, else `pause` seconds.  Files that are only written to wake nobody earlier."""
+        now = started = time.monotonic()
+        watch = self.watch.fd
+        until = started + (LOOK_ANYWAY if result.idle and watch is not None else pause)
+        ease = self.EASE * result.seconds
+        while now < until:
+            happened = watch is not None and self.watch.stirred()
+            if happened:
+                settled = min(self.stream.settle_time + 0.02, pause)
+                soon = settled if happened == 'changed' else pause
+                self.stop.rest(max(soon, min(pause, started + ease - now)))
+                return
+            if result.idle:
+                self.progress.enter('idle')
+            self.stop.rest(min(until - now, max(self.stream.pause_time, ease)), watch)
+            now = time.monotonic()
 
     def next_look(self, result):
         """Do not sleep far past the moment at which something settles."""
@@ -10012,19 +10132,19 @@ class Worker:
             again = daemon
             try:
                 self.start()
-                self.exit_code = EXIT_OK
+                self.exit_code, self.trouble_now = EXIT_OK, ''
                 self.daemon() if daemon else self.once()
                 return
             except Interrupted:
                 self.progress.enter('ended', save=False)
                 return
             except LockedError as error:
-                self.exit_code = EXIT_LOCKED
+                self.trouble_now, self.exit_code = str(error), EXIT_LOCKED
                 if str(error) != locked:
                     log.info(str(error))
                 locked = str(error)
             except MoverError as error:
-                self.exit_code = EXIT_FAILED
+                self.trouble_now, self.exit_code = str(error), EXIT_FAILED
                 self.trouble(str(error), failures + 1, pause)
             except Exception as error:
                 self.exit_code = EXIT_FAILED
@@ -10153,6 +10273,10 @@ class Supervisor:
     def workers(self):
         return list(self.running.values())
 
+    def why(self):
+        """What keeps streams from running, for whoever started a daemon."""
+        return '; '.join(worker.trouble_now for worker in self.workers if worker.trouble_now)
+
     def wanted(self):
         return {stream.name: stream for stream in self.config.streams if stream.status == 'running'}
 
@@ -10176,6 +10300,8 @@ class Supervisor:
                 worker.run(self.daemon)
         finally:
             worker.ended = True
+            if worker.stop.bell:
+                worker.stop.bell.close()
             self.wake()
 
     def run(self):
@@ -10222,17 +10348,21 @@ class Supervisor:
             self.daemon and not self.stop.event.is_set()
 
     def tick(self):
+        if self.stop.pause:
+            log.clear_line()
+            Program.stop_with_us()
+            self.stop.pause = False
         if self.stop.signal and not self.stop.event.is_set():
             log.info('stopping: signal %d' % self.stop.signal)
             self.notifier.send('STOPPING=1')
             self.stop.request()
         self.held = self.held or any(worker.lock.fds for worker in self.workers)
         if self.held or all(worker.exit_code == EXIT_FAILED for worker in self.workers):
-            self.report(None)
+            self.report(None, self.why())
         if not self.daemon or self.stop.event.is_set():
             return
         if self.running and not self.held and all(w.exit_code == EXIT_LOCKED for w in self.workers):
-            log.info('another process has every stream')
+            log.warning('another process has every stream: ' + self.why())
             self.stop.request()
             return
         self.follow_config()
@@ -10278,7 +10408,7 @@ class Supervisor:
         for name, worker in self.running.items():
             if name not in wanted or vars(wanted[name]) != vars(worker.stream):
                 log.info('%s: %s' % (name, 'changed' if name in wanted else 'taken out'))
-                worker.stop.leaving.set()
+                worker.stop.leave()
         for name in set(wanted) - set(self.running):
             log.info('%s: new' % name)
         log.info('the configuration was read again')
@@ -10817,8 +10947,24 @@ def command_init(args, stop):
     return code
 
 
+def wait_for_report(reader):
+    """The parent of --background: say what the child says, and end with its exit code."""
+    for number in HELD_BACK:
+        signal.signal(number, signal.SIG_DFL)
+    report = b''
+    while True:
+        piece = os.read(reader, 4096)
+        if not piece:
+            break
+        report += piece
+    code, text = (report[0], report[1:]) if report else (EXIT_FAILED, b'it ended at once, see the log')
+    if text:
+        say('mistamover: %s' % show(text), sys.stderr)
+    os._exit(code)
+
+
 def detach(config):
-    """Go to the background; returns report(exit code or None) in the child only.
+    """Go to the background; returns report(exit code or None, text) in the child only.
 
     The parent waits for the report: None once a stream runs, else why none does.
     """
@@ -10831,7 +10977,7 @@ def detach(config):
     reader, writer = os.pipe()
     if os.fork():
         os.close(writer)
-        os._exit(ord(os.read(reader, 1) or bytes([EXIT_FAILED])))
+        wait_for_report(reader)
     os.close(reader)
     os.setsid()
     if os.fork():
@@ -10841,7 +10987,7 @@ def detach(config):
         os.dup2(null, fd)
     reported = []
 
-    def report(code):
+    def report(code, text=''):
         if not reported:
             if code is None:
                 try:
@@ -10850,7 +10996,7 @@ def detach(config):
                     log.error('cannot write the pid file %s: %s' % (show(path), error.strerror))
             reported.append(code)
             with contextlib.suppress(OSError):      # who waited may be gone
-                os.write(writer, bytes([code or EXIT_OK]))
+                os.write(writer, bytes([code or EXIT_OK]) + to_bytes(text)[:3000])
             os.close(writer)
         elif code is not None and reported == [None]:
             with contextlib.suppress(OSError):
@@ -10861,12 +11007,35 @@ def detach(config):
     return report
 
 
-def command_run(config, args, stop):
-    start_log(config)       # while there is still a terminal to complain to
-    report = detach(config) if args.background else lambda code: None
+def load_modules(config):
+    """Import here what the threads will need: an import that a thread begins may meet another."""
+    names = set('calendar fnmatch glob hashlib json queue random select shutil socket subprocess tempfile '
+                '_strptime encodings.ascii encodings.cp437 encodings.idna encodings.latin_1 '
+                'encodings.unicode_escape'.split() + ['msvcrt' if WINDOWS else 'fcntl'])
+    for stream in config.streams:
+        names.update(stream.protocol.modules, ['zipfile', 'struct'] if stream.zips else [])
+    if config.settings.status_page:
+        names.add('html')
+    if config.email.smarthost:
+        names.update(('email.message', 'email.utils', 'smtplib', 'ssl'))
+    for name in sorted(names):
+        __import__(name)
+
+
+def command_run(args, stop):
+    """One pass, or the eternal loop."""
     with signals_recorded(stop, args.daemon) as waiting:
-        code = Supervisor(config, lambda: read_config(args), args.daemon, stop, waiting, report).run()
-    report(code)
+        config = read_config(args)
+        start_log(config)       # while there is still a terminal to complain to
+        report = detach(config) if args.background else lambda code, text='': None
+        try:
+            load_modules(config)
+            supervisor = Supervisor(config, lambda: read_config(args), args.daemon, stop, waiting, report)
+            code = supervisor.run()
+        except MoverError as error:
+            report(error.exit_code, str(error))
+            raise
+        report(code, supervisor.why())
     return code
 
 
@@ -10947,10 +11116,20 @@ def make_parser():
     return parser
 
 
-def main(argv=None):
-    """The exit code of a command line."""
-    parser = make_parser()
-    args = parser.parse_args(argv)
+def open_standard_streams():
+    """Whoever started us may have closed some (2>&-); what is opened next must not become one."""
+    for fd, name in ((0, 'stdin'), (1, 'stdout'), (2, 'stderr')):
+        try:
+            os.fstat(fd)
+        except OSError:
+            while os.open(os.devnull, os.O_RDWR) < fd:
+                pass
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(fd, 'w' if fd else 'r', closefd=False))
+
+
+def chosen_command(parser, args):
+    """The function of a command line, None for a run.  Exits with 2 if it makes no sense."""
     if args.background and not args.daemon:
         parser.error('--background goes with --daemon')
     if args.json and not (args.status or args.history is not None):
@@ -10959,22 +11138,38 @@ def main(argv=None):
         parser.error('--since and --until go with --history')
     if args.explain == '':
         parser.error('--explain needs a path')
-    command = next((run_it for chosen, run_it in (
+    return next((command for chosen, command in (
         (args.dry_run, command_dry_run), (args.check, command_check), (args.status, command_status),
         (args.history is not None, command_history), (args.explain, command_explain),
         (args.test_alert, command_test_alert), (args.print_unit, command_print_unit),
         (args.print_rules, command_print_rules))
-        if chosen), command_run)
+        if chosen), None)
+
+
+def run_command(command, args, stop):
+    """Everything but a run: nothing has to be ended in order, so Ctrl-C ends it at once."""
+    if args.init:
+        return command_init(args, stop)
     try:
-        if args.init:
-            return command_init(args, StopRequest())
-        try:
-            config = read_config(args)
-        except ConfigError as error:
-            if args.status:
-                return status_of_broken(args, error, StopRequest())
-            raise
-        return command(config, args, StopRequest())
+        config = read_config(args)
+    except ConfigError as error:
+        if args.status:
+            return status_of_broken(args, error, stop)
+        raise
+    return command(config, args, stop)
+
+
+def main(argv=None):
+    """The exit code of a command line."""
+    open_standard_streams()
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    command, stop = chosen_command(parser, args), StopRequest()
+    try:
+        if not (command or args.init):
+            return command_run(args, stop)
+        with signals_let_in():
+            return run_command(command, args, stop)
     except MoverError as error:
         log.clear_line()
         say('mistamover: %s' % show(str(error)), sys.stderr)

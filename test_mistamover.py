@@ -37,6 +37,7 @@ import pwd
 import queue
 import random
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -2798,6 +2799,20 @@ class Watching(Doctored):
             watch.add(os.path.join(top, name))
         return top, watch
 
+    def test_an_idle_daemon_delivers_at_once_what_comes(self):
+        world = self.world('local')
+        world.configure(pause_time='5m', settle_time='0s')
+        process = self.daemon(world)
+        status = os.path.join(world.state, 'status.json')
+        wait_for(lambda: '"idle"' in text_of(status) if os.path.exists(status) else False, 'an idle daemon')
+        for number in range(3):             # the second one comes to a daemon that has worked
+            name = b'item%d' % number
+            write(os.path.join(mm.to_bytes(world.source), name), name, time.time())
+            wait_for(lambda name=name: name in tree(world.target), 'the delivery', 10)
+            wait_for(lambda: tree(world.source) == {}, 'the release', 10)
+        process.terminate()
+        self.assertEqual(self.ended(process), 143)
+
     def test_whatever_happens_is_noticed(self):
         def replace(top):
             os.rename(top, top + b'-old')
@@ -3060,6 +3075,143 @@ def children_of(pid):
         fresh = {child for child, parent in parents.items() if parent in fresh} - found
         found |= fresh
     return found
+
+
+@spread
+class Starting(Doctored):
+    """Signals at any moment, streams that are closed, many descriptors, the background."""
+
+    @on_sites(*ONE_EACH)
+    def test_no_module_is_imported_first_in_a_thread(self, site):
+        world = self.world(site)
+        fill(world.source)
+        write(os.path.join(world.target, 'plain.dat'), b'other')
+        done = self.doctored(world, """
+import threading
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if threading.current_thread() is not threading.main_thread():
+            print('FIRST IN A THREAD', name)
+sys.meta_path.insert(0, Finder())
+""")
+        self.assertNotIn('FIRST IN A THREAD', done.output)
+        self.assertNotIn(b'plain.dat', tree(world.source))
+
+    @staticmethod
+    def holds_back(process):
+        """Whether the first line has run: SIGINT is blocked (proc(5), SigBlk)."""
+        with contextlib.suppress(OSError):
+            blocked = re.search(r'SigBlk:\s*(\w+)', text_of('/proc/%d/status' % process.pid)).group(1)
+            return int(blocked, 16) >> (signal.SIGINT - 1) & 1 or process.poll() is not None
+
+    def test_control_c_at_any_moment(self):
+        if not os.path.exists('/proc/self/status'):
+            self.skipTest('needs /proc')
+        world = self.world('local')
+        for number in range(30):
+            process = subprocess.Popen(world.command('--daemon' if number % 3 else '--check'),
+                                       stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            while not self.holds_back(process):
+                pass
+            time.sleep(0.01 * number)
+            over = process.poll() is not None       # a --check may be done by then
+            process.send_signal(signal.SIGINT)
+            output = process.communicate(timeout=PATIENCE)[0].decode()
+            self.assertNotIn('Traceback', output, number)
+            self.assertNotIn('KeyboardInterrupt', output, number)
+            done = over or number % 3 == 0 and 'OK      free' in output
+            self.assertIn(process.returncode, (0, 130) if done else (130,), '%d: %s' % (number, output))
+        self.assertEqual(world.leftovers(), [])
+
+    def test_standard_streams_that_are_closed(self):
+        world = self.world('rsync_ssh')
+        for number, closed in enumerate(('2>&-', '>&- 2>&-', '<&- >&- 2>&-')):
+            name = 'item%d' % number
+            write(os.path.join(world.source, name), b'item')
+            words = ' '.join(map(shlex.quote, world.command()))
+            done = subprocess.run(['sh', '-c', 'exec %s %s' % (words, closed)], env=world.environment(),
+                                  stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            self.assertEqual(done.returncode, 0, closed)
+            self.assertEqual(tree(world.source), {})
+            self.assertEqual(contents(tree(world.target)).pop(name.encode()), b'item')
+            self.assertEqual([r['item'] for r in world.ledger()], ['item%d' % n for n in range(number + 1)])
+        shutil.rmtree(world.source)
+        self.assertEqual(subprocess.call(['sh', '-c', 'exec %s 2>&-' % words], stdout=subprocess.DEVNULL), 1)
+        for name in os.listdir(world.state):
+            if name.endswith('.json'):
+                json.loads(text_of(os.path.join(world.state, name)))
+
+    def test_a_background_that_fails_says_why(self):
+        world = self.world('local')
+        world.configure('log_file = %s/the.log\n' % world.top)
+        process = self.daemon(world)
+        wait_for(lambda: os.path.exists(os.path.join(world.state, 's.lock')) and
+                 'idle' in self.assert_run(world, 0, '--status').output, 'the daemon')
+        for words in (['--daemon'], ['--daemon', '--background']):
+            done = self.assert_run(world, 3, *words)
+            self.assertIn('process %d holds it since' % process.pid, done.output)
+        process.terminate()
+        self.ended(process)
+        os.rename(world.source, world.source + '-away')
+        self.addCleanup(self.end_background, world)
+        done = world.run('--daemon', '--background')
+        self.assertIn('is missing', done.output)
+        self.end_background(world)
+        world.configure('log_file = %s/the.log\nstatus_page = %s/in/page\n' % (world.top, world.top))
+        self.assertIn('status_page', self.assert_run(world, 2, '--daemon', '--background').output)
+        write(os.path.join(world.top, 'no-directory'))
+        world.state = os.path.join(world.top, 'no-directory', 'state')
+        world.configure('log_file = %s/the.log\n' % world.top)
+        self.assertIn('cannot make', self.assert_run(world, 1, '--daemon', '--background').output)
+
+    @staticmethod
+    def end_background(world):
+        with contextlib.suppress(OSError, ValueError):
+            pid = int(text_of(os.path.join(world.top, 'state', 'mistamover.pid')))
+            os.kill(pid, signal.SIGTERM)
+            wait_for(lambda: not mm.alive(pid), 'its end')
+
+    @on_sites('rsync_ssh', 'sftp', 'ftp')
+    def test_more_than_1024_descriptors(self, site):
+        import resource
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        if hard != resource.RLIM_INFINITY and hard < 2048:
+            self.skipTest('no more than %d descriptors here' % hard)
+        world = self.world(site)
+        write(os.path.join(world.source, 'item'), b'item' * 50000)
+        done = self.doctored(world, """
+import os, resource
+resource.setrlimit(resource.RLIMIT_NOFILE, (2048, 2048))
+taken = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
+""")
+        self.assertEqual((done.code, tree(world.source)), (0, {}), str(done))
+        self.assertEqual(contents(tree(world.target)), {b'item': b'item' * 50000})
+
+    def test_control_z_stops_the_children_too(self):
+        world = self.world('rsync_ssh', bandwidth_limit='1M', stall_timeout='2s')
+        write(os.path.join(world.source, 'item'), os.urandom(3 << 20))
+        process = world.start('--once')
+
+        def states():
+            found = []
+            for child in children_of(process.pid):
+                with contextlib.suppress(OSError):
+                    if '-daemon' not in command_line(child):
+                        found.append(text_of('/proc/%d/stat' % child).rpartition(')')[2].split()[0])
+            return found
+        wait_for(lambda: any(value[0] for value in tree(world.target).values()), 'a part at the target')
+        wait_for(lambda: any('rsync' in command_line(child) for child in children_of(process.pid)), 'rsync')
+        os.kill(process.pid, signal.SIGTSTP)
+        wait_for(lambda: states() and set(states()) == {'T'}, 'all of them stopped')
+        before = tree(world.target)
+        time.sleep(2.5)                     # longer than stall_timeout
+        self.assertEqual(set(states()), {'T'})
+        self.assertEqual({n: len(v[0]) for n, v in tree(world.target).items() if v != 'directory'},
+                         {n: len(v[0]) for n, v in before.items() if v != 'directory'})
+        os.kill(process.pid, signal.SIGCONT)
+        self.assertEqual(self.ended(process), 0, world.said())
+        self.assertEqual((tree(world.source), list(tree(world.target))), ({}, [b'item']))
+        self.assertNotIn('no sign of life', world.said())
 
 
 class Locks(Case):
