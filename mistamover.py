@@ -4822,6 +4822,33 @@ class LocalTransport(Staging):
         return gone
 
 
+SSH_TROUBLE = (     # what ssh(1) says, in English as programs are run here, and what to do about it
+    ('has changed and you have requested',
+     'the key of that machine has CHANGED: was it set up anew, or does another one answer in its place? '
+     'ask whoever looks after it before you remove the old key with ssh-keygen -R'),
+    ('Host key verification failed',
+     'its host key is not known here: log in once by hand and compare the fingerprint: %(login)s'),
+    ('Permission denied', 'it accepts no key or password of ours%(key)s: try by hand: %(login)s'),
+    ('Connection refused', 'nothing listens on port %(port)s there: is it up? see target_port'),
+    ('Could not resolve', 'is target_host right?'),
+    ('timed out', 'is that machine up, and port %(port)s open for this one?'),
+    ('kex_exchange_identification', 'what answers on port %(port)s is no ssh server, or sends us away: see '
+     'target_port'))
+
+
+def ssh_hint(stream, errors):
+    """What to do about what ssh said; the command that tries it by hand."""
+    import shlex
+    words = ['ssh'] + stream.ssh_options
+    words += ['-p', str(stream.target_port)] if stream.target_port else []
+    words += ['-i', stream.ssh_key] if stream.ssh_key else []
+    words += [(stream.username + '@' if stream.username else '') + stream.target_host]
+    known = dict(login=' '.join(map(shlex.quote, words)), port=stream.target_port or 22,
+                 key=' (ssh_key = %s)' % stream.ssh_key if stream.ssh_key else '')
+    return next((hint % known for text, hint in SSH_TROUBLE if text in errors),
+                'does it work by hand? ' + known['login'])
+
+
 class SshConnection:
     """One ssh connection that ssh, scp, sftp and rsync share (ssh_config(5), ControlMaster).
 
@@ -4912,7 +4939,7 @@ class SshConnection:
         if done.code != 0:
             raise TargetError('cannot log in to %s: %s' % (
                 self.stream.target_host, done.errors or 'ssh ended with %d' % done.code),
-                'can you log in by hand? host key known, key in place, right port?')
+                ssh_hint(self.stream, done.errors))
         answer = self.control(self.ALIVE)
         self.pid = answer[2] if answer[:1] == (self.IS_ALIVE,) else None
 
@@ -6970,10 +6997,14 @@ class SftpTransport(Staging):
         self.close()
         self.begin()
         stream = self.stream
-        self.session = SftpSession(
-            self.ssh.command() + ['-oControlMaster=no', '-oControlPath=none', '-s', '--', stream.target_host,
-                                  'sftp'], self.stop, stream.stall_timeout, stream.connect_timeout + 10,
-            keep_fds=self.lock_fds)
+        argv = self.ssh.command() + ['-oControlMaster=no', '-oControlPath=none', '-s', '--',
+                                     stream.target_host, 'sftp']
+        try:
+            self.session = SftpSession(argv, self.stop, stream.stall_timeout, stream.connect_timeout + 10,
+                                       keep_fds=self.lock_fds)
+        except TargetError as error:
+            error.hint = error.hint or ssh_hint(stream, error.message)
+            raise
         self.can_sync = b'fsync@openssh.com' in self.session.extensions
         self.can_replace = b'posix-rename@openssh.com' in self.session.extensions
         if stream.create_directories:       # else present() tells whether it is there

@@ -5204,17 +5204,33 @@ mm.LocalTransport.place = refuse
             self.assertIn('FAILED', done.output)
             self.assertEqual(tree(world.target), {})
 
-    def test_an_unknown_host_key_is_never_accepted(self):
-        world = self.world('rsync_ssh')
-        empty = os.path.join(world.top, 'known_hosts')
-        write(empty)
-        world.configure(ssh_options='-F none -o HostKeyAlias=mover-test -o UserKnownHostsFile=' + empty)
-        write(os.path.join(world.source, 'item'), b'item')
-        done = self.assert_run(world, 1)
-        self.assertIn('cannot log in', done.output)
-        self.assertEqual((contents(tree(world.source)), tree(world.target)), ({b'item': b'item'}, {}))
-        with open(empty) as handle:
-            self.assertEqual(handle.read(), '')
+    def test_what_ssh_says_comes_with_what_to_do_about_it(self):
+        options = '-F none -o HostKeyAlias=mover-test -o UserKnownHostsFile='
+        for site in ('rsync_ssh', 'sftp'):
+            world = self.world(site)
+            sshd = server(SITES[site].needs)
+            write(os.path.join(world.source, 'item'), b'item')
+            empty, other = os.path.join(world.top, 'none'), os.path.join(world.top, 'changed')
+            write(empty)
+            write(other, ('mover-test ' + sshd.public(sshd.restricted_key)).encode())
+
+            def hint(world=world, **options):
+                before = world.options
+                world.configure(**options)
+                done = self.assert_run(world, 1)
+                world.configure(**before)
+                self.assertEqual((contents(tree(world.source)), tree(world.target)), ({b'item': b'item'}, {}))
+                return done.output
+
+            self.assertIn('compare the fingerprint: ssh -F none -o HostKeyAlias=mover-test -o UserKnown'
+                          'HostsFile=%s -p %d -i %s 127.0.0.1)' % (empty, sshd.port, sshd.key),
+                          hint(ssh_options=options + empty))
+            self.assertEqual(text_of(empty), '')        # an unknown key is never accepted
+            self.assertIn('the key of that machine has CHANGED', hint(ssh_options=options + other))
+            self.assertIn('it accepts no key or password of ours (ssh_key = %s)' % sshd.host_key,
+                          hint(ssh_key=sshd.host_key))
+            nobody = free_port()
+            self.assertIn('nothing listens on port %d there' % nobody, hint(target_port=nobody))
 
     def test_progress_on_a_terminal_and_plain_lines_elsewhere(self):
         import pty
