@@ -606,7 +606,8 @@ def signals_recorded(stop, daemon):
 # 6  running programs: the one door
 # ----------------------------------------------------------------------------------------
 
-Finished = collections.namedtuple('Finished', 'code output errors')
+# errors: for a message; lines: all that was written to standard error
+Finished = collections.namedtuple('Finished', 'code output errors lines')
 
 
 def clean_environment(secret=None):
@@ -771,12 +772,15 @@ class Program:
         with contextlib.suppress(OSError):
             self.process.stdin.close()
 
-    def errors(self):
-        """The last lines it wrote to standard error, for a message."""
+    def lines(self):
+        """What it wrote to standard error."""
         self.errors_file.seek(0)
         lines = [show(line.strip()) for line in self.errors_file.read().splitlines()]
-        lines = [line for line in lines if line and 'known hosts' not in line]
-        return '; '.join(lines[-3:])[-500:]
+        return [line for line in lines if line and 'known hosts' not in line]
+
+    def errors(self):
+        """The last of these lines, for a message about a program that goes on."""
+        return '; '.join(self.lines()[-3:])[-500:]
 
     def wait(self, limit):
         """The exit code; a program that does not end within `limit` seconds is ended."""
@@ -815,8 +819,13 @@ class Program:
         self.errors_file.close()
 
 
+def brief(lines):
+    """The cause comes first, what it led to last."""
+    return '; '.join(lines[:2] + lines[2:][-1:])[:500]
+
+
 def run(argv, stop, limit, feed=b'', on_output=None, alive=None, **more):
-    """Run a program to its end and return Finished(code, output, errors).
+    """Run a program to its end and return Finished.
 
     limit: seconds of silence after which it is ended, unless alive() says that it works.
     on_output: called with each piece.
@@ -833,7 +842,8 @@ def run(argv, stop, limit, feed=b'', on_output=None, alive=None, **more):
             pieces.append(piece)
             if on_output:
                 on_output(piece)
-        return Finished(program.wait(limit), b''.join(pieces), program.errors())
+        code, lines = program.wait(limit), program.lines()
+        return Finished(code, b''.join(pieces), brief(lines), lines)
     finally:
         program.close()
 
@@ -1529,6 +1539,7 @@ def finish_stream(config, stream, protocols, state_dir):
     stream.spool = os.path.join(state_dir, 'spool', stream.name)
     stream.control_dir = os.path.join(state_dir, stream.name + '.ssh')
     stream.unproven = os.path.join(state_dir, stream.name + '.unproven')
+    stream.coarse = os.path.join(state_dir, stream.name + '.times')
     if stream.protocol.target_form == 'here':
         home = 'stream:' + stream.name
         home = home if 'target_dir' in config.sections[home] else 'defaults'
@@ -3984,7 +3995,7 @@ class Staging(Transport):
 def protected(relative, stream):
     """Whether mirror_delete leaves this name at the target alone: it is ours or a person's."""
     parts = relative.split(b'/')
-    return any(part.startswith(OWN_PREFIX) or re.search(rb'\.~\d{8}T[\d.]+Z~', part)
+    return any(part.lower().startswith(OWN_PREFIX) or re.search(rb'(?i)\.~\d{8}T[\d.]+Z~', part)
                for part in parts) or parts[0] in (to_bytes(stream.stop_file),
                                                   to_bytes(stream.target_marker or ''))
 
@@ -5009,6 +5020,7 @@ class Push(Rows):
         self.late = []              # parcels that were not there yet when their part was proven
         self.last = None            # the part that holds all that was left at the end
         self.done = None            # how rsync ended
+        self.said = []              # what it, and those that proved it, wrote to standard error
         batch.jobs = self
 
     def told(self, name, row, _checksum):
@@ -5036,9 +5048,18 @@ class Push(Rows):
 
     def end(self, done):
         self.done = done
+        self.said += done.lines
         untold = {id(parcel): parcel for parcel in self.awaited.values()}
         self.last = self.batch.part(self.gone + list(untold.values()))
         return self.last
+
+
+def untouched(root, entry):
+    """Whether a file still has the time that the scan saw."""
+    try:
+        return os.lstat(os.path.join(root, entry.path)).st_mtime_ns == entry.mtime_ns
+    except OSError:
+        return False
 
 
 class Doubts:
@@ -5100,12 +5121,27 @@ class RsyncTransport(Transport):
 
     ENDED = (0, 23, 24)             # all sent, but for single files; after any other end nothing is known
     NO_ROOM = 11                    # errors in file I/O: a full disk, mostly
+    REFUSED = 5                     # a daemon would not begin
+    OLDEST = 3, 1, 0                # knows what is asked of it here; the target's may be older
+    ASK_AGAIN = 4                   # times that a daemon which served us before is asked
+    HINTS = {
+        1: 'is rsync too old there, or does it refuse an option?',
+        2: 'does the login print something, or is rsync too old there?',
+        3: 'is target_dir there?', 4: 'see "refuse options" in the rsyncd.conf there',
+        5: 'is the module name right, and the password? does it allow one connection only?',
+        11: 'is the disk full, or the quota?', 12: 'is rsync 3.0.9 or newer installed there?',
+        30: 'the network or the target hangs'}
+    OF_NOTHING = b'd41d8cd98f00b204e9800998ecf8427e'    # the MD5 of an empty file
 
     def __init__(self, *args, **kwargs):
         Transport.__init__(self, *args, **kwargs)
         self.version = None
         self.made = {b''}
         self.active = set()             # threads with an rsync under way
+        self.served = False             # whether one of ours was served
+        self.md5 = False                # whether the checksums in its rows are that
+        self.times = []                 # options for a target that keeps no exact times
+        self.cleared = []               # what mirror_delete took away before a push
         self.doubts = Doubts(self.stream.unproven)
 
     def remote_shell(self):
@@ -5127,22 +5163,46 @@ class RsyncTransport(Transport):
         self.made = {b''}
         if self.version is None:
             self.doubts.read(self.stream.root)
-            done = run([self.stream.rsync_command, '--version'], self.stop, 30)
-            match = re.search(rb'version v?(\d+)\.(\d+)\.(\d+)', done.output)
-            if not match:
-                raise TargetError('%s is no rsync that this program knows' % show(
-                    self.stream.rsync_command), 'install rsync 3.1 or newer')
-            self.version = tuple(int(n) for n in match.groups())
+            self.times = self.noted_times()
+            self.version = self.ask_version()
         if self.version < (3, 2, 4) and re.search(r'[^\w/.,@%+=:-]', self.stream.target_base):
             raise TargetError('rsync %d.%d.%d would let a shell see target_dir' % self.version,
                               'install rsync 3.2.4 or newer, or use plain characters')
 
-    def rsync(self, root, paths, options, top=None, quiet_limit=None, rows=None):
-        """One rsync over a list of relative names, below `top` at the target: (Finished, its Rows)."""
+    def ask_version(self):
+        program = self.stream.rsync_command
+        done = run([program, '--version'], self.stop, 30)
+        match = re.match(rb'rsync +version v?(\d+)\.(\d+)\.(\d+)', done.output)
+        version = tuple(int(n) for n in match.groups()) if match else (0,)
+        if version < self.OLDEST:
+            name = 'openrsync' if done.output.startswith(b'openrsync') else \
+                'rsync %d.%d.%d' % version if match else 'no rsync that this program knows'
+            raise StateError('%s is %s' % (show(program), name), 'install rsync %d.%d.%d or newer, '
+                             'and name it in rsync_command' % self.OLDEST)
+        return version
+
+    def noted_times(self):
+        """What learn_times() found at this target in an earlier run."""
+        try:
+            with open(self.stream.coarse) as handle:
+                target, *options = handle.read().splitlines()
+        except (OSError, ValueError):
+            return []
+        return options if target == target_of(self.stream) else []
+
+    def note_times(self, options):
+        self.times = options
+        log.info('%s: %s' % (self.stream.name, 'the target keeps %s: the mirror compares %s there' % (
+            ('times to two seconds only', 'within that') if options == ['--modify-window=1'] else
+            ('no times', 'checksums')) if options else 'the target keeps times'))
+        try:
+            atomic_write(self.stream.coarse, to_bytes('\n'.join([target_of(self.stream)] + options)))
+        except OSError as error:
+            raise StateError('cannot write %s: %s' % (show(self.stream.coarse), error.strerror))
+
+    def words(self, root, options, top, quiet_limit):
+        """The argument list of an rsync."""
         stream = self.stream
-        # with a slash at its end, a directory that is missing would be made: perhaps on a disk
-        # that something else was mounted on
-        top = os.path.join(self.base if top is None else top, b'.')
         argv = [stream.rsync_command] + stream.rsync_options + [
             '--times', '--no-recursive', '--dirs', '--no-implied-dirs', '--from0',
             '--files-from=-', '--out-format=%i|%C|%n',
@@ -5153,44 +5213,72 @@ class RsyncTransport(Transport):
             argv += ['--perms', '--chmod=F%o,D%o' % stream.target_chmod]
         else:
             argv += ['--chmod=Du+rwx']      # else one 0544 directory refuses its own content
-        if self.version >= (3, 2, 0) and '--checksum' in options:
-            argv += ['--checksum-choice=md5']       # a name for what the ledger holds
-        argv += options + self.remote_shell() + ['--', os.path.join(root, b''), self.url(top)]
+        # with a slash at its end, a directory that is missing would be made: perhaps on a disk
+        # that something else was mounted on
+        top = os.path.join(self.base if top is None else top, b'.')
+        return argv + options + self.remote_shell() + ['--', os.path.join(root, b''), self.url(top)]
+
+    def rsync(self, root, paths, options, top=None, quiet_limit=None, rows=None):
+        """One rsync over a list of relative names, below `top` at the target: (Finished, its Rows)."""
+        argv = self.words(root, options, top, quiet_limit)
         feed = b''.join(b'./' + path + b'\0' for path in paths)
         rows = Rows() if rows is None else rows
+        for _ in range(self.ASK_AGAIN):
+            done = self.run_rsync(argv, feed, quiet_limit, rows)
+            if done.code != self.REFUSED or self.active or not self.served:
+                break
+            self.stop.wait(1)       # `max connections` counts the one that has just ended
+        self.served = self.served or done.code == 0
+        if done.code in (self.REFUSED, 12) and self.active:
+            self.overlaps = False       # rrsync's lock, or max connections: one at a time there
+        return done, rows
+
+    def run_rsync(self, argv, feed, quiet_limit, rows):
+        # MD5 by whatever the two agree on (--checksum-choice is told to the target, which may not
+        # know it): it has a name that the ledger can hold, and people can check it
+        secret = dict(self.secret(), RSYNC_CHECKSUM_LIST='md5 md4')
         # a SIGTERM makes rsync flush what it has just sent once more, if --bwlimit let it sleep
         # there: then files take the content of others (seen with 3.5.0 and a daemon)
         me = threading.get_ident()
         self.active.add(me)
         try:
-            done = run(argv, self.stop, quiet_limit or stream.stall_timeout, feed, rows.hear,
-                       keep_fds=self.lock_fds, secret=self.secret(), signals=Program.ABRUPT)
+            return run(argv, self.stop, quiet_limit or self.stream.stall_timeout, feed, rows.hear,
+                       keep_fds=self.lock_fds, secret=secret, signals=Program.ABRUPT)
         finally:
             self.active.discard(me)
-        if done.code in (5, 12) and self.active:
-            self.overlaps = False       # rrsync's lock, or max connections: one at a time there
-        return done, rows
 
     def fail(self, done, what):
-        hints = {5: 'is the module name right, and the password?', 12: 'is rsync installed there?',
-                 2: 'does the login print something, or is rsync too old there?',
-                 11: 'is the disk full, or the quota?', 30: 'the network or the target hangs'}
-        raise TargetError('%s: %s' % (what, done.errors or 'rsync ended with %d' % done.code),
-                          hints.get(done.code, ''))
+        raise TargetError('%s: %s' % (what, self.reason(done)), self.HINTS.get(done.code, ''))
+
+    @staticmethod
+    def reason(done):
+        """What rsync or the target said."""
+        causes = [line for line in done.lines if not line.startswith('rsync error:')]
+        return brief(causes) or done.errors or (
+            'rsync ended with %d' % done.code if done.code else 'no reason given')
+
+    def reason_for(self, path, push):
+        """What was said of a file, or else of any."""
+        name = show(os.path.basename(path))
+        marks = '"%s"' % name, '/%s"' % name, '.%s.' % name, ': %s' % show(path)
+        said = [line for line in push.said if any(mark in line for mark in marks)]
+        return brief(said) or self.reason(push.done)
 
     def look(self, names, top=None):
         """Whether each of the names is in a directory of the target, and b'.' that itself.
 
         A listing would do, but not for write-only modules; a dry run does everywhere.
         """
+        checksum = ['--checksum'] if self.stream.verify == 'checksum' else []     # or is that refused?
         with scratch_directory(self.stream) as empty:
             for name in names:
                 open(os.path.join(empty, name), 'wb').close()
             done, rows = self.rsync(empty, [b''] + sorted(names),
-                                    ['-n', '-i', '-i', '--ignore-existing'], top)
+                                    ['-n', '-i', '-i', '--ignore-existing'] + checksum, top)
         standing = set(names) - set(rows)       # of what stands there, whatever it is, no row tells
         if b'.' not in rows or standing and done.code:
             self.fail(done, 'cannot look at %s' % target_of(self.stream))
+        self.md5 = self.md5 or any(checksum == self.OF_NOTHING for _, checksum in rows.values())
         found = {name: name in standing for name in names}
         found[b'.'] = not rows[b'.'][0].endswith(b'+' * 9)
         return found
@@ -5264,14 +5352,25 @@ class RsyncTransport(Transport):
         self.ensure(batch.subdir)
         paths = [entry.path for entry in batch.entries]
         push = Push(batch, ready if self.stream.move and self.overlaps else None, self.progress)
+        options = ['-i', '-i'] + self.fresh_only()
         if self.stream.mirror:
             self.doubts.begin(push, paths)
         try:
-            done, _ = self.push(batch, paths, ['-i', '-i'] + self.fresh_only(), push)
-        except BaseException:
+            done, _ = self.push(batch, paths, options, push)
+        except BaseException as error:
             self.settle_doubts(push, paths)
+            if push and isinstance(error, TargetError):
+                error.path = self.under_way(batch, paths, options)
             raise
         ready(push.end(done), False)
+
+    def under_way(self, batch, paths, options):
+        """The file at which a push broke off, or None.  What rsync told had gone may still have
+        been on its way; the receiver takes files in the order in which they are told."""
+        with contextlib.suppress(TargetError):
+            _, rows = self.rsync(batch.root, paths, ['-n'] + options, self.top(batch), self.patience(batch))
+            return next((path for path, (row, _) in rows.items() if row.startswith(b'<f')), None)
+        return None
 
     def prove(self, batch, paths, options):
         """{path: checksum} of those that stand at the target as they are here, and all rows."""
@@ -5279,11 +5378,11 @@ class RsyncTransport(Transport):
                                 self.top(batch), self.patience(batch) + batch.size / CHECK_RATE)
         if done.code not in self.ENDED:
             self.fail(done, 'nothing can be proven at %s' % target_of(self.stream))
+        batch.jobs.said += done.lines
         equal = {}
         for path, (row, checksum) in rows.items():
             if row[:2] in (b'.f', b'.d', b'.L') and row[2:4] in (b'  ', b'..'):
-                equal[path] = 'md5:' + checksum.decode() if len(checksum) == 32 and \
-                    self.version >= (3, 2, 0) else None
+                equal[path] = 'md5:' + checksum.decode() if len(checksum) == 32 and self.md5 else None
         return equal, rows
 
     def finish(self, batch):
@@ -5305,7 +5404,7 @@ class RsyncTransport(Transport):
         ours is under way, which --ignore-existing no longer asks for, becomes a backup."""
         if self.stream.on_conflict != 'overwrite' or self.stream.zips:
             return ['--ignore-existing', '--backup', '--suffix=' + stamped(b'').decode()]
-        return [] if self.stream.mirror else ['--ignore-existing']
+        return self.times if self.stream.mirror else ['--ignore-existing']
 
     def settle_doubts(self, push, paths, equal=()):
         """What a push may have left wrong: all that it sent, and if it was broken off, all but
@@ -5332,7 +5431,7 @@ class RsyncTransport(Transport):
         for paths, option in ((by_size, '--size-only'), (everything - by_size - quick, '--checksum')):
             believed = paths - sent - self.doubts.names
             if self.stream.mirror and option == '--checksum' and believed:
-                before, rows = self.prove(batch, believed, [])
+                before, rows = self.prove(batch, believed, self.times)
                 equal.update(before)
                 known.update(rows)
                 paths = paths - set(before)
@@ -5352,6 +5451,8 @@ class RsyncTransport(Transport):
             for path in equal:
                 push.pop(path, None)
         self.time_directories(batch, equal, known)
+        if self.stream.mirror:
+            self.learn_times(batch, sent & set(equal), known)
         return [self.outcome(batch, parcel, equal, problems, sent) for parcel in batch.parcels]
 
     def make_room(self, batch, missing):
@@ -5362,7 +5463,7 @@ class RsyncTransport(Transport):
         parts = os.path.join(head, to_bytes(PARTIAL_DIR))
         self.delete([os.path.join(parts, name)])
         self.delete([parts])            # a directory that is not empty stays
-        return {path: NoRoom('%s was not taken: %s' % (show(path), batch.jobs.done.errors),
+        return {path: NoRoom('%s was not taken: %s' % (show(path), self.reason(batch.jobs.done)),
                              'is the disk full, or the quota?')}
 
     def time_directories(self, batch, equal, rows):
@@ -5371,6 +5472,24 @@ class RsyncTransport(Transport):
                 and rows.get(e.path, (b'',))[0][4:5] == b't']
         if late:
             self.push(batch, sorted(late), [])
+
+    def learn_times(self, batch, sent, rows):
+        """A target may keep times to two seconds only, or none: its mirror would be sent whole in
+        each pass.  What is learned holds until the target is another, or does keep one."""
+        files = {e.path: e for e in batch.entries if e.path in sent and e.kind == 'f'}
+
+        def late(rows):
+            return {path for path in files if rows.get(path, (b'',))[0][4:5] == b't'}
+
+        wrong = {path for path in late(rows) if untouched(batch.root, files[path])}
+        if wrong and not self.times:
+            _, rows = self.prove(batch, sent, ['--modify-window=1'])
+            if not late(rows):
+                self.note_times(['--modify-window=1'])
+            elif wrong == late(rows) == set(files):
+                self.note_times(['--checksum'])
+        elif self.times == ['--checksum'] and files and not late(rows):
+            self.note_times([])
 
     def send_again(self, batch, push, missing, sent, rows, equal):
         """What differs at the target is ours and damaged, or somebody else's: on_conflict."""
@@ -5383,8 +5502,8 @@ class RsyncTransport(Transport):
                 self.backup_or(path)
                 if self.stream.on_conflict == 'backup' and \
                         len(os.path.basename(path)) + len(stamped(b'')) > 255:   # rsync would give up all
-                    raise ItemError('%s stands at the target with other content, and its name is too '
-                                    'long for a backup' % show(path), 'rename one of them')
+                    raise Unfit('%s exists at the target with other content, and its name is too '
+                                'long for a backup' % show(path), 'rename one of them')
             except ItemError as error:
                 problems[path] = error
         foreign -= set(problems)
@@ -5398,18 +5517,28 @@ class RsyncTransport(Transport):
             log.info('%s: %s stood at the target with other content and %s' % (
                 self.stream.name, show(path), 'is %s%s now' % (show(path), suffix)
                 if backup else 'is overwritten'))
-        again = foreign - renamed
+        problems.update(self.in_the_way(batch, missing - set(rows)))
+        again = foreign - renamed | self.make_way(problems)
         if self.stream.on_conflict != 'refuse':
             again |= differing & sent       # damaged, or taken by another sender: backed up as well
         if again:
             push.update(dict.fromkeys(again, b'<'))
-            done, _ = self.push(batch, sorted(again), ['--ignore-times', '-i'] + backup)
+            push.said += self.push(batch, sorted(again), ['--ignore-times', '-i'] + backup)[0].lines
             equal.update(self.prove(batch, again, ['--checksum'])[0])
         for path in (again | differing & sent) - set(equal):
             problems[path] = IntegrityError('%s arrived damaged' % show(path)) if path in sent else \
                 ItemError('%s stands at the target and cannot be replaced: %s' % (
-                    show(path), done.errors or 'no reason given'))
-        return problems
+                    show(path), self.reason_for(path, push)))
+        return {path: problem for path, problem in problems.items() if path not in equal}
+
+    def in_the_way(self, batch, paths):
+        """{path: Unfit} of those of which neither a push nor a proof tells, for something else has
+        their name at the target."""
+        done, rows = self.rsync(batch.root, sorted(paths), ['-n', '-i', '-i', '--ignore-existing'],
+                                self.top(batch)) if paths else (None, {})
+        return {path: Unfit('%s: something that is no such file has its name at the target' % show(path),
+                            'rename or remove it there')
+                for path in paths if path not in rows and done.code == 0}
 
     def send_renamed(self, batch, paths, equal):
         """A zip never takes the name of one that stands there: it gets a time stamp."""
@@ -5425,20 +5554,22 @@ class RsyncTransport(Transport):
         return set(paths)
 
     def outcome(self, batch, parcel, equal, problems, sent):
-        error, done = None, batch.jobs.done
-        for entry in parcel.entries:
-            if entry.path in equal:
-                continue
-            error = problems.get(entry.path) or (
-                TargetError('%s was not taken: %s' % (show(entry.path), done.errors),
-                            'is the disk full, or the quota?') if done.code == 11 else
-                ItemError('%s was not taken by the target: %s' % (
-                    show(entry.path), done.errors or 'no reason given')))
-            break
+        missing = next((e.path for e in parcel.entries if e.path not in equal), None)
+        error = None if missing is None else problems.get(missing) or self.problem(
+            missing, batch.jobs, missing in sent)
         single = parcel.entries[0] if len(parcel.entries) == 1 else None
         target = batch.final(single.path) if single else None
         return Outcome(error, equal.get(single.path) if single else None, target, {},
                        not self.stream.mirror or any(e.path in sent for e in parcel.entries))
+
+    def problem(self, path, push, sent):
+        """Why a file is not there after its push ended."""
+        if push.done.code == self.NO_ROOM:
+            return TargetError('%s was not taken: %s' % (show(path), self.reason(push.done)), self.HINTS[11])
+        if sent and push.done.code == 0:
+            return ItemError('%s was sent and is not at the target any more' % show(path),
+                             'did somebody take it before it was proven there? it is sent again')
+        return ItemError('%s was not taken by the target: %s' % (show(path), self.reason_for(path, push)))
 
     def remove(self, name):
         self.delete([name])
@@ -5448,35 +5579,63 @@ class RsyncTransport(Transport):
         with scratch_directory(self.stream) as empty:
             return self.rsync(empty, names, ['--delete-missing-args', '-i'])
 
-    def delete_missing(self, kept):
-        """List the target, then name what must go; a name that exists here by then is safe."""
-        stream = self.stream
-        argv = [stream.rsync_command] + stream.rsync_options + ['--recursive', '--list-only'] + \
-            self.remote_shell() + ['--', self.url(os.path.join(self.base, b''))]
-        done = run(argv, self.stop, stream.stall_timeout, secret=self.secret())
-        if done.code:
-            self.fail(done, 'mirror_delete cannot list %s' % target_of(stream))
-        extra = []
+    def listing(self, path):
+        """[(name below path, whether it is a directory)] at the target, and how rsync ended."""
+        argv = [self.stream.rsync_command] + self.stream.rsync_options + ['--recursive', '--list-only'] + \
+            self.remote_shell() + ['--', self.url(os.path.join(self.base, path, b''))]
+        done = run(argv, self.stop, self.stream.stall_timeout, secret=self.secret())
+        found = []
         for line in done.output.split(b'\n'):
             match = re.match(rb'(.)\S{9} +[\d,.]+ \d{4}/\d\d/\d\d \d\d:\d\d:\d\d (.*)$', line)
-            if match:
-                name = unescaped(match.group(2))
-                if name != b'.' and name not in kept and not protected(name, stream):
-                    extra.append((name, match.group(1) == b'd'))
-        gone = self.run_deletion([name for name, is_directory in extra if not is_directory])
-        for depth in sorted({name.count(b'/') for name, d in extra if d}, reverse=True):
-            gone += self.run_deletion([n for n, d in extra if d and n.count(b'/') == depth])
+            if match and match.group(2) != b'.':
+                found.append((unescaped(match.group(2)), match.group(1) == b'd'))
+        return found, done
+
+    def delete_missing(self, kept):
+        """List the target, then name what must go; a name that exists here by then is safe."""
+        listed, done = self.listing(b'')
+        if done.code:
+            self.fail(done, 'mirror_delete cannot list %s' % target_of(self.stream))
+        # a target that folds case or accents may show what is here under another name; else none
+        # of these is left, and nothing needs to be folded
+        shown = {folded(path) for path in kept.difference(name for name, _ in listed)}
+        cleared, self.cleared = self.cleared, []
+        return cleared + self.delete_all(self.stream.root, [
+            (name, is_directory) for name, is_directory in listed
+            if name not in kept and not protected(name, self.stream) and
+            not (shown and folded(name) in shown)])
+
+    def make_way(self, paths):
+        """mirror_delete: where a directory has the name of one of these files, what is in it is
+        gone here, and goes first.  Returns those of the paths that are free then."""
+        free = set()
+        for path in sorted(paths) if self.stream.mirror and self.stream.mirror_delete else ():
+            inside, _ = self.listing(path)
+            inside = [(os.path.join(path, name), is_directory) for name, is_directory in inside]
+            if inside and not any(protected(name, self.stream) for name, _ in inside):
+                with scratch_directory(self.stream) as empty:
+                    gone = self.delete_all(empty, inside)
+                self.cleared += gone
+                free |= {path} if len(gone) == len(inside) else set()
+        return free
+
+    def delete_all(self, root, found):
+        """Delete what is found at the target and not in root, directories when they are empty;
+        the names that went."""
+        gone = self.run_deletion(root, [name for name, is_directory in found if not is_directory])
+        for depth in sorted({name.count(b'/') for name, d in found if d}, reverse=True):
+            gone += self.run_deletion(root, [n for n, d in found if d and n.count(b'/') == depth])
         return gone
 
-    def run_deletion(self, names):
+    def run_deletion(self, root, names):
         """Those of the names that rsync says it deleted."""
         if not names:
             return []
-        done, rows = self.rsync(self.stream.root, names, ['--delete-missing-args', '-i', '--existing'])
-        if done.code not in (0, 23, 24):
+        done, rows = self.rsync(root, names, ['--delete-missing-args', '-i', '--existing'])
+        if done.code not in self.ENDED:
             self.fail(done, 'mirror_delete failed at %s' % target_of(self.stream))
         if done.code == 23:
-            log.once('%s: mirror_delete: %s' % (self.stream.name, done.errors))
+            log.once('%s: mirror_delete: %s' % (self.stream.name, self.reason(done)))
         return [name for name in names if rows.get(name, (b'',))[0].startswith(b'*deleting')]
 
 
@@ -6161,7 +6320,7 @@ class Feed:
             self.broken = error         # end() tells whether the command or the line has ended
 
     def end(self, alive=None):
-        """That was all: Finished(exit code, output, errors).  alive: as for Program.read().
+        """That was all: Finished.  alive: as for Program.read().
         Raises TargetError if the line broke, Interrupted."""
         self.flush()
         self.program.end_input()
@@ -6171,7 +6330,7 @@ class Feed:
         if not told:
             raise TargetError('%s ended: %s' % (
                 self.program.name, self.program.errors() or 'no reason given'))
-        return Finished(int(told.group(2)), told.group(1), self.program.errors())
+        return Finished(int(told.group(2)), told.group(1), self.program.errors(), [])
 
     def digest(self, size):
         """The SHA-256 of the first `size` bytes of its output.  Raises TargetError, Interrupted."""
@@ -9138,8 +9297,17 @@ class Delivery:
         if not self.transport.overlaps:
             self.proving.drain()
         if more:
-            self.ask_stop_files()
+            self.ask_meanwhile()
         return True
+
+    def ask_meanwhile(self):
+        """Ask for stop files while a push is under way; a target that takes one of ours at a time
+        answers when that has ended."""
+        try:
+            self.ask_stop_files()
+        except TargetError as error:
+            if self.transport.overlaps or error.scope == 'machine':
+                raise
 
     # -- verify, publish, record, release
 

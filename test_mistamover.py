@@ -464,8 +464,12 @@ class RsyncDaemon(Server):
             'secrets file = %s\n'
         head = 'use chroot = no\nmunge symlinks = no\nmax connections = 0\nuid = %d\ngid = %d\n' % (
             os.getuid(), os.getgid())
-        self.config = self.file('rsyncd.conf', head + module % ('all', BASE, 'no', secrets) +
-                                module % ('drop', BASE, 'yes', secrets))
+        coarse = os.path.join(self.top, 'coarse')       # a script of a test's, run after each transfer
+        self.config = self.file('rsyncd.conf', head + ''.join(
+            module % (name, BASE, write_only, secrets) + more for name, write_only, more in (
+                ('all', 'no', ''), ('drop', 'yes', ''), ('nosums', 'no', 'refuse options = checksum\n'),
+                ('single', 'no', 'max connections = 1\nlock file = %s/lock\n' % self.top),
+                ('coarse', 'no', 'post-xfer exec = sh %s $RSYNC_MODULE_PATH\n' % coarse))))
 
     def command(self):
         return [find_program('rsync'), '--daemon', '--no-detach', '--address=127.0.0.1',
@@ -2654,11 +2658,19 @@ os.scandir = scandir
 
 class OneAtATime(Doctored):
     def test_an_rrsync_that_locks_its_directory(self):
-        world = self.world('rrsync', bandwidth_limit='1M')
+        self.one_at_a_time(self.world('rrsync', bandwidth_limit='1M'))
+
+    def test_a_module_with_one_connection(self):
+        world = self.world('rsync_native', bandwidth_limit='1M')
+        self.one_at_a_time(world.configure(**dict(
+            world.options, target_dir=world.options['target_dir'].replace('all/', 'single/'))))
+
+    def one_at_a_time(self, world):
         for number in range(20):
             write(os.path.join(world.source, 'f%02d' % number), b'%d' % number * 100000)
         before = tree(world.source)
-        done = self.doctored(world, 'mm.Push.PART_FILES = 2\n')
+        # each answer about stop files is too old at once: it is asked for during the push, too
+        done = self.doctored(world, 'mm.Push.PART_FILES = 2\nmm.STOP_FILE_AGE = 0\n')
         self.assertEqual(done.code, 0, str(done))
         self.assertNotIn('ERROR', done.output)
         self.assertEqual((tree(world.source), tree(world.target)), ({}, before))
@@ -4160,6 +4172,216 @@ class RsyncPushes(Invariants):
             shutil.rmtree(os.path.join(world.target, '2017'))
         process.terminate()
         self.ended(process)
+
+
+# what an rsync before 3.1.3 says to what came later
+OLDER_RSYNC = """#!/bin/sh
+for word; do
+    case $word in
+    --checksum-choice*|--mkpath|--fsync|--open-noatime|--stderr*|--old-args|--mkpath)
+        echo "rsync: $word: unknown option" >&2
+        exit 1;;
+    esac
+done
+exec rsync "$@"
+"""
+
+
+@spread
+class OtherRsyncs(Doctored):
+    """Targets and programs that are not the rsync of this machine."""
+
+    def script(self, world, text):
+        path = os.path.join(world.top, 'script')
+        with open(path, 'w') as handle:
+            handle.write(text)
+        os.chmod(path, 0o755)
+        return path
+
+    def module(self, name, **options):
+        world = self.world('rsync_native', **options)
+        return world.configure(**dict(world.options, target_dir=world.options['target_dir'].replace(
+            'all/', name + '/')))
+
+    def test_an_older_one_at_the_target(self):
+        for mode in ('move', 'mirror'):
+            world = self.world('rsync_ssh', create_directories='yes', transfer_mode=mode)
+            world.configure(**dict(world.options, target_dir=world.target + '/deep/down/%Y',
+                                   rsync_options='--rsync-path=' + self.script(world, OLDER_RSYNC)))
+            write(os.path.join(world.source, 'f'), b'content')
+            self.assert_run(world, 0)
+            self.assertEqual(contents(tree(world.target)), {
+                b'deep': 'directory', b'deep/down': 'directory', b'deep/down/2017': 'directory',
+                b'deep/down/2017/f': b'content'})
+            self.assertEqual([r['checksum'] for r in world.ledger()],
+                             ['md5:' + hashlib.md5(b'content').hexdigest()])
+
+    def test_the_umask_here_is_not_the_one_there(self):
+        world = self.world('rsync_ssh', create_directories='yes')
+        world.configure(**dict(world.options, target_dir=world.target + '/deep/%Y'))
+        write(os.path.join(world.source, 'f'), b'content')
+        before = os.umask(0o077)
+        try:
+            self.assert_run(world, 0)
+        finally:
+            os.umask(before)
+        self.assertEqual([stat.S_IMODE(os.stat(os.path.join(world.target, name)).st_mode)
+                          for name in ('deep', 'deep/2017')], [0o777 & ~before] * 2)
+
+    def test_programs_that_will_not_do(self):
+        for says, named in (('rsync  version 3.0.9  protocol version 30', 'rsync 3.0.9'),
+                            ('openrsync: protocol version 29\nrsync version 2.6.9 compatible', 'openrsync'),
+                            ('something else', 'no rsync that this program knows')):
+            world = self.world('rsync_native', retry_count='1')
+            world.configure(**dict(world.options, rsync_command=self.script(
+                world, "#!/bin/sh\necho '%s'\n" % says)))
+            write(os.path.join(world.source, 'f'), b'content')
+            done = self.assert_run(world, 1)
+            self.assertIn('is %s (install rsync 3.1.0 or newer' % named, done.output)
+            self.assertEqual(held_at_source(world), {b'f': b'content'})
+
+    def test_a_module_that_refuses_checksums_says_so_before_anything_is_sent(self):
+        world = self.module('nosums', retry_count='1')
+        before = fill(world.source, NAMES[:5])
+        done = self.assert_run(world, 1)
+        self.assertIn('The server is configured to refuse --checksum', done.output)
+        self.assertIn('refuse options', done.output)
+        self.assertEqual((tree(world.source), tree(world.target)), (before, {}))
+        self.assertEqual(mm.SharedJson(world.state, 'failures.json').read().get('s', {}), {})
+        world.configure(**dict(world.options, verify='size'))
+        self.assert_run(world, 0)
+        self.assertEqual(tree(world.target), before)
+
+    @on_sites('rsync_ssh', 'rsync_native', 'write_only')
+    def test_something_else_has_the_name(self, site):
+        world = self.world(site, retry_count='1')
+        for number in range(5):
+            write(os.path.join(world.source, 'run%d' % number), b'content')
+            os.makedirs(os.path.join(world.target, 'run%d' % number, 'taken'))
+        write(os.path.join(world.source, 'good'), b'good')
+        done = self.assert_run(world, 1)
+        for number in range(5):
+            self.assertIn('run%d: something that is no such file has its name at the target' % number,
+                          done.output)
+        self.assertEqual(held_at_target(world), {b'good': b'good'})
+        self.assertEqual(len(held_at_source(world)), 5)
+
+    @unittest.skipUnless(os.getuid() == 0, 'needs root')
+    def test_the_sentence_of_rsync_names_the_file(self):
+        world = self.world('rsync_ssh', retry_count='1')
+        for number in range(6):
+            write(os.path.join(world.source, 'day%d' % number, 'run%d' % number), b'content')
+            os.makedirs(os.path.join(world.target, 'day%d' % number))
+        if subprocess.call(['chattr', '+i', os.path.join(world.target, 'day4')], stderr=subprocess.DEVNULL):
+            raise unittest.SkipTest('needs a file system that knows chattr(1)')
+        self.addCleanup(subprocess.check_call, ['chattr', '-i', os.path.join(world.target, 'day4')])
+        done = self.assert_run(world, 1)
+        self.assertRegex(done.output, 'day4/run4 was not taken.*mkstemp.*run4.*Operation not permitted')
+        self.assertEqual(held_at_source(world), {b'day4/run4': b'content'})
+
+    def test_coarse_times(self):
+        for script, left in (("find \"$1\" -name 'f*' -exec sh -c 'for n; do t=$(stat -c %Y \"$n\"); "
+                              "touch -d @$((t - t % 2)) \"$n\"; done' - {} +\n", "--modify-window=1"),
+                             ("find \"$1\" -name 'f*' -exec touch {} +\n", '--checksum')):
+            world = self.module('coarse', transfer_mode='mirror')
+            with open(os.path.join(server('rsyncd').top, 'coarse'), 'w') as handle:
+                handle.write(script.replace('"$1"', world.target))
+            for number in range(4):
+                write(os.path.join(world.source, 'f%d' % number), b'%d' % number, OLD + number)
+            self.assertIn('delivered 4 items', self.assert_run(world, 0).output)
+            for _ in range(2):
+                self.assertIn('delivered 0 items', self.assert_run(world, 0).output)
+            self.assertIn(left, text_of(os.path.join(world.state, 's.times')))
+            write(os.path.join(world.source, 'f1'), b'x', OLD + 10)
+            self.assertIn('delivered 1 item', self.assert_run(world, 0).output)
+            self.assertEqual(contents(tree(world.target)),
+                             {b'f0': b'0', b'f1': b'x', b'f2': b'2', b'f3': b'3'})
+
+    @on_sites('rsync_ssh', 'rsync_native')
+    def test_a_directory_becomes_a_file(self, site):
+        for conflict in ('overwrite', 'backup'):
+            world = self.world(site, transfer_mode='mirror', mirror_delete='yes', on_conflict=conflict)
+            for name in ('day/sub/f', 'link/f', 'old'):
+                write(os.path.join(world.source, name), b'in a directory')
+            self.assert_run(world, 0)
+            for name in ('day', 'link'):
+                shutil.rmtree(os.path.join(world.source, name))
+            os.unlink(os.path.join(world.source, 'old'))
+            write(os.path.join(world.source, 'day'), b'a file now')
+            os.symlink('day', os.path.join(world.source, 'link'))
+            done = self.assert_run(world, 0)
+            self.assertEqual(tree(world.target), tree(world.source))
+            self.assertEqual(sorted(r['item'] for r in world.ledger() if r['outcome'] == 'deleted'),
+                             ['day/sub', 'day/sub/f', 'link/f', 'old'], str(done))
+
+    def test_what_a_person_keeps_in_it_is_kept(self):
+        world = self.world('rsync_ssh', transfer_mode='mirror', mirror_delete='yes')
+        kept = 'day/f.~20200101T000000.000Z~'
+        write(os.path.join(world.target, kept), b'a backup')
+        write(os.path.join(world.source, 'day'), b'a file now')
+        write(os.path.join(world.source, 'other'), b'other')
+        self.assert_run(world, 1)
+        self.assertEqual(held_at_target(world), {kept.encode(): b'a backup', b'other': b'other'})
+
+    @on_sites('rsync_ssh')
+    def test_a_reader_that_takes_what_arrives(self, site):
+        world = self.world(site)
+        write(os.path.join(world.source, 'taken'), b'content')
+        done = self.doctored(world, """
+import os
+real = mm.TRANSPORTS['rsync_ssh'].push
+def push(self, *args, **kwargs):
+    answer = real(self, *args, **kwargs)
+    if os.path.exists(os.path.join(TARGET, 'taken')):
+        os.unlink(os.path.join(TARGET, 'taken'))
+    return answer
+mm.TRANSPORTS['rsync_ssh'].push = push
+""")
+        self.assertEqual(done.code, 1, str(done))
+        self.assertIn('taken was sent and is not at the target any more (did somebody take it', done.output)
+        self.assertEqual(held_at_source(world), {b'taken': b'content'})
+
+    @on_sites('rsync_native', 'rsync_ssh')
+    def test_mirror_delete_on_a_target_that_folds_case(self, site):
+        world = self.world(site, transfer_mode='mirror', mirror_delete='yes')
+        self.mount('ntfs_folds', world.target)
+        for name in ('Day/Run1.dat', 'Lone.dat', 'gone'):
+            write(os.path.join(world.source, name), b'content')
+        backup = 'f.~20200101T000000.000Z~'
+        write(os.path.join(world.target, backup), b'a backup')
+        self.assert_run(world, 0)
+        os.unlink(os.path.join(world.source, 'gone'))
+        os.rename(os.path.join(world.source, 'Lone.dat'), os.path.join(world.source, 'LONE.dat'))
+        for _ in range(2):
+            self.assert_run(world, 0)
+            self.assertEqual({name.lower(): content for name, content in held_at_target(world).items()}, {
+                b'day/run1.dat': b'content', b'lone.dat': b'content', backup.lower().encode(): b'a backup'})
+
+
+class PoisonProxy(Proxy):
+    """A gateway that resets both lines when it sees a word."""
+
+    def harm(self, data, one, other):
+        if b'POISON' in data:
+            raise Interrupted
+        return data
+
+
+@spread
+class Poison(Invariants):
+    @on_sites('rsync_native')
+    def test_a_gateway_that_resets_on_one_file(self, site):
+        world = self.world(site, retry_count='1')
+        proxy = PoisonProxy(int(world.options['target_port']))
+        self.addCleanup(proxy.close)
+        world.configure(**dict(world.options, target_port=proxy.port))
+        for number in range(20):
+            write(os.path.join(world.source, 'f%02d' % number), b'%02d' % number * 1000)
+        write(os.path.join(world.source, 'f07'), b'POISON' * 20)
+        done = self.assert_run(world, 1)
+        self.assertEqual(list(held_at_source(world)), [b'f07'], str(done))
+        self.assertEqual(len(held_at_target(world)), 19)
+        self.assertIn('f07', str(mm.SharedJson(world.state, 'failures.json').read()), str(done))
 
 
 class FtpLines(Doctored):
