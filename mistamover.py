@@ -3322,9 +3322,10 @@ Parcel = collections.namedtuple('Parcel', 'item entries')
 # What a transport answers for each parcel: error (None: every file of it stands proven at
 # the target), checksum (of a single file), target (its name there, if it is another),
 # linked ({path: Link} of what of its batch is one file at both ends), sent (False: all of it
-# was there already), taken (a reader took a file away after it had been proven and named).
-Outcome = collections.namedtuple('Outcome', 'error checksum target linked sent taken')
-Outcome.__new__.__defaults__ = (False,)
+# was there already), taken (a reader took a file away after it had been proven and named), proof
+# (how it was proven, for the ledger).
+Outcome = collections.namedtuple('Outcome', 'error checksum target linked sent taken proof')
+Outcome.__new__.__defaults__ = (False, None)
 
 
 class Batch:
@@ -3973,8 +3974,15 @@ class Staging(Transport):
             checksum = 'sha256:' + single.digest if single and single.digest else None
             answers.append(Outcome(error, checksum, single.final if single else None, linked,
                                    self.stream.move or any(not job.equal for job in mine),
-                                   any(job.taken for job in mine)))
+                                   any(job.taken for job in mine), self.proof_of(mine)))
         return answers
+
+    hashing = 'read back'       # how a hash of what is at the target is had, for the ledger
+
+    def proof_of(self, jobs):
+        if jobs and all(job.linked for job in jobs):
+            return 'one inode'
+        return self.hashing if all(job.hashed for job in jobs) else 'size'
 
     def remove(self, name):
         self.delete([name])
@@ -5560,7 +5568,8 @@ class RsyncTransport(Transport):
         single = parcel.entries[0] if len(parcel.entries) == 1 else None
         target = batch.final(single.path) if single else None
         return Outcome(error, equal.get(single.path) if single else None, target, {},
-                       not self.stream.mirror or any(e.path in sent for e in parcel.entries))
+                       not self.stream.mirror or any(e.path in sent for e in parcel.entries),
+                       proof='size' if self.stream.verify == 'size' else 'rsync --checksum')
 
     def problem(self, path, push, sent):
         """Why a file is not there after its push ended."""
@@ -6147,7 +6156,8 @@ class RcloneTransport(Transport):
         error = next((problems[entry.path] for entry in parcel.entries if entry.path in problems), None)
         single = parcel.entries[0] if len(parcel.entries) == 1 else None
         return Outcome(error, equal.get(single.path) if single else None,
-                       batch.final(single.path) if single else None, {}, True)
+                       batch.final(single.path) if single else None, {}, True,
+                       proof='rclone check')
 
     # -- the rest
 
@@ -6366,6 +6376,8 @@ class ScpTransport(SshStaging):
     takes = 'network host ssh scp chmod parallel'
     modules = ('tarfile',) if WINDOWS else ('grp', 'pwd', 'tarfile')
     # what prints a SHA-256 first, then the name
+    hashing = 'hashed there'
+
     HASHES = (b'sha256sum', b'shasum -a 256', b'sha256 -r', b'digest -a sha256',
               b'openssl dgst -sha256 -r', b'cksum -a sha256 --untagged', b'busybox sha256sum')
     KNOWN = b'edeaaff3f1774ad2888673770c6d64097e391bc362d7d6fb34982ddf0efd18cb'     # of abc and LF
@@ -9378,7 +9390,8 @@ class Delivery:
             yield dict(
                 time=now, stream=stream.name, item=name, size=item.size, files=len(item.files),
                 protocol=stream.transfer_protocol, target=top + to_text(there),
-                mode=stream.transfer_mode, verify=stream.verify, checksum=outcome.checksum,
+                mode=stream.transfer_mode, verify=stream.verify, proof=outcome.proof,
+                checksum=outcome.checksum,
                 snapshot=None if entries is item.entries else item.snapshot, seconds=seconds,
                 attempt=self.failures.items.get(name, {}).get('count', 0) + 1,
                 outcome='taken' if outcome.taken and word == 'delivered' else word)

@@ -5330,6 +5330,7 @@ class Commands(Doctored):
                          {'stream': 's', 'size': 5, 'files': 1, 'protocol': 'local', 'mode': 'move',
                           'verify': 'checksum', 'attempt': 1, 'outcome': 'delivered',
                           'target': world.target + '/run\x1b[31m.dat'})
+        self.assertEqual((record['proof'], records['day']['proof']), ('one inode', 'read back'))
         with open(os.path.join(world.target, 'day.zip'), 'rb') as handle:
             digest = hashlib.sha256(handle.read()).hexdigest()
         self.assertEqual(records['day']['checksum'], 'sha256:' + digest)
