@@ -2,7 +2,8 @@
 """The tests of MiStaMover: real programs, real servers on loopback, whole trees compared.
 
     python3 test_mistamover.py              everything this machine can run
-    python3 test_mistamover.py NAME ...     single tests, as unittest names them
+    python3 test_mistamover.py --quick      under 30 s: no servers, most of the mistakes
+    python3 test_mistamover.py NAME ...     single classes (Modes) and tests (Modes.test_once_move_scp)
     python3 test_mistamover.py --bench [S M L I D] [--json FILE]
 
 Servers that are not installed are named in the last lines; with MISTAMOVER_TEST_ALL=1 a
@@ -18,6 +19,7 @@ missing one fails the run.  Order and names follow the sections of mistamover.py
     8  commands
     9  README and example
    10  --bench: side by side with what a user would type instead
+   11  running them: spread over processes, a line a class
 """
 import argparse
 import base64
@@ -25,6 +27,7 @@ import collections
 import contextlib
 import email
 import errno
+import faulthandler
 import functools
 import glob
 import grp
@@ -48,7 +51,9 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 import unittest
+import warnings
 import zipfile
 from unittest import mock
 
@@ -57,6 +62,7 @@ import mistamover as mm
 HERE = os.path.dirname(os.path.abspath(__file__))
 PROGRAM = os.path.join(HERE, 'mistamover.py')
 TEST_ALL = os.environ.get('MISTAMOVER_TEST_ALL') == '1'
+QUICK = os.environ.get('MISTAMOVER_TEST_QUICK') == '1'      # what --quick tells its workers
 PATIENCE = 30           # seconds a condition may take before a test gives up
 OLD = 1500000000        # an mtime long past (July 2017)
 
@@ -143,6 +149,47 @@ class Finished:
         return 'exit code %s, output:\n%s' % (self.code, self.output)
 
 
+def forked(argv, environment, limit=120):
+    """The program in a copy of this process, which is quicker than an interpreter of its own."""
+    with tempfile.TemporaryFile() as output, warnings.catch_warnings():
+        warnings.simplefilter('ignore', DeprecationWarning)     # of the thread that dumps hung tests
+        pid = os.fork()
+        if not pid:
+            be_the_program(argv, environment, output.fileno())
+        end = time.monotonic() + limit
+        done, status = os.waitpid(pid, os.WNOHANG)
+        while not done and time.monotonic() < end:
+            time.sleep(0.002)
+            done, status = os.waitpid(pid, os.WNOHANG)
+        if not done:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            raise AssertionError('the program did not end within %d s' % limit)
+        output.seek(0)
+        return Finished(os.WEXITSTATUS(status) if os.WIFEXITED(status) else -os.WTERMSIG(status),
+                        output.read().decode('utf-8', 'replace'))
+
+
+def be_the_program(argv, environment, output):
+    """Never returns; what an interpreter does around main()."""
+    code = 1
+    try:
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        os.environ.clear()
+        os.environ.update(environment)
+        code = mm.main(argv)
+    except SystemExit as end:
+        code = end.code
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code or 0)
+
+
 class World:
     """One test's own place: incoming directory, target, state, configuration."""
 
@@ -183,6 +230,8 @@ class World:
             if 'ftps' in SERVERS else dict(os.environ)
 
     def run(self, *args, limit=120):
+        if QUICK:
+            return forked(['--config', self.ini] + list(args), self.environment(), limit)
         done = subprocess.run(self.command(*args), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                               stderr=subprocess.STDOUT, timeout=limit, env=self.environment())
         return Finished(done.returncode, done.stdout.decode('utf-8', 'replace'))
@@ -207,6 +256,12 @@ class World:
         names = [n for n in list(tree(self.source)) + list(tree(self.target)) if b'.mistamover' in n]
         return names + [n for n in os.listdir(self.state)
                         if n.endswith(('.dirty', '.releasing', '.new', '.unproven'))]
+
+
+def slow(method):
+    """Not with --quick."""
+    method.slow = True
+    return method
 
 
 class Case(unittest.TestCase):
@@ -806,6 +861,8 @@ CLASSES = {
 
 def skip_without(name, needs, needs_root):
     """Skip the test, and say at the end of the run why, if one of needs is not here."""
+    if QUICK:
+        raise unittest.SkipTest('--quick starts no servers')
     missing = {package for what, package in needs if not installed(what)}
     if missing:
         MISSING[name] = ' and '.join(sorted(
@@ -1068,6 +1125,7 @@ def spread(cls):
         for site in getattr(method, 'sites', ()):
             def run(self, method=method, site=site):
                 method(self, site)
+            run.site, run.slow = site, getattr(method, 'slow', False)
             if site in not_yet.get(name, '').split():
                 run = unittest.expectedFailure(run)
             setattr(cls, '%s_%s' % (name, site), run)
@@ -1181,10 +1239,9 @@ class Configuration(Case):
             handle.write(text.replace('TOP', top))
         os.chmod(path, kwargs.get('mode', 0o600))
         before = tree(top)
-        done = subprocess.run([sys.executable, PROGRAM, '-c', path] + kwargs.get('args', []),
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        output = done.stdout.decode()
-        self.assertEqual(done.returncode, 2, output)
+        done = forked(['-c', path] + kwargs.get('args', []), os.environ.copy())
+        output = done.output
+        self.assertEqual(done.code, 2, output)
         self.assertEqual(len(output.splitlines()), 1, output)
         for part in ('m.ini',) + parts:
             self.assertIn(part, output)
@@ -1599,7 +1656,7 @@ class Modes(Case):
         before[b'tree/zero'] = b'not zero', OLD + 8
         wait_for(lambda: tree(world.target) == before, 'the late files')
         os.unlink(os.path.join(world.target, 'plain.dat'))
-        shutil.rmtree(os.path.join(world.target, 'tree'))
+        os.rename(os.path.join(world.target, 'tree'), os.path.join(world.top, 'lost'))    # at once, all of it
         wait_for(lambda: tree(world.target) == before, 'what was lost at the target')
         process.send_signal(signal.SIGINT)
         self.assertEqual(self.ended(process, 5), 130)
@@ -1760,6 +1817,7 @@ class Twins(Case):
         self.assertEqual(kept[b'scan.dat'], b'scan.dat')
 
 
+@spread
 class KeepDelivered(Case):
     @on_sites(*ONE_EACH)
     def test_what_was_released_is_kept_and_purged_when_its_time_is_over(self, site):
@@ -1888,6 +1946,7 @@ mm.Releaser.discard = discard
         self.assertEqual([r['outcome'] for r in world.ledger()], ['delivered', 'kept'])
         self.assertEqual(world.leftovers(), [])
 
+    @slow
     def test_in_a_zipped_directory_the_very_file_that_is_deleted(self):
         for step in ('before', 'after'):
             world = self.world('local', directories='zip')
@@ -1910,6 +1969,7 @@ mm.Releaser.release_open, mm.Releaser.discard = release_open, discard
             self.assertEqual(source, {b'day/a': b'half and whole'} if step == 'before' else {}, str(done))
             self.assertEqual(world.leftovers(), [])
 
+    @slow
     def test_a_tree_whose_release_was_killed_in_a_file(self):
         for moment in ('before', 'after'):
             world = self.world('local', directories='zip')
@@ -1932,6 +1992,7 @@ mm.Releaser.discard = discard
             self.assertEqual(list(tree(world.target)), [b'day.zip'])
             self.assertEqual(world.leftovers(), [])
 
+    @slow
     def test_a_linked_file_before_and_after_its_ledger_line(self):
         for verb, outcomes in (('LocalTransport.sync', [('delivered', 14)]),
                                ('Delivery.record', [('delivered', 5), ('withdrawn', 5), ('delivered', 14)])):
@@ -1990,6 +2051,7 @@ mm.Delivery.record = record
         self.assertEqual((tree(world.source), len(tree(world.target))), ({}, 3), said)
         self.assertEqual(said.count('CAP_LEASE'), 1, said)
 
+    @slow
     def test_leases_that_say_of_every_file_that_it_is_written(self):
         world = self.world('local')
         write(os.path.join(world.source, 'f'), b'content')
@@ -2399,6 +2461,7 @@ mm.LocalTransport.rename = refuse
                          ({b'f': b'today'}, {b'f': b'yesterday'}))
         self.assertEqual(world.leftovers(), [])
 
+    @slow
     def test_a_mirror_records_once_what_the_target_cannot_hold_the_time_of(self):
         world = self.world('local', transfer_mode='mirror')
         write(os.path.join(world.source, 'f'), b'f')
@@ -2512,6 +2575,7 @@ class Companions(Doctored):
                     del expected[b'x.done']
                 self.assertEqual(contents(tree(world.target)), expected)
 
+    @slow
     @on_sites('local', 'rsync_ssh', 'sftp')
     def test_a_ready_file_whose_item_went_says_nothing_of_the_next_one(self, site):
         for send in ('yes', 'no'):
@@ -2710,6 +2774,7 @@ class OddFiles(Case):
 
 
 class SettlingRuns(Case):
+    @slow
     def test_a_growing_file_waits_until_it_is_quiet(self):
         world = self.world('local', settle_time='1.5s')
         path = os.path.join(world.source, 'growing')
@@ -2751,6 +2816,7 @@ class SettlingRuns(Case):
         finally:
             os.close(fd)
 
+    @slow
     def test_ten_thousand_fresh_files_settle_together(self):
         world = self.world('local', settle_time='3s')
         now = time.time()
@@ -2770,6 +2836,7 @@ class SettlingRuns(Case):
         self.assertEqual((tree(world.source), contents(tree(world.target))),
                          ({}, {b'future': b'f', b'epoch': b'e'}))
 
+    @slow
     def test_once_leaves_what_still_changes(self):
         world = self.world('local', settle_time='1s')
         path = os.path.join(world.source, 'growing')
@@ -2852,6 +2919,7 @@ class Watching(Doctored):
             happening(top)
             self.assertTrue(watch.stirred(), happening)
 
+    @slow
     def test_what_we_do_ourselves_is_no_news(self):
         top, watch = self.watched()
         own = os.path.join(top, mm.CLOCK_NAME + b'1')
@@ -2916,6 +2984,7 @@ mm.Worker.one_pass = one_pass
         self.assertEqual(done.code, 143, str(done))
         self.assertEqual(contents(tree(world.target)), {b'item': b'item'})
 
+    @slow
     def test_a_settled_mirror_is_scanned_when_something_came_or_went_and_else_not(self):
         world = self.world('local')
         world.configure(transfer_mode='mirror', items='files', pause_time='0.01s', mirror_delete='yes')
@@ -2952,6 +3021,7 @@ mm.Scanner.scan, mm.Watch.stirred = scan, stirred
 
 @spread
 class Daemons(Doctored):
+    @slow
     @on_sites()
     def test_a_signal_ends_a_large_transfer_within_seconds(self, site):
         world = self.world(site, bandwidth_limit='4M', target_chmod='644' if site == 'local' else None)
@@ -2995,6 +3065,7 @@ class Daemons(Doctored):
         process.terminate()
         self.assertEqual(self.ended(process, 5), 143)
 
+    @slow
     def test_a_pass_leaves_nothing_in_memory_about_what_is_gone(self):
         for chmod, most in ((None, 0), ('644', 1)):     # a link at the target needs no note at all
             world = self.world('local', target_chmod=chmod)
@@ -3015,6 +3086,7 @@ mm.Delivery.leave = leave
             self.assertEqual(contents(tree(world.target)), dict.fromkeys(
                 [b'file0', b'file1', b'file2', b'twin'], b'file'))
 
+    @slow
     def test_background_writes_a_pid_file(self):
         world = self.world('local')
         world.configure('log_file = %s' % os.path.join(world.top, 'the.log'))
@@ -3048,6 +3120,7 @@ mm.Delivery.leave = leave
         self.ended(process)
         self.assertEqual(world.said().count('ERROR'), 1, world.said())
 
+    @slow
     def test_a_stream_for_which_no_thread_can_be_had(self):
         starve = """
 import os, signal, threading
@@ -3271,6 +3344,7 @@ class Locks(Case):
         for name in ids:
             self.assertRegex(name, rb'^[0-9a-f]{16}$')
 
+    @slow
     def test_a_second_run_says_who_holds_the_stream(self):
         world = self.world('local', bandwidth_limit='100K', target_chmod='644')
         write(os.path.join(world.source, 'slow'), b'x' * 3000000)
@@ -3393,6 +3467,7 @@ def mixed(world, random_source, large=2 << 20):
 class Kills(Invariants):
     """SIGKILL at random moments; MISTAMOVER_TEST_KILLS says how many for each protocol."""
 
+    @slow
     @on_sites(*ONE_EACH)
     def test_kill_anywhere(self, site):
         chance = random.Random('%d %s' % (SEED, site))
@@ -3941,6 +4016,7 @@ mm.RsyncTransport.finish = finish
         self.assertEqual(target.pop(damaged[0])[:1], b'#')
         self.assertEqual(target, originals)
 
+    @slow
     @on_sites('local', 'rsync_ssh', 'rsync_native', 'scp', 'sftp', 'ftp')
     def test_a_kill_between_two_parts(self, site):
         for moment in ('Ledger.append', 'Releaser.release'):
@@ -3995,6 +4071,7 @@ mm.%s = dying
         done = wait_for(lambda: Kills.undisturbed(world), 'the stream to be free', 60)
         self.assert_all_delivered(world, originals, done)
 
+    @slow
     @on_sites('local', 'rsync_ssh', 'ftp')
     def test_a_stop_file_holds_back_the_rest_of_a_batch(self, site):
         rsync = site == 'rsync_ssh'
@@ -4949,6 +5026,7 @@ class Closing(Case):
 
 @spread
 class MovingSource(Invariants):
+    @slow
     @on_sites('local', 'rsync_ssh', 'ftp')
     def test_a_directory_that_grows_after_the_scan_waits_as_a_whole(self, site):
         world = self.world(site, settle_time='1s')
@@ -5121,6 +5199,7 @@ real, off = mm.time.time, %f
 mm.time.time = lambda: real() + off
 """
 
+    @slow
     def test_a_clock_set_right_purges_and_quarantines_nothing(self):
         years = 26 * 365 * 86400
         world = self.world('local', keep_delivered='7d', on_conflict='refuse', quarantine_after='1d',
@@ -5209,6 +5288,7 @@ class Properties(Invariants):
     CASES = int(os.environ.get('MISTAMOVER_TEST_CASES', '120'))
     CALLS = ('link', 'rename', 'replace', 'unlink', 'open', 'fsync', 'mkdir', 'rmdir', 'utime', 'chmod')
 
+    @slow
     def test_random_faults(self):
         elsewhere = tempfile.mkdtemp(dir='/dev/shm') if os.path.isdir('/dev/shm') else BASE
         self.addCleanup(shutil.rmtree, elsewhere, True)
@@ -5415,6 +5495,7 @@ mm.Ledger.append = append
         self.assertIn('our own files at the target: removed', done.output)
         self.assertEqual(tree(world.target), {})
 
+    @slow
     def test_a_check_that_fails_leaves_nothing(self):
         world = self.world('local')
         for _ in range(2):
@@ -5455,6 +5536,7 @@ mm.LocalTransport.place = refuse
             nobody = free_port()
             self.assertIn('nothing listens on port %d there' % nobody, hint(target_port=nobody))
 
+    @slow
     def test_progress_on_a_terminal_and_plain_lines_elsewhere(self):
         import pty
         world = self.world('local', bandwidth_limit='2M', target_chmod='644')
@@ -5596,6 +5678,7 @@ class Alerting(Doctored):
         self.assertIn('Stream s cannot deliver item, for more than an hour now: item ', told)
         self.assertIn('; and 1 more item like it.  The others go on.', told)
 
+    @slow
     def test_a_mail_server_that_is_down_disturbs_nothing_and_gets_it_later(self):
         sink = SmtpSink()
         self.addCleanup(sink.listener.close)
@@ -5758,6 +5841,7 @@ threading.Thread(target=watch, daemon=True).start()
 
 
 class Hooks(Case):
+    @slow
     def test_a_child_that_a_hook_leaves_behind_holds_nothing_up(self):
         world = self.world('local', stall_timeout='30s')
         pid_file = os.path.join(world.top, 'pid')
@@ -5804,6 +5888,7 @@ class Reload(Case):
             handle.write('\n[stream:%s]\n' % name + ''.join('%s = %s\n' % o for o in options.items()))
         return paths
 
+    @slow
     def test_streams_come_and_go_and_nonsense_is_refused(self):
         world = self.world('local')
         process = self.daemon(world)
@@ -5834,6 +5919,7 @@ class Reload(Case):
         self.assertEqual(world.said().count('the old one stays in force'), 1, world.said())
         self.assertNotIn('Traceback', world.said())
 
+    @slow
     def test_a_stream_that_is_renamed_goes_on_and_a_bad_log_file_changes_nothing(self):
         world = self.world('local')
         process = self.daemon(world)
@@ -5865,6 +5951,7 @@ class Reload(Case):
         os.kill(pid, signal.SIGTERM)
         wait_for(lambda: not os.path.exists(os.path.join(world.state, 'mistamover.pid')), 'the end')
 
+    @slow
     def test_systemd_is_told(self):
         world = self.world('local')
         path = os.path.join(world.top, 'notify')
@@ -6095,6 +6182,7 @@ class Status(Case):
     def row(self, world, code):
         return json.loads(self.assert_run(world, code, '--status', '--json').output)['streams']['s']
 
+    @slow
     def test_a_killed_daemon_has_died_whatever_it_did(self):
         def suspend(world):
             write(os.path.join(world.source, '.stop'))
@@ -6227,6 +6315,7 @@ class Explaining(Case):
                               stderr=subprocess.STDOUT)
         return Finished(done.returncode, done.stdout.decode())
 
+    @slow
     def test_init_writes_a_file_that_works_and_never_overwrites(self):
         world = self.world('local')
         ini = os.path.join(world.top, 'fresh.ini')
@@ -6316,6 +6405,7 @@ class Documents(Case):
                          'write it anew: python3 -c "import mistamover as m; print(m.example_ini('
                          'm.TRANSPORTS), end=str())" > mistamover.ini.example')
 
+    @slow
     def test_the_first_command_of_the_readme_works(self):
         top = tempfile.mkdtemp(dir=BASE)
         for name in ('mistamover.py', 'mistamover.ini.example'):
@@ -6517,38 +6607,294 @@ class Bench:
 
 
 def bench(words):
-    target = words[words.index('--json') + 1] if '--json' in words else None
-    names = [word for word in words if word in WORKLOADS]
     print('MiStaMover %s, Python %s, %d cores; %s' % (
         mm.__version__, sys.version.split()[0], os.cpu_count(), '; '.join(Bench().versions())))
     runner = Bench()
     try:
         runner.start_up()
-        runner.run(names)
-        if target:
-            with open(target, 'w') as handle:
+        runner.run(words.names)
+        if words.json:
+            with open(words.json, 'w') as handle:
                 json.dump(runner.rows, handle, indent=1)
     finally:
         tearDownModule()
     return 0
 
 
+# ----------------------------------------------------------------------------------------
+# 11  running them: spread over processes, a line a class
+# ----------------------------------------------------------------------------------------
+
+UNIT = 8                # tests that a worker takes at once
+LONGEST = 400           # seconds after which a test is taken for hung
+
+
+class Recorder(unittest.TestResult):
+    """Tells the outcome of each test as a fact: a dictionary that JSON can carry."""
+
+    def __init__(self, tell):
+        unittest.TestResult.__init__(self)
+        self.tell = tell
+
+    def startTest(self, test):
+        unittest.TestResult.startTest(self, test)
+        self.outcome, self.text, self.began = 'passed', '', time.monotonic()
+        self.tell({'begins': short_name(test)})
+
+    def stopTest(self, test):
+        unittest.TestResult.stopTest(self, test)
+        self.tell({'test': short_name(test), 'outcome': self.outcome, 'text': self.text,
+                   'seconds': time.monotonic() - self.began})
+
+    def note(self, outcome, text):
+        """The worst of what a test and its parts came to."""
+        if self.outcome != 'failed':
+            self.text, self.outcome = '', outcome
+        self.text += text
+
+    def addError(self, test, err):
+        unittest.TestResult.addError(self, test, err)
+        self.note('failed', self.errors[-1][1])
+
+    def addFailure(self, test, err):
+        unittest.TestResult.addFailure(self, test, err)
+        self.note('failed', self.failures[-1][1])
+
+    def addSubTest(self, test, subtest, err):
+        if err is not None:
+            self.note('failed', '%s\n%s' % (subtest, self._exc_info_to_string(err, test)))
+
+    def addSkip(self, test, reason):
+        self.note('skipped', reason)
+
+    def addExpectedFailure(self, test, err):
+        self.note('skipped', 'known to fail: NOT_YET')
+
+    def addUnexpectedSuccess(self, test):
+        self.note('failed', 'passes, but its class has it in NOT_YET: take it out\n')
+
+
+def short_name(test):
+    return test.id().split('.', 1)[1]
+
+
+def collected(names):
+    """The tests of those names, or all, in the order of this file."""
+    names = names or [name for name, value in globals().items()
+                      if isinstance(value, type) and issubclass(value, unittest.TestCase)]
+    waiting = [unittest.defaultTestLoader.loadTestsFromNames(names, sys.modules[__name__])]
+    while waiting:
+        one = waiting.pop(0)
+        if isinstance(one, unittest.TestSuite):
+            waiting[:0] = list(one)
+        else:
+            yield one
+
+
+def chosen(words):
+    for test in collected(words.names):
+        if words.quick and not is_quick(test):
+            continue
+        if not words.pattern or any(part in short_name(test) for part in words.pattern):
+            yield short_name(test)
+
+
+def is_quick(test):
+    method = getattr(test, test._testMethodName, None)
+    return getattr(method, 'site', 'local') == 'local' and not getattr(method, 'slow', False)
+
+
+def work():
+    """A worker: names of tests on standard input, a line a unit; facts on standard output."""
+    units, facts = os.fdopen(os.dup(0), 'r'), os.fdopen(os.dup(1), 'w')
+    with open(os.devnull) as nothing:
+        os.dup2(nothing.fileno(), 0)        # what a test starts shall not read the next unit
+    os.dup2(2, 1)
+
+    def tell(fact):
+        facts.write(json.dumps(fact) + '\n')
+        facts.flush()
+    try:
+        tell({'base': BASE})
+        for line in units:
+            for test in collected(json.loads(line)):
+                faulthandler.dump_traceback_later(LONGEST, exit=True)
+                test(Recorder(tell))
+                faulthandler.cancel_dump_traceback_later()
+            tell({'missing': MISSING})
+    finally:
+        tearDownModule()
+
+
+class Report:
+    """What was heard of the tests: failures at once, a line for each class that is through."""
+
+    def __init__(self, tests, verbose, fail_fast):
+        self.left = collections.Counter(name.split('.')[0] for name in tests)
+        self.verbose, self.fail_fast = verbose, fail_fast
+        self.classes = {name: collections.Counter() for name in self.left}
+        self.seconds = collections.Counter()        # by test
+        self.reasons = collections.Counter()        # of what was skipped
+        self.failed = []
+        self.lock = threading.Lock()
+
+    def heard(self, fact):
+        name, outcome, text = fact['test'], fact['outcome'], fact['text']
+        group = name.split('.')[0]
+        with self.lock:
+            self.seconds[name] = fact['seconds']
+            self.classes[group][outcome] += 1
+            self.left[group] -= 1
+            if self.verbose:
+                print('%s %s %.1f s' % (name, outcome, fact['seconds']), flush=True)
+            if outcome == 'failed':
+                self.failed.append(name)
+                print('\nFAILED %s (%.1f s)\n%s' % (name, fact['seconds'], text), flush=True)
+            if outcome == 'skipped':
+                self.reasons[text] += 1
+            if not self.left[group]:
+                print(self.line(group), flush=True)
+
+    def line(self, group):
+        counts = ', '.join('%d %s' % (self.classes[group][outcome], outcome)
+                           for outcome in ('passed', 'failed', 'skipped') if self.classes[group][outcome])
+        seconds = sum(taken for name, taken in self.seconds.items() if name.split('.')[0] == group)
+        return '%-20s %-40s %7.1f s' % (group, counts, seconds)
+
+    def stop(self):
+        return bool(self.failed) and self.fail_fast
+
+    def total(self, outcome):
+        return sum(counts[outcome] for counts in self.classes.values())
+
+    def end(self):
+        """The last lines; the exit code."""
+        if len(self.seconds) > 10:
+            print('\nthe slowest:')
+            for name, seconds in self.seconds.most_common(10):
+                print('%7.1f s  %s' % (seconds, name))
+        for reason, number in sorted(self.reasons.items()):
+            print('skipped: %d, %s' % (number, reason))
+        for name, how in sorted(MISSING.items()):
+            print('NOT TESTED: %s (%s)' % (name, how))
+        failed = self.total('failed') + sum(self.left.values())
+        if MISSING and TEST_ALL:
+            print('MISTAMOVER_TEST_ALL=1: a missing server is a failure')
+            failed += len(MISSING)
+        for name in self.failed:
+            print('FAILED: ' + name)
+        print('seed of the random tests: %d (MISTAMOVER_TEST_SEED replays it)' % SEED)
+        print('%d passed, %d failed, %d skipped' % (self.total('passed'), failed, self.total('skipped')))
+        return 1 if failed or not self.total('passed') else 0
+
+
+class Worker:
+    """A process that runs tests, and the thread here that hands it unit after unit."""
+
+    def __init__(self, units, report):
+        self.units, self.report = units, report
+        self.process = self.base = self.running = None
+        self.thread = threading.Thread(target=self.run)
+        self.thread.start()
+
+    def start(self):
+        self.process = subprocess.Popen(
+            [sys.executable, os.path.abspath(__file__), '--worker'], stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, universal_newlines=True,
+            env=dict(os.environ, MISTAMOVER_TEST_SEED=str(SEED), MISTAMOVER_TEST_QUICK='1' if QUICK else ''))
+
+    def run(self):
+        while not self.report.stop():
+            try:
+                unit = self.units.get_nowait()
+            except queue.Empty:
+                break
+            if self.process is None:
+                self.start()
+            if not self.one(unit):
+                self.end()
+        self.end()
+
+    def one(self, unit):
+        """A unit's tests; False if the worker died on them."""
+        left = list(unit)
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.write(json.dumps(unit) + '\n')
+            self.process.stdin.flush()
+        for line in self.process.stdout:
+            fact = json.loads(line)
+            self.base = fact.get('base', self.base)
+            if 'missing' in fact:
+                MISSING.update(fact['missing'])
+                return True
+            if 'test' in fact:
+                left.remove(fact['test'])
+                self.report.heard(fact)
+        for name in left:
+            self.report.heard({'test': name, 'outcome': 'failed', 'seconds': 0,
+                               'text': 'the worker died (of a hung test: its stack is above)\n'})
+        return False
+
+    def end(self):
+        if self.process is not None:
+            self.process.stdin.close()
+            self.process.wait()
+            self.process.stdout.close()
+            self.process = None
+        if self.base:
+            shutil.rmtree(self.base, ignore_errors=True)
+
+
+def run_all(words):
+    tests = list(chosen(words))
+    report = Report(tests, words.verbose, words.failfast)
+    units = queue.Queue()
+    for _, group in itertools.groupby(tests, lambda name: name.split('.')[0]):
+        group = list(group)
+        for first in range(0, len(group), UNIT):
+            units.put(group[first:first + UNIT])
+    workers = [Worker(units, report) for _ in range(min(words.jobs, units.qsize()))]
+    try:
+        for worker in workers:
+            worker.thread.join()
+    except KeyboardInterrupt:
+        report.fail_fast = True
+        report.failed.append('interrupted')
+        for worker in workers:          # they were interrupted, too
+            worker.thread.join()
+    finally:
+        shutil.rmtree(BASE, ignore_errors=True)
+    return report.end()
+
+
 def main():
-    """Run the tests; the last lines say what was not tested and why."""
-    program = unittest.main(exit=False)
-    result = program.result
-    failed = len(result.failures) + len(result.errors) + len(result.unexpectedSuccesses)
-    for name, how in sorted(MISSING.items()):
-        print('NOT TESTED: %s (%s)' % (name, how))
-    if MISSING and TEST_ALL:
-        print('MISTAMOVER_TEST_ALL=1: a missing server is a failure')
-        failed += len(MISSING)
-    skipped = len(result.skipped)
-    print('seed of the random tests: %d (MISTAMOVER_TEST_SEED replays it)' % SEED)
-    print('%d passed, %d failed, %d skipped' % (
-        max(0, result.testsRun - failed - skipped), failed, skipped))
-    return 1 if failed or not result.testsRun else 0
+    parser = argparse.ArgumentParser(
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description='The tests of MiStaMover. What cannot be tested here is skipped and named.',
+        epilog='MISTAMOVER_TEST_ALL=1: a missing server is a failure\n'
+               'MISTAMOVER_TEST_SERVERS=DIR: what .ci/servers made\n'
+               'MISTAMOVER_TEST_SITES=standard: the contract suite asks the usual servers only\n'
+               'MISTAMOVER_TEST_SEED=N: the random tests again as they were')
+    parser.add_argument('names', nargs='*', metavar='NAME',
+                        help='a class or CLASS.TEST; with --bench workloads of ' + ' '.join(WORKLOADS))
+    parser.add_argument('--quick', action='store_true', help='under 30 s: no servers, most of the mistakes')
+    parser.add_argument('-k', dest='pattern', metavar='PART', action='append',
+                        help='only tests whose names hold this')
+    parser.add_argument('--bench', action='store_true',
+                        help='side by side with what a user would type instead')
+    parser.add_argument('--json', metavar='FILE', help='where --bench writes its numbers')
+    parser.add_argument('-j', '--jobs', type=int, default=max(2, os.cpu_count() or 1),
+                        help='tests side by side (%(default)s)')
+    parser.add_argument('-f', '--failfast', action='store_true', help='nothing more after a failure')
+    parser.add_argument('-v', '--verbose', action='store_true', help='a line for each test')
+    words = parser.parse_args()
+    if words.bench:
+        return bench(words)
+    if words.quick:
+        global QUICK
+        QUICK = True
+    return run_all(words)
 
 
 if __name__ == '__main__':
-    sys.exit(bench(sys.argv[1:]) if '--bench' in sys.argv else main())
+    sys.exit(work() if sys.argv[1:] == ['--worker'] else main())
