@@ -3745,20 +3745,19 @@ class Staging(Transport):
         return False
 
     def try_names(self, odd, name):
-        """Whether a name that is odd in this way comes back byte for byte.  A whole directory of
-        ours is listed, for the same question asked in the same words gets the same answer."""
+        """Whether a name that is odd in this way comes back byte for byte.  The staging area is
+        listed, for the same question asked in the same words gets the same answer; what another
+        name was made of goes with the area."""
         del odd
-        directory = os.path.join(self.area, b'names')
-        path = os.path.join(directory, name)
+        path = os.path.join(self.area, name)
         try:
-            self.ensure([directory])
             with self.tiny() as tiny:
                 self.rename(tiny, path)
-                found = self.listing(directory)
+                return name in (self.listing(self.area) or ())
         except ItemError:
             return False
-        self.delete([path] + [os.path.join(directory, other) for other in found or ()])
-        return found == {name}
+        finally:
+            self.delete([path])
 
     def keeps_name(self, path):
         """Whether every part of a path comes back as it was sent."""
