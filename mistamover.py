@@ -6373,6 +6373,7 @@ class ScpTransport(SshStaging):
     """
 
     takes = 'network host ssh scp chmod parallel'
+    lists = True
     modules = ('tarfile',) if WINDOWS else ('grp', 'pwd', 'tarfile')
     # what prints a SHA-256 first, then the name
     hashing = 'hashed there'
@@ -6453,13 +6454,37 @@ put() { place "$1" "$2" && rm -f -- "$1" && echo 1 || echo 0; }
             self.stream.target_host, error.message),
             'use transfer_protocol = sftp, or give it another login shell (chsh)')
 
-    def exist(self, names):
+    def exist(self, paths):
         answer = self.talk.ask(
-            b'cd -- "$B" && for f in %s; do [ -e "$f" ] || [ -L "$f" ] && echo 1 || echo 0; done\n'
-            b'[ -x . ] && echo yes\n' % self.words(names))
-        if answer[-1:] != [b'yes'] or len(answer) != len(names) + 1:
+            b'cd -- "$B" && for f in %s; do if [ -e "$f" ] || [ -L "$f" ]; then echo 1\n'
+            b'elif [ -d "${f%%/*}" ] && [ ! -x "${f%%/*}" ]; then echo 2; else echo 0; fi; done\n'
+            b'[ -x . ] && echo yes\n' % self.words(paths))
+        if answer[-1:] != [b'yes'] or len(answer) != len(paths) + 1:
             raise self.missing()
-        return [line == b'1' for line in answer[:-1]]
+        return [{b'1': True, b'0': False}.get(line) for line in answer[:-1]]
+
+    def try_absence(self):
+        return self.exist([self.area, os.path.join(self.area, random_hex(8))]) == [True, False]
+
+    PATTERNS = b'*', b'.[!.]*', b'..?*'         # all names; one that fits nothing is printed as it is
+
+    def listing(self, directory):
+        answer = b'\n'.join(self.talk.ask(
+            b'( cd %s && [ -r . ] && printf "%%s\\0" %s && for f in %s\n'
+            b'do if [ -e "$f" ] || [ -L "$f" ]; then echo 1; else echo 0; fi; done )\n' % (
+                self.words([directory or b'.']), b' '.join(self.PATTERNS),
+                b' '.join(map(shell_quote, self.PATTERNS)))))
+        names = answer.split(b'\0')
+        flags = names.pop().split(b'\n')
+        if len(flags) != len(self.PATTERNS):
+            return None
+        return set(names) - {name for name, flag in zip(self.PATTERNS, flags) if flag == b'0'}
+
+    def write_small(self, path, content):
+        if self.talk.ask(b'printf %%s %s > %s && echo yes\n' % (
+                shell_quote(content), self.words([path]))) != [b'yes']:
+            raise ItemError('cannot write %s at %s: %s' % (
+                show(path), target_of(self.stream), self.talk.program.errors()))
 
     def make_directories(self, paths):
         for path in paths:

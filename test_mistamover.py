@@ -487,7 +487,7 @@ class Box(Sshd):
 
     needs = Sshd.needs + (('/usr/lib/sftp-server', 'openssh-sftp-server'),)
     sftp = '/usr/lib/sftp-server'
-    PROGRAMS = 'sh cat rm mv ln mkdir wc du df sync chmod touch tar scp sha256sum'.split()
+    PROGRAMS = 'sh cat printf rm mv ln mkdir wc du df sync chmod touch tar scp sha256sum'.split()
 
     @property
     def force(self):
@@ -4909,6 +4909,25 @@ class ScpTargets(Invariants):
             self.assertEqual(set(tree(world.source)), {b'large', b'middle'}, str(done))
             self.assertEqual(set(tree(world.target)), {b'small %02d' % n for n in range(20)}, str(done))
             self.assertEqual(mm.SharedJson(world.state, 'failures.json').read().get('s', {}), {}, str(done))
+
+    def test_file_systems_that_change_names(self):
+        """Nothing is lost: each file is at the target under its name, or stays."""
+        names = (b'Scan.dat', b'scan.dat', 'caf\u00e9'.encode(), 'cafe\u0301'.encode(), b'a:b', b' edge ',
+                 b'dot.', b'raw\xff\xfe', b'back\\slash', b'line\nfeed', b'quote"', b'*', b'plain')
+        for kind in ('exfat', 'ntfs_windows_names', 'ntfs_folds'):
+            with self.subTest(kind):
+                world = self.world('scp', on_conflict='refuse')
+                for name in names:
+                    write(os.path.join(mm.to_bytes(world.source), name), b'content of ' + name)
+                self.mount(kind, world.target)
+                done = world.run('--once')
+                source, target = contents(tree(world.source)), contents(tree(world.target))
+                if kind == 'ntfs_folds':        # it shows lower case only
+                    target[b'Scan.dat'] = target.pop(b'scan.dat')
+                expected = {name: b'content of ' + name for name in names}
+                self.assertEqual(set(source.items()) | set(target.items()), set(expected.items()), str(done))
+                self.assertEqual(set(source) & set(target), set(), str(done))
+                self.assertEqual(target[b'plain'], b'content of plain')
 
     def test_a_tar_stream_that_is_cut_where_a_member_ends(self):
         # tar says 0 then: of 20 members with a block each it gets a directory, 8 members, 9 heads
