@@ -1154,7 +1154,7 @@ OPTIONS = [Option(*row) for row in (
     ('stream', 'remove_directories', kind_flag, 'yes', 'move', 'no keeps emptied directories'),
     ('stream', 'target_chmod', kind_chmod, '', 'chmod', 'modes of what arrives: 640, or F640,D750'),
     ('stream', 'order', one_of('oldest', 'newest', 'name', 'smallest', 'largest'), 'oldest', '',
-     'what goes first: oldest, newest, name, smallest or largest'),
+     'what goes first: oldest, newest, name, smallest or largest (rsync: of batches, in one by name)'),
     ('stream', 'batch_files', kind_count, ('10000', '1000000'), '', 'most files in one push'),
     ('stream', 'batch_size', kind_size, ('2G', '1000T'), '', 'most bytes in one push (one item may be more)'),
     ('stream', 'parallel', kind_count, '4', 'parallel',
@@ -5013,7 +5013,8 @@ class Push(Rows):
     its first letter is kept: < or c for sent, . for left alone."""
 
     SENT = (b'<', b'c')
-    PART_FILES = 1000           # at least, for each part costs a login of rsync
+    PART_AFTER = 3              # seconds: what is sent sooner is proven in one go, by one login of rsync
+    PART_FILES = 1000           # at least, for each part costs such a login
     PART_SIZE = 1 << 30         # or as many bytes
 
     def __init__(self, batch, ready, progress):
@@ -5024,6 +5025,7 @@ class Push(Rows):
                      if len(parcel.entries) > 1}
         self.gone = []              # parcels that were told to the last name, for the next part
         self.files = self.size = 0  # of these
+        self.since = time.monotonic()
         self.late = []              # parcels that were not there yet when their part was proven
         self.last = None            # the part that holds all that was left at the end
         self.done = None            # how rsync ended
@@ -5049,7 +5051,8 @@ class Push(Rows):
 
     def offer(self):
         """Hand on what has gone, if it is a part and the part before is finished."""
-        if self.ready and (self.files >= self.PART_FILES or self.size >= self.PART_SIZE):
+        if self.ready and (self.files >= self.PART_FILES or self.size >= self.PART_SIZE) and \
+                time.monotonic() - self.since >= self.PART_AFTER:
             if self.ready(self.batch.part(self.gone), True, wait=False):
                 self.gone, self.files, self.size = [], 0, 0
 
@@ -5138,7 +5141,8 @@ class RsyncTransport(Transport):
         5: 'is the module name right, and the password? does it allow one connection only?',
         11: 'is the disk full, or the quota?', 12: 'is rsync 3.0.9 or newer installed there?',
         30: 'the network or the target hangs'}
-    OF_NOTHING = b'd41d8cd98f00b204e9800998ecf8427e'    # the MD5 of an empty file
+    # the checksums of an empty file
+    OF_NOTHING = {b'd41d8cd98f00b204e9800998ecf8427e': 'md5:', b'99aa06d3014798d86001c324468d497f': 'xxh128:'}
 
     def __init__(self, *args, **kwargs):
         Transport.__init__(self, *args, **kwargs)
@@ -5146,7 +5150,7 @@ class RsyncTransport(Transport):
         self.made = {b''}
         self.active = set()             # threads with an rsync under way
         self.served = False             # whether one of ours was served
-        self.md5 = False                # whether the checksums in its rows are that
+        self.hash = None                # what the checksums in its rows are
         self.times = []                 # options for a target that keeps no exact times
         self.cleared = []               # what mirror_delete took away before a push
         self.doubts = Doubts(self.stream.unproven)
@@ -5171,21 +5175,27 @@ class RsyncTransport(Transport):
         if self.version is None:
             self.doubts.read(self.stream.root)
             self.times = self.noted_times()
-            self.version = self.ask_version()
+            with contextlib.closing(Program([self.stream.rsync_command, '--version'], self.stop)) as asked:
+                self.log_in()           # meanwhile
+                self.version = self.version_of(b''.join(iter(lambda: asked.read(30), b'')))
+        else:
+            self.log_in()
         if self.version < (3, 2, 4) and re.search(r'[^\w/.,@%+=:-]', self.stream.target_base):
             raise TargetError('rsync %d.%d.%d would let a shell see target_dir' % self.version,
                               'install rsync 3.2.4 or newer, or use plain characters')
 
-    def ask_version(self):
-        program = self.stream.rsync_command
-        done = run([program, '--version'], self.stop, 30)
-        match = re.match(rb'rsync +version v?(\d+)\.(\d+)\.(\d+)', done.output)
+    def log_in(self):
+        """What comes before the first rsync."""
+
+    def version_of(self, output):
+        """The version of our rsync.  Raises StateError if it will not do."""
+        match = re.match(rb'rsync +version v?(\d+)\.(\d+)\.(\d+)', output)
         version = tuple(int(n) for n in match.groups()) if match else (0,)
         if version < self.OLDEST:
-            name = 'openrsync' if done.output.startswith(b'openrsync') else \
+            name = 'openrsync' if output.startswith(b'openrsync') else \
                 'rsync %d.%d.%d' % version if match else 'no rsync that this program knows'
-            raise StateError('%s is %s' % (show(program), name), 'install rsync %d.%d.%d or newer, '
-                             'and name it in rsync_command' % self.OLDEST)
+            raise StateError('%s is %s' % (show(self.stream.rsync_command), name),
+                             'install rsync %d.%d.%d or newer, and name it in rsync_command' % self.OLDEST)
         return version
 
     def noted_times(self):
@@ -5285,7 +5295,8 @@ class RsyncTransport(Transport):
         standing = set(names) - set(rows)       # of what stands there, whatever it is, no row tells
         if b'.' not in rows or standing and done.code:
             self.fail(done, 'cannot look at %s' % target_of(self.stream))
-        self.md5 = self.md5 or any(checksum == self.OF_NOTHING for _, checksum in rows.values())
+        self.hash = self.hash or next((self.OF_NOTHING[checksum] for _, checksum in rows.values()
+                                       if checksum in self.OF_NOTHING), None)
         found = {name: name in standing for name in names}
         found[b'.'] = not rows[b'.'][0].endswith(b'+' * 9)
         return found
@@ -5389,7 +5400,7 @@ class RsyncTransport(Transport):
         equal = {}
         for path, (row, checksum) in rows.items():
             if row[:2] in (b'.f', b'.d', b'.L') and row[2:4] in (b'  ', b'..'):
-                equal[path] = 'md5:' + checksum.decode() if len(checksum) == 32 and self.md5 else None
+                equal[path] = self.hash + checksum.decode() if len(checksum) == 32 and self.hash else None
         return equal, rows
 
     def finish(self, batch):
@@ -5657,8 +5668,7 @@ class RsyncSsh(RsyncTransport):
         RsyncTransport.__init__(self, *args, **kwargs)
         self.ssh = SshConnection(self.stream, self.stop)
 
-    def open(self):
-        RsyncTransport.open(self)
+    def log_in(self):
         self.ssh.open()
 
     def close(self):

@@ -2734,7 +2734,7 @@ class OneAtATime(Doctored):
             write(os.path.join(world.source, 'f%02d' % number), b'%d' % number * 100000)
         before = tree(world.source)
         # each answer about stop files is too old at once: it is asked for during the push, too
-        done = self.doctored(world, 'mm.Push.PART_FILES = 2\nmm.STOP_FILE_AGE = 0\n')
+        done = self.doctored(world, 'mm.Push.PART_AFTER = 0; mm.Push.PART_FILES = 2\nmm.STOP_FILE_AGE = 0\n')
         self.assertEqual(done.code, 0, str(done))
         self.assertNotIn('ERROR', done.output)
         self.assertEqual((tree(world.source), tree(world.target)), ({}, before))
@@ -3926,7 +3926,7 @@ class Parts(Invariants):
         originals = self.many(world)
         done = self.doctored(world, """
 import os
-mm.Push.PART_FILES = 20
+mm.Push.PART_AFTER = 0; mm.Push.PART_FILES = 20
 real = mm.Push.end
 def end(self, done):
     print('still here at the end of the push: %d' % len(os.listdir(SOURCE)))
@@ -3974,7 +3974,7 @@ mm.RsyncTransport.send = send
         world = self.world(site, bandwidth_limit='1M')
         originals = self.many(world)
         done = self.doctored(world, ARRIVED + """
-mm.Push.PART_FILES = 20
+mm.Push.PART_AFTER = 0; mm.Push.PART_FILES = 20
 real, moved = mm.RsyncTransport.finish, []
 def finish(self, batch):
     first = not moved
@@ -3997,7 +3997,7 @@ mm.RsyncTransport.finish = finish
         world = self.world(site, bandwidth_limit='1M')
         originals = self.many(world)
         done = self.doctored(world, ARRIVED + """
-mm.Push.PART_FILES = 20
+mm.Push.PART_AFTER = 0; mm.Push.PART_FILES = 20
 real, harmed = mm.RsyncTransport.finish, []
 def finish(self, batch):
     if not harmed:
@@ -4024,7 +4024,7 @@ mm.RsyncTransport.finish = finish
             originals = self.many(world, 60, 3000)
             done = self.doctored(world, """
 import os, signal
-mm.Push.PART_FILES = mm.Staging.PART_FILES = 10
+mm.Push.PART_AFTER = 0; mm.Push.PART_FILES = mm.Staging.PART_FILES = 10
 real, calls = mm.%s, []
 def dying(self, *args):
     calls.append(args)
@@ -4061,7 +4061,7 @@ mm.%s = dying
         world.configure(target_port=proxy.port, retry_count='1', bandwidth_limit='1M')
         originals = self.many(world)
         proxy.set(('cut', 2500000))
-        done = self.doctored(world, 'mm.Push.PART_FILES = 20')
+        done = self.doctored(world, 'mm.Push.PART_AFTER = 0; mm.Push.PART_FILES = 20')
         self.assertEqual(done.code, 1, str(done))
         self.assert_nothing_lost(world, originals, str(done))
         left = held_at_source(world)
@@ -4079,7 +4079,7 @@ mm.%s = dying
                            target_chmod='644' if site == 'local' else None)
         originals = self.many(world)
         done = self.doctored(world, """
-mm.Push.PART_FILES = mm.Staging.PART_FILES = 20
+mm.Push.PART_AFTER = 0; mm.Push.PART_FILES = mm.Staging.PART_FILES = 20
 cls = mm.TRANSPORTS[%r]
 real = cls.finish
 def finish(self, batch):
@@ -4109,7 +4109,7 @@ cls.finish = finish
                 originals[b'day %d/%d' % (number, inner)] = b'%d in %d' % (inner, number)
         for name, content in originals.items():
             write(os.path.join(mm.to_bytes(world.source), name), content)
-        done = self.doctored(world, 'mm.Push.PART_FILES = mm.Staging.PART_FILES = 7')
+        done = self.doctored(world, 'mm.Push.PART_AFTER = 0; mm.Push.PART_FILES = mm.Staging.PART_FILES = 7')
         self.assertEqual(done.code, 0, str(done))
         self.assert_converged(world, originals, str(done))
         self.assertEqual(len(world.ledger()), 31)
@@ -4292,6 +4292,15 @@ class OtherRsyncs(Doctored):
                 b'deep/down/2017/f': b'content'})
             self.assertEqual([r['checksum'] for r in world.ledger()],
                              ['md5:' + hashlib.md5(b'content').hexdigest()])
+
+    def test_the_ledger_names_the_checksum_that_was_compared(self):
+        for options, name in ((None, 'md5:'), ('--checksum-choice=xxh128', 'xxh128:')):
+            world = self.world('rsync_native', rsync_options=options)
+            if name[:-1] not in subprocess.check_output(['rsync', '--version'], universal_newlines=True):
+                raise unittest.SkipTest('this rsync was built without ' + name[:-1])
+            write(os.path.join(world.source, 'f'), b'content')
+            self.assert_run(world, 0)
+            self.assertRegex(world.ledger()[0]['checksum'], '^%s[0-9a-f]{32}$' % name)
 
     def test_the_umask_here_is_not_the_one_there(self):
         world = self.world('rsync_ssh', create_directories='yes')
