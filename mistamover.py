@@ -1097,7 +1097,7 @@ OPTIONS = [Option(*row) for row in (
      'yes: make a missing directory or target_dir; else a missing one is an error'),
     ('stream', 'username', kind_user, '', 'host', 'login name at the target'),
     ('stream', 'password', kind_text, '', 'password', 'read raw; the file must be yours alone'),
-    ('stream', 'password_file', kind_path, '', 'password', 'file whose first line is the password'),
+    ('stream', 'password_file', kind_path, '', 'password_file', 'file whose first line is the password'),
     ('stream', 'ssh_key', kind_path, '', 'ssh', 'private key'),
     ('stream', 'ssh_options', kind_words, '', 'ssh',
      'more options for ssh, e.g. -o UserKnownHostsFile=/etc/m/known_hosts'),
@@ -1452,7 +1452,9 @@ def drop_meaningless(config, section, values, protocols, mode):
             config.fail(section, option.name, 'means nothing with %s' % (
                 'transfer_mode = ' + configured if option.need in ('move', 'mirror')
                 else 'transfer_protocol = ' + values['transfer_protocol']),
-                'use a key: ssh-keygen, ssh-copy-id, ssh_key' if option.need == 'password' else
+                'write it to a file of your own and set password_file'
+                if option.need == 'password' and 'password_file' in protocol.takes else
+                'use a key: ssh-keygen, ssh-copy-id, ssh_key' if option.need.startswith('password') else
                 'remove it, it is for %s' % whom_for(option, protocols))
         if not means_something(option, protocol, mode):
             values[option.name] = default
@@ -4840,6 +4842,11 @@ class LocalTransport(Staging):
         return gone
 
 
+def shell_quote(name):
+    """shlex.quote for bytes."""
+    return b"'" + name.replace(b"'", b"'\"'\"'") + b"'"
+
+
 SSH_TROUBLE = (     # what ssh(1) says, in English as programs are run here, and what to do about it
     ('has changed and you have requested',
      'the key of that machine has CHANGED: was it set up anew, or does another one answer in its place? '
@@ -4881,12 +4888,39 @@ class SshConnection:
         self.socket = None
         self.pid = None
 
+    BY_PASSWORD = ['-oBatchMode=no', '-oNumberOfPasswordPrompts=1', '-oStrictHostKeyChecking=yes',
+                   '-oPreferredAuthentications=password,keyboard-interactive', '-oPubkeyAuthentication=no']
+    ASKPASS = r'''#!/bin/sh
+# Made by MiStaMover.  Answers a question of ssh for the password, and no other.
+question=${1#"("*") "}      # keyboard-interactive: (user@host) and what the server asks
+case $question in
+    *"'s password: ") ;;
+    *[Nn]ew*|*[Oo]ld*|*[Cc]urrent*|*[Rr]etype*|*[Aa]gain*) exit 1 ;;
+    [Pp]asswor[dt]*:*) ;;
+    *) exit 1 ;;
+esac
+IFS= read -r line < %s || [ -n "$line" ] || exit 1
+line=${line#"$(printf '\357\273\277')"}
+printf '%%s\n' "${line%%"$(printf '\r')"}"
+'''
+
+    def askpass(self):
+        """The environment in which ssh asks a program of ours for the password (ssh(1), SSH_ASKPASS),
+        {} for a login by key.  Before OpenSSH 8.4 it is DISPLAY and the new session that make it."""
+        if not self.stream.password:
+            return {}
+        path = os.path.join(self.stream.control_dir, 'askpass')
+        make_private_directory(self.stream.control_dir)
+        atomic_write(path, to_bytes(self.ASKPASS % to_text(shell_quote(to_bytes(
+            self.stream.password_file)))), mode=0o700)
+        return {'SSH_ASKPASS': path, 'SSH_ASKPASS_REQUIRE': 'force', 'DISPLAY': ':0'}
+
     def options(self):
         """Options that ssh, scp and sftp all understand."""
         stream = self.stream
         interval = max(1, min(15, int(stream.stall_timeout / 4)))
-        words = list(stream.ssh_options) + [
-            '-oBatchMode=yes', '-oConnectTimeout=%d' % max(1, stream.connect_timeout),
+        words = list(stream.ssh_options) + (self.BY_PASSWORD if stream.password else ['-oBatchMode=yes']) + [
+            '-oConnectTimeout=%d' % max(1, stream.connect_timeout),
             '-oServerAliveInterval=%d' % interval, '-oServerAliveCountMax=3',
             '-oForwardAgent=no', '-oForwardX11=no', '-oPermitLocalCommand=no',
             '-oClearAllForwardings=yes']
@@ -5687,7 +5721,7 @@ class RsyncSsh(RsyncTransport):
 class RsyncNative(RsyncTransport):
     """An rsync daemon (rsyncd.conf(5)); target_dir = MODULE/path."""
 
-    takes = RsyncTransport.takes + ' password'
+    takes = RsyncTransport.takes + ' password password_file'
     target_form = 'module'
 
     def secret(self):
@@ -6280,11 +6314,6 @@ class SshStaging(Staging):
 def in_chunks(values, size):
     values = list(values)
     return [values[i:i + size] for i in range(0, len(values), size)]
-
-
-def shell_quote(name):
-    """shlex.quote for bytes."""
-    return b"'" + name.replace(b"'", b"'\"'\"'") + b"'"
 
 
 def tar_head(name, size, mode, mtime_ns=0, kind=b'0'):
@@ -6989,7 +7018,7 @@ class SftpSession:
                 break
             piece = self.program.read(limit)
             if not piece:
-                raise self.gone('cannot start the sftp server')
+                raise self.gone('cannot log in, or no sftp there')
             self.rest += piece
         at, end = 9, 4 + self.length(0)
         while at < end:
@@ -7172,7 +7201,7 @@ class SftpTransport(Staging):
 
     directories = 'zip', 'keep'
     lists = True
-    takes = 'network host ssh sftp chmod staging'
+    takes = 'network host ssh sftp password_file chmod staging'
     PIECE = 32 << 10                    # bytes a request carries: every server takes as many
     ROUND = 32                          # requests of one file that are read back together
     WINDOW = SftpSession.AHEAD * PIECE  # bytes that may be missing behind what arrived
@@ -7182,6 +7211,7 @@ class SftpTransport(Staging):
         self.ssh = SshConnection(self.stream, self.stop)
         self.session = None
         self.can_hash = None            # check-file: not yet tried
+        self.resumed = set()            # jobs that went on where an earlier run had ended
         self.begin()
 
     def begin(self):
@@ -7206,7 +7236,7 @@ class SftpTransport(Staging):
                                      stream.target_host, 'sftp']
         try:
             self.session = SftpSession(argv, self.stop, stream.stall_timeout, stream.connect_timeout + 10,
-                                       keep_fds=self.lock_fds)
+                                       keep_fds=self.lock_fds, secret=self.ssh.askpass())
         except TargetError as error:
             error.hint = error.hint or ssh_hint(stream, error.message)
             raise
@@ -7409,9 +7439,11 @@ class SftpTransport(Staging):
             part = there.get(job.staged)
             if isinstance(part, tuple) and part[0] and part[0] <= job.entry.size:
                 starts[job] = max(0, part[0] - self.WINDOW)
+        self.resumed.update(starts)
         tasks = [(job.entry.path, self.put(batch, job, starts.get(job, 0))) for job in jobs]
         if self.publish_by is None and jobs:        # while the first bytes go
-            tasks[:0] = [(None, self.learn_to_publish())] + [(None, self.open_mark())] * self.can_sync
+            tasks[:0] = [(None, self.learn_to_publish()), (None, self.learn_absence())] + \
+                [(None, self.open_mark())] * self.can_sync
         self.session.run(tasks)
 
     def put(self, batch, job, start):
@@ -7442,6 +7474,17 @@ class SftpTransport(Staging):
         if info and info.size == size and info.mode is not None and stat.S_ISREG(info.mode):
             self.sized[path] = size
 
+    def verify(self, batch, jobs):
+        """What a resume made wrong is sent anew, once: that is no trouble yet."""
+        Staging.verify(self, batch, jobs)
+        again = [job for job in jobs if job.error and job in self.resumed]
+        self.resumed.difference_update(jobs)
+        if again:
+            for job in again:
+                job.error = None
+            self.session.run((job.entry.path, self.put(batch, job, 0)) for job in again)
+            Staging.verify(self, batch, [job for job in again if not job.error])
+
     def open_staged(self, job, start):
         """A handle to write with, and where to go on: a part that cannot be continued is begun
         anew."""
@@ -7450,11 +7493,13 @@ class SftpTransport(Staging):
             answer, = yield [(Fxp.OPEN, path + Fxp.TO_WRITE.to_bytes(4, 'big') + Fxp.packed())]
             if answer[0] == Fxp.HANDLE:
                 return answer[1], start
-        new = self.to_create(job.staged)
-        answer, = yield [new]
-        if answer[0] != Fxp.HANDLE:             # an earlier run may have left it
+        answer, = yield [self.to_create(job.staged)]
+        if answer[0] != Fxp.HANDLE:             # an earlier run may have left it,
             yield [(Fxp.REMOVE, path)]
-            answer, = yield [new]
+            answer, = yield [self.to_create(job.staged)]
+        if answer[0] != Fxp.HANDLE:             # or its dead connection still holds it there
+            job.staged += b'-' + random_hex(4)
+            answer, = yield [self.to_create(job.staged)]
         if answer[0] != Fxp.HANDLE:
             raise self.trouble('cannot write %s' % show(job.final), answer)
         return answer[1], 0
@@ -7583,8 +7628,7 @@ class SftpTransport(Staging):
         return Fxp.EXTENDED, Fxp.string(b'hardlink@openssh.com') + self.path(old) + self.path(new)
 
     def learn_to_publish(self):
-        """Steps that find what never replaces, tried on files of ours that their sizes tell apart;
-        and whether the server says no of a name that is not there."""
+        """Steps that find what never replaces: tried on files of ours that their sizes tell apart."""
         one, two, three = (os.path.join(self.area, b'try-' + random_hex(4)) for _ in range(3))
         publish_by = 'look'
         good = yield from self.make_files([(one, b''), (two, b'22')])
@@ -7597,10 +7641,14 @@ class SftpTransport(Staging):
                     (yield from self.kept(self.to_link(one, three), [(one, 1), (three, 1)], True)) and \
                     (yield from self.kept((Fxp.REMOVE, self.path(one)), [(three, 1)], True)):
                 publish_by = 'link'
-        seen = yield [(Fxp.LSTAT, self.path(path)) for path in (two, self.area + b'/try-' + random_hex(8))]
-        self.traits['absence',] = seen[0][0] == Fxp.ATTRS and Fxp.status(seen[1]) == Fxp.MISSING
         yield [(Fxp.REMOVE, self.path(name)) for name in (one, two, three)]
         self.publish_by = publish_by
+
+    def learn_absence(self):
+        """Steps of try_absence(), beside others."""
+        ours = os.path.join(self.area, b'try-' + random_hex(8))
+        area, unknown = yield [(Fxp.LSTAT, self.path(path)) for path in (self.area, ours)]
+        self.traits['absence',] = area[0] == Fxp.ATTRS and Fxp.status(unknown) == Fxp.MISSING
 
     def kept(self, request, sizes, good):
         """Make a request that should go well or not; whether it says so and these have their sizes."""
@@ -7734,12 +7782,20 @@ class SftpTransport(Staging):
         mark, self.mark = self.mark, None
         if mark is not None:
             yield [(Fxp.CLOSE, mark), (Fxp.REMOVE, self.path(os.path.join(self.area, b'sync')))]
-        answer, = yield [(Fxp.RMDIR, self.path(self.area))]
-        if Fxp.status(answer) != Fxp.OK:
-            names = yield from self.names_in(self.area)
-            for chunk in in_chunks(sorted(names or ()), SftpSession.AHEAD):
-                yield [(Fxp.REMOVE, self.path(os.path.join(self.area, name))) for name in chunk]
-            answer, = yield [(Fxp.RMDIR, self.path(self.area))]
+        return (yield from self.remove_tree(self.area))
+
+    def remove_tree(self, directory):
+        """Whether a directory of ours is gone, with all that is in it."""
+        answer, = yield [(Fxp.RMDIR, self.path(directory))]
+        if Fxp.status(answer) not in (Fxp.OK, Fxp.MISSING):
+            names = yield from self.names_in(directory)
+            paths = [os.path.join(directory, name) for name in sorted(names or ())]
+            for chunk in in_chunks(paths, SftpSession.AHEAD):
+                answers = yield [(Fxp.REMOVE, self.path(path)) for path in chunk]
+                for path, answer in zip(chunk, answers):
+                    if Fxp.status(answer) != Fxp.OK and (yield from self.is_directory(path)):
+                        yield from self.remove_tree(path)
+            answer, = yield [(Fxp.RMDIR, self.path(directory))]
         return Fxp.status(answer) in (Fxp.OK, Fxp.MISSING)
 
     def free_space(self):
@@ -7760,7 +7816,7 @@ class FtpTransport(Staging):
     offers one, else the bytes are read back.
     """
 
-    takes = 'network host password tls chmod parallel staging'
+    takes = 'network host password password_file tls chmod parallel staging'
     modules = 'base64', 'ftplib', 'ssl'
     forbidden = b'\r\n\0'
     AHEAD = 32                          # questions under way; their answers fit any buffer

@@ -470,6 +470,17 @@ class OneSession(SftpOnly):
     force = SftpOnly.force + ('MaxSessions 1',)
 
 
+class SftpBetween(Sshd):
+    """Its SFTP server has a program before it that does to the packets what the client wishes."""
+
+    needs = Sshd.needs + (('/usr/lib/sftp-server', 'openssh-sftp-server'),)
+    force = ('AcceptEnv BETWEEN',)
+
+    @property
+    def sftp(self):
+        return '%s %s' % (sys.executable, os.path.join(PROGRAMS, 'sftp_between.py'))
+
+
 class GesFtpServer(Sshd):
     needs = Sshd.needs + (('root/usr/libexec/gesftpserver', None),)
 
@@ -796,6 +807,27 @@ class AsyncSsh(SshScript):
     program = 'sftp_asyncssh.py'
 
 
+class AsyncSshPassword(AsyncSsh):
+    """Keys do not help here; `question` is what it asks a client, None for the protocol's own."""
+
+    question = None
+
+    def prepare(self):
+        AsyncSsh.prepare(self)
+        self.password_file = self.file('password', self.password + '\n')
+
+    def arguments(self):
+        return [self.host_key, '/dev/null', self.password_file] + [self.question] * bool(self.question)
+
+
+class AsyncSshQuestion(AsyncSshPassword):
+    question = 'Password: '
+
+
+class AsyncSshCode(AsyncSshPassword):
+    question = 'Verification code: '
+
+
 class Paramiko(SshScript):
     needs = SshServer.needs + (('venv/lib/python3*/site-packages/sftpserver', None),)
     program = 'sftp_paramiko.py'
@@ -816,7 +848,8 @@ class RcloneSftp(SshServer):
 
     def command(self):
         return [installed('venv/bin/rclone'), 'serve', 'sftp', BASE, '--addr', '127.0.0.1:%d' % self.port,
-                '--key', self.host_key, '--authorized-keys', self.authorized, '--config', '/dev/null']
+                '--key', self.host_key, '--authorized-keys', self.authorized, '--config', '/dev/null',
+                '--dir-cache-time', '100ms']    # the tests put files there behind its back
 
 
 class PyFtpdLib(Script):
@@ -855,6 +888,7 @@ CLASSES = {
     # more of ssh
     'one_session': OneSession, 'gesftpserver': GesFtpServer, 'mod_sftp': ProFtpdSftp,
     'dropbear': Dropbear, 'nas': Nas, 'tinysshd': TinySshd, 'asyncssh': AsyncSsh, 'paramiko': Paramiko,
+    'between': SftpBetween, 'password': AsyncSshPassword, 'question': AsyncSshQuestion, 'code': AsyncSshCode,
     'conch': Conch, 'npm_ssh2': NpmSsh2, 'rclone_sftp': RcloneSftp,
 }
 
@@ -1065,6 +1099,12 @@ class OverSsh(Site):
                 sshd.known_hosts}
 
 
+class ByPassword(OverSsh):
+    def options(self, world):
+        return dict(OverSsh.options(self, world), ssh_key=None,
+                    password_file=server(self.needs).password_file)
+
+
 class Native(Site):
     def __init__(self, name, module):
         Site.__init__(self, name, 'rsyncd')
@@ -1146,6 +1186,9 @@ def on_sites(*names):
 
 # The contract suite: every site, unless MISTAMOVER_TEST_SITES says standard
 CONTRACT = STANDARD if os.environ.get('MISTAMOVER_TEST_SITES') == 'standard' else list(SITES)
+SITES.update((site.name, site) for site in (
+    OverSsh('between', 'between', 'sftp'), ByPassword('password', 'password', 'sftp'),
+    ByPassword('question', 'question', 'sftp'), ByPassword('code', 'code', 'sftp')))
 FOLDING = ('exfat', 'ntfs_folds')
 CANNOT_HOLD = {                 # site: the odd names that cannot be had there
     'pureftpd': (b' lead.dat', b'trail ', b'back\\slash'), 'inetutils': (b'raw\xff\xfe\x80.dat',),
@@ -1153,6 +1196,7 @@ CANNOT_HOLD = {                 # site: the odd names that cannot be had there
     'proftpd_limit': (b'raw\xff\xfe\x80.dat',),
     'proftpd_encoding': (b'raw\xff\xfe\x80.dat', 'caf\u00e9'.encode()),
     'pyftpdlib': (b'raw\xff\xfe\x80.dat',), 'npm_ssh2': (b'raw\xff\xfe\x80.dat',),
+    'paramiko': (b'raw\xff\xfe\x80.dat',), 'conch': (b'raw\xff\xfe\x80.dat', 'caf\u00e9'.encode()),
     'ftp_srv': (b'raw\xff\xfe\x80.dat', b'"quote".dat', b'trail ', b'back\\slash'),
     'ntfs': (b'raw\xff\xfe\x80.dat',), 'ntfs_folds': (b'raw\xff\xfe\x80.dat',),
     'exfat': (b'raw\xff\xfe\x80.dat', b'"quote".dat', b'back\\slash', b'new\nline'),
@@ -3515,18 +3559,18 @@ class Contract(Invariants):
     # What fails today, by test.  It must be empty at release: whoever mends one takes it out (one that
     # passes and is still in here fails the run).
     NOT_YET = {
-        'test_backup': 'aioftp conch npm_ftpd npm_ssh2 paramiko proftpd proftpd_encoding proftpd_limit'
-                       ' proftpd_upstream rclone_sftp twisted',
-        'test_refuse': 'aioftp conch npm_ftpd npm_ssh2 paramiko proftpd proftpd_encoding proftpd_limit'
-                       ' rclone_sftp twisted',
-        'test_twins_of_case': 'aioftp conch npm_ftpd npm_ssh2 paramiko rclone_sftp twisted',
-        'test_odd_names': 'aioftp conch davfs ftp_srv inetutils npm_ftpd npm_ssh2 paramiko proftpd'
-                          ' proftpd_encoding proftpd_limit proftpd_upstream pureftpd pyftpdlib rclone_sftp'
+        'test_backup': 'aioftp npm_ftpd proftpd proftpd_encoding proftpd_limit'
+                       ' proftpd_upstream twisted',
+        'test_refuse': 'aioftp npm_ftpd proftpd proftpd_encoding proftpd_limit'
+                       ' twisted',
+        'test_twins_of_case': 'aioftp npm_ftpd twisted',
+        'test_odd_names': 'aioftp davfs ftp_srv inetutils npm_ftpd proftpd'
+                          ' proftpd_encoding proftpd_limit proftpd_upstream pureftpd pyftpdlib '
                           ' twisted',
-        'test_kill_and_again': 'aioftp conch npm_ftpd npm_ssh2 paramiko rclone_sftp twisted',
-        'test_stop_file': 'aioftp conch npm_ftpd npm_ssh2 paramiko rclone_sftp twisted',
-        'test_one_poison_item_among_twenty': 'aioftp conch npm_ftpd npm_ssh2 paramiko proftpd'
-                                             ' proftpd_encoding proftpd_limit proftpd_upstream rclone_sftp'
+        'test_kill_and_again': 'aioftp npm_ftpd twisted',
+        'test_stop_file': 'aioftp npm_ftpd twisted',
+        'test_one_poison_item_among_twenty': 'aioftp npm_ftpd proftpd'
+                                             ' proftpd_encoding proftpd_limit proftpd_upstream '
                                              ' twisted',
     }
 
@@ -4501,6 +4545,193 @@ mm.FtpTransport.staged_name = lambda self, entry: (
         self.assertEqual(done.code, 0, str(done))
         self.assertEqual(contents(tree(world.target)), {n.encode(): n.encode() * 1000 for n in names})
         self.assertEqual((tree(world.source), world.leftovers()), ({}, []))
+
+
+@spread
+class Sftp(Invariants):
+    """Requests of many files under way together, whatever the server makes of them."""
+
+    def between(self, how, **options):
+        """A world whose server has something before it that changes packets."""
+        world = self.world('between')
+        self.plain = world.options['ssh_options']
+        self.between_again(world, how, **options)
+        return world
+
+    def between_again(self, world, how, **options):
+        world.configure('log_level = debug', **dict(
+            {'ssh_options': '%s -o SetEnv=BETWEEN=%s' % (self.plain, how), 'retry_count': '1',
+             'stall_timeout': '4s'}, **options))
+
+    def many(self, world, number=150, size=5000):
+        originals = {b'file %03d' % n: os.urandom(n * size // number) for n in range(number)}
+        originals[b'large'] = os.urandom(3 << 20)
+        for name, content in originals.items():
+            write(os.path.join(mm.to_bytes(world.source), name), content)
+        return originals
+
+    @on_sites('shuffle', 'short', 'small', 'closes')
+    def test_servers_with_ways_of_their_own(self, how):
+        """Answers out of order, short reads, packets of 34,000 bytes at most, an end at the first
+        extended request."""
+        for verify in ('checksum', 'size'):
+            world = self.between(how, verify=verify)
+            originals = self.many(world)
+            write(os.path.join(world.target, 'large'), b'old')
+            done = self.assert_run(world, 0)
+            self.assertEqual(tree(world.source), {}, str(done))
+            target = contents(tree(world.target))
+            backup = next(name for name in target if b'~' in name)
+            self.assertEqual(target.pop(backup), b'old')
+            self.assertEqual(target, originals)
+            self.assertEqual((world.leftovers(), len(world.ledger())), ([], 151))
+            self.assertEqual({int(value[1]) for name, value in tree(world.target).items()}, {OLD})
+
+    def test_a_server_that_ends_at_a_question_is_asked_once(self):
+        world = self.between('closes_at:check-file')
+        originals = self.many(world, 5)
+        self.assert_run(world, 0)
+        self.assert_converged(world, originals)
+
+    def test_a_server_that_stops_reading(self):
+        world = self.between('deaf:1000000')
+        originals = self.many(world)
+        done = self.assert_run(world, 1)
+        self.assertIn('gave no sign of life for 4.0 s', done.output)
+        self.assert_nothing_lost(world, originals, str(done))
+        self.between_again(world, 'pass')
+        self.assert_run(world, 0)
+        self.assert_converged(world, originals)
+
+    def test_a_stop_request_while_the_server_reads_nothing(self):
+        world = self.between('deaf:1000000', stall_timeout='60s')
+        originals = self.many(world)
+        process = world.start('--once')
+        wait_for(lambda: len(tree(world.target)) > 2, 'the first files')
+        process.terminate()
+        self.assertEqual(self.ended(process, 10), 143, world.said())
+        self.assert_nothing_lost(world, originals)
+
+    def test_output_before_the_protocol(self):
+        world = self.between('talks')
+        write(os.path.join(world.source, 'item'), b'x')
+        done = self.assert_run(world, 1)
+        self.assertIn('does not begin with the protocol but with: Welcome to the archive!', done.output)
+        self.assertIn('login script', done.output)
+
+    def test_a_part_with_a_hole_is_not_continued_behind_it(self):
+        """Some servers write out of order: where the line broke, blocks before the last are missing."""
+        world = self.between('hole:20000000')
+        originals = {b'large': os.urandom(24 << 20)}
+        write(os.path.join(world.source, 'large'), originals[b'large'])
+        done = self.assert_run(world, 0)                # the second connection sends what is left
+        self.assertIn('the sftp server ended', done.output)
+        self.assertNotIn('damaged', done.output)
+        self.assert_converged(world, originals)
+
+    def test_an_account_that_may_not_list_or_make_directories(self):
+        world = self.between('refuses:11')              # OPENDIR
+        originals = self.many(world, 20)
+        self.assert_run(world, 0)                       # and 100,000 files in target_dir cost nothing
+        self.assert_converged(world, originals)
+        self.between_again(world, 'refuses:14')         # MKDIR
+        write(os.path.join(world.source, 'item'), b'x')
+        done = self.assert_run(world, 1)
+        self.assertIn('cannot make the directory .mistamover', done.output)
+        self.assertIn('permission denied (may this account', done.output)
+
+    def test_at_most_three_round_trips_more(self):
+        """What experiments cost one ordinary file; a round trip: answers that went together."""
+        counts = []
+        for known in (True, False):
+            world = self.between('pass')
+            log = os.path.join(world.top, 'round-trips')
+            self.between_again(world, 'count:' + log)
+            write(os.path.join(world.source, 'item'), b'x' * 10000)
+            done = self.doctored(world, """
+real = mm.SftpTransport.begin
+def begin(self):
+    real(self)
+    self.publish_by, self.can_hash = 'rename', False
+    self.traits['absence',] = True
+mm.SftpTransport.begin = begin
+""" if known else '')
+            self.assertEqual(done.code, 0, str(done))
+            counts.append(text_of(log).count('\n'))
+        self.assertLessEqual(counts[1] - counts[0], 3, counts)
+        self.assertLessEqual(counts[1], 24, counts)
+
+    def test_directories_are_kept(self):
+        world = self.world('sftp', directories='keep')
+        before = fill(world.source)
+        write(os.path.join(world.target, 'tree', 'zero'), b'old')
+        write(os.path.join(world.target, 'tree', 'theirs'), b'theirs')
+        done = self.assert_run(world, 0)
+        self.assertEqual(tree(world.source), {}, str(done))
+        found = tree(world.target)
+        self.assertEqual(found.pop(b'tree/theirs')[0], b'theirs')
+        backup = next(name for name in found if b'~' in name)
+        self.assertEqual(found.pop(backup)[0], b'old')
+        self.assertEqual(found, before)
+        self.assertEqual(world.leftovers(), [])
+        records = {record['item']: record for record in world.ledger()}
+        self.assertEqual(records['tree']['files'], 17)
+
+    def test_a_kept_directory_whose_place_is_taken(self):
+        world = self.world('sftp', directories='keep')
+        write(os.path.join(world.source, 'day', 'run', 'file'), b'1')
+        write(os.path.join(world.source, 'other'), b'2')
+        write(os.path.join(world.target, 'day'), b'a file')
+        done = self.assert_run(world, 1)
+        self.assertIn('cannot make the directory day', done.output)
+        self.assertEqual(contents(tree(world.source)), {
+            b'day': 'directory', b'day/run': 'directory', b'day/run/file': b'1'})
+        self.assertEqual(contents(tree(world.target)), {b'day': b'a file', b'other': b'2'})
+
+    @on_sites('password', 'question')
+    def test_a_password_from_a_file(self, site):
+        world = self.world(site, log_level=None)
+        world.configure('log_level = debug')
+        secret = text_of(world.options['password_file']).strip()
+        originals = self.many(world, 300)
+        process = world.start('--once', '-v')
+        seen = ''
+        while process.poll() is None:
+            for pid in {process.pid} | children_of(process.pid):
+                with contextlib.suppress(OSError), open('/proc/%d/environ' % pid, errors='replace') as handle:
+                    seen += command_line(pid) + handle.read()
+        self.assertEqual(process.returncode, 0, world.said())
+        self.assert_converged(world, originals)
+        state = [value[0].decode('utf-8', 'replace') for value in tree(world.state).values()
+                 if isinstance(value, tuple)]
+        for place in [seen, world.said(), text_of(world.ini)] + state:
+            self.assertNotIn(secret, place)
+        self.assertIn('SSH_ASKPASS', seen)
+
+    def test_a_wrong_password_and_another_question(self):
+        world = self.world('password')
+        right = world.options['password_file']
+        wrong = os.path.join(world.top, 'wrong')
+        write(wrong, b'hunter2\n')
+        os.chmod(wrong, 0o600)
+        write(os.path.join(world.source, 'item'), b'x')
+        world.configure(password_file=wrong, retry_count='1')
+        done = self.assert_run(world, 1)
+        self.assertIn('Permission denied', done.output)
+        self.assertNotIn('hunter2', done.output)
+        world.configure(password_file=right)
+        self.assert_run(world, 0)
+        self.assertEqual(contents(tree(world.target)), {b'item': b'x'})
+        world = self.world('code', retry_count='1')
+        write(os.path.join(world.source, 'item'), b'x')
+        self.assertIn('Permission denied', self.assert_run(world, 1).output)
+        self.assertEqual(contents(tree(world.source)), {b'item': b'x'})
+
+    def test_no_password_in_the_configuration(self):
+        world = self.world('sftp', password='hunter2')
+        done = self.assert_run(world, 2)
+        self.assertIn('set password_file', done.output)
+        self.assertNotIn('hunter2', done.output)
 
 
 @spread
