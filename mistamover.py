@@ -2603,6 +2603,9 @@ class Entry(collections.namedtuple('Entry', 'path kind size mtime_ns ctime_ns de
     def identity(self):
         return self.dev, self.ino, self.size, self.mtime_ns, self.ctime_ns
 
+    def looks_like(self, info):
+        return (self.size, self.mtime_ns) == (info.st_size, info.st_mtime_ns)
+
     def same_as(self, info):
         return self.identity == (info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns,
                                  info.st_ctime_ns)
@@ -4002,11 +4005,12 @@ class Staging(Transport):
 
 
 def protected(relative, stream):
-    """Whether mirror_delete leaves this name at the target alone: it is ours or a person's."""
+    """Whether mirror_delete leaves this name at the target alone, in any case of its letters: it
+    is ours or a person's."""
     parts = relative.split(b'/')
-    return any(part.lower().startswith(OWN_PREFIX) or re.search(rb'(?i)\.~\d{8}T[\d.]+Z~', part)
-               for part in parts) or parts[0] in (to_bytes(stream.stop_file),
-                                                  to_bytes(stream.target_marker or ''))
+    return any(part.lower().startswith(OWN_PREFIX) or re.search(rb'\.~\d{8}[Tt][\d.]+[Zz]~', part)
+               for part in parts) or folded(parts[0]) in {
+        folded(to_bytes(name)) for name in (stream.stop_file, stream.target_marker) if name}
 
 
 def sync_file(path):
@@ -4112,6 +4116,7 @@ class LocalTransport(Staging):
         self.held = {}              # final name -> (identity here, mtime_ns there) of one content
         self.leases = Leases(self.stream)
         self.links = []             # every Link since the connection was made
+        self.cleared = []           # what mirror_delete removed to make way
         self.begin()
 
     def begin(self):
@@ -4681,11 +4686,13 @@ class LocalTransport(Staging):
             if self.stream.on_conflict == 'backup':
                 os.rename(path, stamped(path))
             elif os.path.isdir(path) and not os.path.islink(path):
+                if self.stream.mirror_delete:       # what was in it is gone here
+                    self.cleared += self.remove_below(name, lambda path: protected(path, self.stream))
                 os.rmdir(path)
             else:
                 os.unlink(path)
         except OSError as error:
-            raise ItemError('%s stands in the way: %s' % (show(path), error.strerror), 'rename or remove it')
+            raise ItemError('%s is in the way: %s' % (show(path), error.strerror), 'rename or remove it')
         log.info('%s: %s was of another kind at the target and gave way' % (self.stream.name, show(name)))
 
     def sync(self):
@@ -4826,19 +4833,34 @@ class LocalTransport(Staging):
         return not os.path.lexists(self.path(self.area))
 
     def delete_missing(self, kept):
-        gone = []
-        for top, directories, files in os.walk(self.path(b''), topdown=False):
+        gone, self.cleared = self.cleared, []
+        same = {}                       # folded names of what is kept, if that ever matters
+
+        def stays(relative):
+            if relative in kept or protected(relative, self.stream):
+                return True
+            if not same:
+                same.update((folded(path), path) for path in kept)
+            return folded(relative) in same and self.trait('folds')
+        gone += self.remove_below(b'', stays)
+        if ('folds',) in self.traits:
+            self.tidy()                 # the experiment's: nothing need have been sent in this pass
+        return gone
+
+    def remove_below(self, directory, stays):
+        """Delete what is below a directory at the target, but what stays(path); the paths."""
+        gone, base = [], len(self.path(b''))
+        for top, directories, files in os.walk(self.path(directory), topdown=False):
             for name in files + directories:
                 path = os.path.join(top, name)
-                relative = os.path.relpath(path, self.path(b''))
-                if relative in kept or protected(relative, self.stream):
+                if stays(path[base:]):
                     continue
                 with contextlib.suppress(OSError):
                     if os.path.isdir(path) and not os.path.islink(path):
                         os.rmdir(path)
                     else:
                         os.unlink(path)
-                    gone.append(relative)
+                    gone.append(path[base:])
         return gone
 
 
@@ -8433,6 +8455,26 @@ class Kept:
         log.info('%s: purged %s' % (self.stream.name, show(path)))
 
 
+@contextlib.contextmanager
+def made_writable(directory):
+    """A directory of ours in which we may not write lets us for a moment, as rsync does it.
+    Raises OSError."""
+    is_path = isinstance(directory, bytes)
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY) if is_path else os.dup(directory)
+    try:
+        mode = stat.S_IMODE(os.fstat(fd).st_mode)
+        if mode & 0o300 == 0o300:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), directory)
+        os.chmod(fd, mode | 0o700)
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                os.chmod(fd, mode)
+    finally:
+        os.close(fd)
+
+
 def close_all(fds):
     for fd in fds:
         with contextlib.suppress(OSError):      # what it was is gone: nothing is left to fail
@@ -8459,6 +8501,7 @@ class Releaser:
         self.leases = Leases(stream)
         self.cached = None              # (directory, its descriptor, the private one)
         self.changed = {}               # (dev, ino) -> ctime after we unlinked another name of it
+        self.steady = None              # whether inode numbers stay, once it was tried
         self.gone = []                  # descriptors of what is gone, to be closed
         self.closers = []               # threads that do so
 
@@ -8515,10 +8558,22 @@ class Releaser:
             place = self.directory(head, in_tree) + (name,)
             if fd is None:
                 fd, leased = self.hold(place)
-            reason = self.release_open(fd, leased, entry, place, any_ctime or link is not None)
+            what = fd, leased, entry, place, any_ctime or link is not None
+            try:
+                reason = self.release_open(*what)
+            except PermissionError:
+                with made_writable(place[0]):
+                    reason = self.release_open(*what)
             if reason and link:
                 link.take_back()
             return reason
+        except OSError as error:
+            # a file system that renames nothing that is open
+            if error.errno != errno.EBUSY or fd is None or in_tree or self.stream.keep_delivered:
+                raise
+            os.close(fd)
+            fd = None
+            return self.release_plainly(entry)
         finally:
             if fd is not None:
                 # of a link nothing is freed: the inode stands at the target too
@@ -8548,9 +8603,8 @@ class Releaser:
             os.unlink(name, dir_fd=parent)      # a mount point: without the very last look
             return None
         here, there = os.fstat(fd), os.stat(name, dir_fd=aside, follow_symlinks=False)
-        if not os.path.samestat(here, there) or \
-                (here.st_size, here.st_mtime_ns) != (entry.size, entry.mtime_ns) or \
-                leased and lease_broken(fd):
+        if not os.path.samestat(here, there) and self.inodes_stay(aside) or \
+                not entry.looks_like(here) or not entry.looks_like(there) or leased and lease_broken(fd):
             self.put_back(name, aside, parent)
             return 'changed while it was released'
         try:
@@ -8561,6 +8615,22 @@ class Releaser:
         if here.st_nlink > 1 and not any_ctime:
             self.changed[(here.st_dev, here.st_ino)] = os.fstat(fd).st_ctime_ns
         return None
+
+    def inodes_stay(self, aside):
+        """Whether a file of ours keeps its inode number when it is renamed; the kernel may have
+        kept the old one for a second (fuse(4), entry_timeout)."""
+        if self.steady is None:
+            names = [OWN_PREFIX + b'-try-' + random_hex(4) for _ in range(2)]
+            os.close(os.open(names[0], os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600, dir_fd=aside))
+            before = os.stat(names[0], dir_fd=aside)
+            os.rename(names[0], names[1], src_dir_fd=aside, dst_dir_fd=aside)
+            until = time.monotonic() + 1.5
+            self.steady = True
+            while self.steady and time.monotonic() < until:
+                self.steady = os.path.samestat(before, os.stat(names[1], dir_fd=aside))
+                time.sleep(0.1)
+            os.unlink(names[1], dir_fd=aside)
+        return self.steady
 
     def close_later(self, fd):
         """Only then the space is freed, for which a disk may be waited for (ext4 with discard:
@@ -8649,8 +8719,17 @@ class Releaser:
             paths.append(above)
             above = os.path.dirname(above)
         for path in paths:
-            with contextlib.suppress(OSError):
-                os.rmdir(os.path.join(self.root, path))
+            self.remove_directory(os.path.join(self.root, path))
+
+    @staticmethod
+    def remove_directory(path):
+        """If it is empty."""
+        with contextlib.suppress(OSError):
+            try:
+                os.rmdir(path)
+            except PermissionError:
+                with made_writable(os.path.dirname(path)):
+                    os.rmdir(path)
 
     def clean(self):
         """Remove the private directory, which is empty unless a crash left something in it; on
@@ -8681,12 +8760,21 @@ class Releaser:
             if now is None or tree_of(now.entries) != tree_of(item.entries):
                 os.unlink(self.journal)
                 return ['%s changed after it was zipped' % show(item.name)]
-            os.rename(os.path.join(self.root, item.name), os.path.join(top, item.name))
+            self.set_aside(os.path.join(self.root, item.name), os.path.join(top, item.name))
         except OSError as error:
             os.unlink(self.journal)
             raise ItemError('%s was delivered, but cannot be deleted: %s' % (
                 show(item.name), error.strerror), 'change the permissions of the directory')
         return self.finish_tree(item.name, item.entries)
+
+    @staticmethod
+    def set_aside(old, new):
+        """A directory that goes to another one is written in itself: its `..` changes."""
+        try:
+            os.rename(old, new)
+        except PermissionError:
+            with made_writable(old):
+                os.rename(old, new)
 
     def finish_tree(self, name, entries, returned=()):
         """Delete of a tree that was renamed aside what the snapshot holds, if all of it is
@@ -8700,7 +8788,7 @@ class Releaser:
                     if entry.kind == 'f':
                         self.release_held(entry, None, True, entry.path in returned)
                     elif self.stream.remove_directories:
-                        os.rmdir(os.path.join(top, entry.path))
+                        self.remove_directory(os.path.join(top, entry.path))
         self.forget_directory()
         reasons = []
         if any(os.path.lexists(os.path.join(top, e.path)) for e in files):
@@ -8727,7 +8815,7 @@ class Releaser:
         for new in (name, stamped(name)):
             target = os.path.join(self.root, new)
             if not os.path.lexists(target):
-                os.rename(source, target)
+                self.set_aside(source, target)
                 return
 
     # -- after a crash

@@ -5478,6 +5478,475 @@ mm.time.time = lambda: real() + off
         self.assertEqual(sorted(n for n in tree(world.source) if not n.startswith(b'.delivered')), [b'bad'])
 
 
+class FileSystems(Invariants):
+    """local on real file systems, most of them without hard links, some of them odd."""
+
+    def mounted(self, kind, *where, **options):
+        """A world with that file system on its target, or on the directory `where` of it."""
+        world = self.world('local', **options)
+        self.mount(kind, os.path.join(world.top, *(where or ('out',))))
+        return world
+
+    def within(self, kind, **options):
+        """A world whose source and target are two directories of one such file system."""
+        world = self.world('local')
+        both = os.path.join(world.top, 'disk')
+        os.mkdir(both)
+        self.mount(kind, both)
+        world.source, world.target = os.path.join(both, 'in'), os.path.join(both, 'out')
+        os.mkdir(world.source)
+        os.mkdir(world.target)
+        return world.configure(**options)
+
+    def test_a_name_that_the_disk_cannot_hold_keeps_nothing_else_back(self):
+        for kind, bad in (('exfat', [b'c:1', b'raw\xff']), ('ntfs_windows_names', [b'b\\s', b'end.']),
+                          ('ntfs', [b'raw\xff'])):
+            world = self.mounted(kind, verify='size' if kind == 'ntfs' else None)
+            for name in [b'a', b'd', b'day/ok'] + bad:
+                write(os.path.join(mm.to_bytes(world.source), name), name)
+            done = self.assert_run(world, 1)
+            self.assertEqual(held_at_target(world), {b'a': b'a', b'd': b'd', b'day/ok': b'day/ok'}, str(done))
+            self.assertEqual(held_at_source(world), {name: name for name in bad}, str(done))
+            for name in bad:
+                self.assertIn('ERROR   s: ' + mm.show(name), done.output)
+            self.assertEqual(sorted(mm.from_json(text_of(world.state + '/failures.json'))['s']),
+                             sorted(map(mm.to_text, bad)))
+
+    def test_a_crash_between_publication_and_release(self):
+        for kind in ('exfat', 'sshfs', 'bindfs'):
+            world = self.within(kind)
+            for name in ('a', 'b', 'day/c'):
+                write(os.path.join(world.source, name), name.encode())
+            done = self.doctored(world, """
+import os, signal
+mm.Delivery.release = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
+""")
+            self.assertEqual(done.code, -9, str(done))
+            done = self.assert_run(world, 0)
+            self.assert_converged(world, {b'a': b'a', b'b': b'b', b'day/c': b'day/c'}, '%s %s' % (kind, done))
+
+    def test_two_mounts_of_one_file_system(self):
+        world = self.world('local')
+        if subprocess.call(['mount', '--bind', world.target, world.target], stderr=subprocess.DEVNULL):
+            self.skipTest('no right to bind mount')
+        self.addCleanup(subprocess.call, ['umount', '-l', world.target], stderr=subprocess.DEVNULL)
+        write(os.path.join(world.source, 'a'), b'new')
+        write(os.path.join(world.source, 'same'), b'same')
+        write(os.path.join(world.target, 'a'), b'older')
+        write(os.path.join(world.target, 'same'), b'same')
+        self.assert_run(world, 0)
+        self.assertEqual(tree(world.source), {})
+        self.assertEqual(sorted(held_at_target(world).values()), [b'new', b'older', b'same'])
+        self.assertEqual(world.leftovers(), [])
+
+    def test_where_another_file_system_begins_below_target_dir(self):
+        world = self.world('local', target_chmod='644', target_dir=os.path.join(BASE, 'no', '%Y'))
+        world.configure(target_chmod='644', target_dir=world.target + '/%Y')
+        for year in ('2017', '2018'):
+            os.mkdir(os.path.join(world.target, year))
+        below = os.path.join(world.target, '2017')
+        if subprocess.call(['mount', '-t', 'tmpfs', 'tmpfs', below], stderr=subprocess.DEVNULL):
+            self.skipTest('no right to mount a tmpfs')
+        self.addCleanup(subprocess.call, ['umount', '-l', below], stderr=subprocess.DEVNULL)
+        for number in range(12):
+            write(os.path.join(world.source, 'f%02d' % number), b'content %d' % number)
+        write(os.path.join(world.source, 'next'), b'next year', OLD + 366 * 86400)
+        write(os.path.join(below, 'f01'), b'older')
+        done = self.assert_run(world, 0)
+        self.assertEqual(tree(world.source), {}, str(done))
+        found = held_at_target(world)
+        self.assertEqual(found.pop(b'2018/next'), b'next year')
+        old = [name for name, content in found.items() if content == b'older']
+        self.assertRegex(old[0], rb'^2017/f01\.~')
+        del found[old[0]]
+        self.assertEqual(found, {b'2017/f%02d' % n: b'content %d' % n for n in range(12)})
+        self.assertEqual(world.leftovers(), [])
+        write(os.path.join(world.source, 'late'), b'late')      # killed while it lies beside its name
+        done = self.doctored(world, """
+import os, signal
+real = mm.LocalTransport.publish
+def publish(self, old, new):
+    if b'late' in new and not old.startswith(self.area + b'/'):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(self, old, new)
+mm.LocalTransport.publish = publish
+""")
+        self.assertEqual(done.code, -9, str(done))
+        self.assertEqual(len([n for n in tree(below) if b'.mistamover' in n]), 1)
+        os.utime(os.path.join(world.source, 'late'), (OLD + 1, OLD + 1))        # another temporary name
+        self.assert_run(world, 0)
+        self.assertEqual((tree(world.source), world.leftovers()), ({}, []))
+
+    def test_mirror_delete_where_case_is_folded(self):
+        for kind, seen in (('ntfs_folds', str.lower), ('exfat', str)):
+            world = self.mounted(kind, transfer_mode='mirror', mirror_delete='yes', target_marker='Mounted',
+                                 on_conflict='backup')
+            write(os.path.join(world.target, 'Mounted'))
+            for name in ('Data.bin', 'Day/Inner.bin', 'Gone.bin'):
+                write(os.path.join(world.source, name), name.encode())
+            self.assert_run(world, 0)
+            write(os.path.join(world.source, 'Data.bin'), b'another', OLD + 10)
+            os.unlink(os.path.join(world.source, 'Gone.bin'))
+            day = os.path.join(world.source, 'Day')
+            os.rename(os.path.join(day, 'Inner.bin'), os.path.join(day, 'INNER.bin'))
+            done = self.assert_run(world, 0)
+            inner = b'Day/Inner.bin'
+            expected = {b'Mounted': b'', b'Data.bin': b'another', inner: b'Day/Inner.bin'}
+            for _ in range(2):
+                found = held_at_target(world)
+                old = [name for name in found if b'.~' in name]
+                self.assertEqual([found.pop(name) for name in old], [b'Data.bin'], str(done))
+                self.assertEqual(found, {seen(name.decode()).encode(): content
+                                         for name, content in expected.items()}, str(done))
+                done = self.assert_run(world, 0)
+            self.assertEqual(world.leftovers(), [])
+
+    def test_what_uploads_later_proves_nothing(self):
+        for kind in ('davfs', 'rclone_mount'):
+            world = self.mounted(kind)
+            write(os.path.join(world.source, 'f'), b'precious')
+            for args in ((), ('--check',)):
+                done = self.assert_run(world, 1, *args)
+                self.assertIn('may upload later', done.output)
+                self.assertIn('target_uploads_later = accepted', done.output)
+            self.assertEqual((held_at_source(world), held_at_target(world)), ({b'f': b'precious'}, {}))
+            world.configure(transfer_mode='mirror')
+            done = self.assert_run(world, 0)
+            self.assertEqual(done.output.count('may upload later'), 1, str(done))
+            self.assertEqual(held_at_target(world), {b'f': b'precious'})
+            world.configure(target_uploads_later='accepted')
+            done = self.assert_run(world, 0)
+            self.assertNotIn('may upload later', done.output)
+            self.assertEqual((tree(world.source), held_at_target(world)), ({}, {b'f': b'precious'}))
+
+    def test_a_source_whose_inode_numbers_belong_to_paths(self):
+        world = self.mounted('rclone_mount', 'in')
+        for name in ('a', 'day/b'):
+            write(os.path.join(world.source, name), name.encode())
+        self.assert_run(world, 0)
+        self.assertEqual(tree(world.source), {})
+        self.assertEqual(held_at_target(world), {b'a': b'a', b'day/b': b'day/b'})
+        self.assertEqual([r['outcome'] for r in world.ledger()], ['delivered'] * 2)
+        world = self.world('local', target_chmod='644')
+        write(os.path.join(world.source, 'a'), b'a')
+        done = self.doctored(world, """
+import os, types
+real = os.stat
+def changing(path, **options):
+    info = real(path, **options)
+    directory = os.readlink('/proc/self/fd/%d' % options['dir_fd']) if 'dir_fd' in options else ''
+    if not directory.endswith('-release'):
+        return info
+    fields = {name: getattr(info, name) for name in dir(info) if name.startswith('st_')}
+    fields['st_ino'] = hash(path)
+    return types.SimpleNamespace(**fields)
+os.stat = changing
+""")
+        self.assertEqual((done.code, tree(world.source)), (0, {}), str(done))
+        self.assertEqual([r['outcome'] for r in world.ledger()], ['delivered'])
+
+    def test_a_file_system_that_renames_nothing_that_is_open(self):
+        world = self.world('local', target_chmod='644')
+        for name in ('a', 'day/b'):
+            write(os.path.join(world.source, name), name.encode())
+        done = self.doctored(world, """
+import errno, os
+real = os.rename
+def rename(old, new, **dirs):
+    if any(os.path.realpath('/proc/self/fd/' + fd).endswith('/' + os.fsdecode(old))
+           for fd in os.listdir('/proc/self/fd')):
+        raise OSError(errno.EBUSY, 'busy')
+    real(old, new, **dirs)
+os.rename = rename
+""")
+        self.assertEqual((done.code, tree(world.source)), (0, {}), str(done))
+        self.assertEqual(held_at_target(world), {b'a': b'a', b'day/b': b'day/b'})
+
+
+class LocalTrouble(Invariants):
+    """local when a step of it fails as some file system makes it fail."""
+
+    def test_without_hard_links_nothing_is_overwritten(self):
+        for ways, lost in (('link', False), ('link renameat2', True)):
+            world = self.world('local', target_chmod='644')
+            write(os.path.join(world.source, 'f'), b'ours')
+            done = self.doctored(world, """
+import errno, os
+def refuse(*args, **options):
+    raise OSError(errno.EPERM, 'no')
+def unknown(*args):
+    raise OSError(errno.EINVAL, 'no')
+rename = mm.rename_exclusively
+def just_before(old, new):
+    if new.endswith(b'/f') and not os.path.exists(new):
+        with open(new, 'w') as handle:
+            handle.write('theirs')
+    return rename(old, new)
+os.link = refuse
+mm.rename_exclusively = unknown if 'renameat2' in %r else just_before
+""" % ways)
+            self.assertEqual((done.code, tree(world.source)), (0, {}), str(done))
+            self.assertEqual(sorted(held_at_target(world).values()), [b'ours'] if lost else [b'ours', b'theirs'])
+            self.assertEqual(world.leftovers(), [])
+
+    def test_a_broken_link_call_is_no_broken_disk(self):
+        world = self.world('local', target_chmod='644')
+        for name in ('a', 'b'):
+            write(os.path.join(world.source, name), name.encode())
+        done = self.doctored(world, """
+import errno, os
+def broken(*args, **options):
+    raise OSError(errno.EIO, 'Input/output error')
+def unknown(*args):
+    raise OSError(errno.EINVAL, 'no')
+os.link, mm.rename_exclusively = broken, unknown
+""")
+        self.assertEqual((done.code, tree(world.source)), (0, {}), str(done))
+        self.assertEqual(held_at_target(world), {b'a': b'a', b'b': b'b'})
+
+    def test_no_room_for_one_file(self):
+        for names in (['a', 'large', 'z'], ['large']):
+            world = self.world('local')
+            if subprocess.call(['mount', '-t', 'tmpfs', '-o', 'size=1m', 'tmpfs', world.target],
+                               stderr=subprocess.DEVNULL):
+                self.skipTest('no right to mount a tmpfs')
+            self.addCleanup(subprocess.call, ['umount', '-l', world.target], stderr=subprocess.DEVNULL)
+            for name in names:
+                write(os.path.join(world.source, name), b'x' * (2 << 20 if name == 'large' else 10000))
+            done = self.assert_run(world, 1)
+            self.assertIn('large', done.output)
+            self.assertEqual(sorted(held_at_source(world)), [b'large'], str(done))
+            self.assertEqual(sorted(held_at_target(world)), [b'a', b'z'] if 'a' in names else [])
+            self.assertLess(os.statvfs(world.target).f_blocks - os.statvfs(world.target).f_bfree, 20)
+
+    def test_the_target_is_unmounted_under_a_pass(self):
+        for marker in ('MOUNTED', None):
+            for moment in ('stage', 'finish'):
+                world = self.world('local', target_marker=marker)
+                if subprocess.call(['mount', '-t', 'tmpfs', 'tmpfs', world.target], stderr=subprocess.DEVNULL):
+                    self.skipTest('no right to mount a tmpfs')
+                self.addCleanup(subprocess.call, ['umount', '-l', world.target], stderr=subprocess.DEVNULL)
+                write(os.path.join(world.target, 'MOUNTED'))
+                write(os.path.join(world.source, 'f'), b'precious')
+                done = self.doctored(world, """
+import subprocess
+verb = %r
+real = getattr(mm.LocalTransport, verb)
+def unmounting(self, *args):
+    if verb == 'stage':
+        subprocess.call(['umount', TARGET], stderr=subprocess.DEVNULL)
+        return real(self, *args)
+    answer = real(self, *args)
+    return answer
+def finish(self, batch):
+    if verb == 'finish':
+        subprocess.check_call(['umount', TARGET])
+    return real(self, batch)
+setattr(mm.LocalTransport, verb, unmounting if verb == 'stage' else finish)
+""" % moment, '--once')
+                if marker:
+                    self.assertEqual(done.code, 1, str(done))
+                    self.assertIn('MOUNTED is missing', done.output)
+                    self.assertEqual(held_at_source(world), {b'f': b'precious'}, str(done))
+                    self.assertEqual(world.ledger(), [])
+                    self.assertEqual(held_at_target(world), {})
+                else:       # the next try meets the directory below, which nobody told us not to use
+                    self.assertIn('another one than a moment ago', done.output)
+                    self.assertIn(b'precious', list(held_at_source(world).values()) +
+                                  list(held_at_target(world).values()))
+
+    def test_a_daemon_looks_for_its_marker_each_time(self):
+        world = self.world('local', target_marker='MOUNTED')
+        write(os.path.join(world.target, 'MOUNTED'))
+        self.daemon(world)
+        write(os.path.join(world.source, 'one'), b'one')
+        wait_for(lambda: held_at_target(world).get(b'one') and not tree(world.source), 'the first file')
+        os.rename(world.target, world.target + '.gone')
+        os.mkdir(world.target)
+        write(os.path.join(world.source, 'two'), b'two')
+        wait_for(lambda: 'MOUNTED is missing' in world.said(), 'the daemon to notice')
+        self.assertEqual((tree(world.target), contents(tree(world.source))), ({}, {b'two': b'two'}))
+
+    def test_a_mount_whose_program_died(self):
+        for end in ('out', 'in'):
+            world = self.world('local', create_directories='yes')
+            where = os.path.join(world.top, end)
+            mounted = self.mount('bindfs', where)
+            write(os.path.join(world.source, 'f'), b'precious')
+            mounted.process.kill()
+            mounted.process.wait()
+            for args in ((), ('--check',)):
+                done = self.assert_run(world, 1, *args)
+                self.assertIn('cannot be used: Transport endpoint is not connected', done.output)
+                self.assertNotIn('missing', done.output)
+            subprocess.check_call(['umount', '-l', where])
+
+    def test_times_and_modes_that_are_not_taken(self):
+        refused = """
+import errno, os
+def refuse(*args, **options):
+    raise OSError(errno.%s, 'not here')
+os.utime = os.chmod = refuse
+""" 
+        for number in ('ENOSYS', 'EOPNOTSUPP'):
+            world = self.world('local', verify='size')
+            write(os.path.join(world.source, 'day', 'f'), b'content')
+            os.chmod(os.path.join(world.source, 'day', 'f'), 0o444)
+            mirror = self.world('local', transfer_mode='mirror', symlinks='keep')
+            write(os.path.join(mirror.source, 'day', 'f'), b'content')
+            done = self.doctored(mirror, refused % number)
+            self.assertEqual((done.code, held_at_target(mirror)), (0, {b'day/f': b'content'}), str(done))
+            before = os.lstat(os.path.join(mirror.target, 'day', 'f'))
+            done = self.doctored(mirror, refused % number)
+            self.assertEqual(done.code, 0, str(done))
+            after = os.lstat(os.path.join(mirror.target, 'day', 'f'))
+            self.assertEqual((before.st_ino, before.st_ctime_ns), (after.st_ino, after.st_ctime_ns))
+            self.assertEqual(len(mirror.ledger()), 1, str(done))
+            os.truncate(os.path.join(mirror.source, 'day', 'f'), 0)
+            write(os.path.join(mirror.source, 'day', 'f'), b'CONTENT', time.time() + 5)
+            self.doctored(mirror, refused % number)
+            self.assertEqual(held_at_target(mirror), {b'day/f': b'CONTENT'})
+            self.assertEqual(mirror.leftovers(), [])
+
+    def test_a_mirror_to_coarse_times_copies_nothing_twice(self):
+        world = self.world('local', transfer_mode='mirror')
+        for number in range(4):
+            write(os.path.join(world.source, 'day', 'f%d' % number), b'content', OLD + number)
+        coarse = """
+import os
+real = os.utime
+def utime(path, times=None, ns=None):
+    seconds = (ns[1] // 10 ** 9 if ns else times[1]) // 2 * 2
+    real(path, (seconds, seconds))
+os.utime = utime
+"""
+        for _ in range(2):
+            done = self.doctored(world, coarse)
+            self.assertEqual((done.code, len(world.ledger())), (0, 1), str(done))
+        self.assertEqual(world.leftovers(), [])
+
+    def test_free_space_that_nobody_knows(self):
+        world = self.world('local', directories='zip')
+        world.configure('[disk_space_monitor]\nlevel_low = 5%\n', directories='zip')
+        write(os.path.join(world.source, 'day', 'f'), b'content')
+        unknown = """
+import collections, shutil
+shutil.disk_usage = lambda path: collections.namedtuple('usage', 'total used free')(0, 0, 0)
+"""
+        done = self.doctored(world, unknown, '--check')
+        self.assertIn('free space: unknown', done.output)
+        done = self.doctored(world, unknown)
+        self.assertEqual((done.code, tree(world.source)), (0, {}), str(done))
+        self.assertEqual(list(tree(world.target)), [b'day.zip'])
+
+    def test_holes_stay_holes(self):
+        for verify in ('checksum', 'size'):
+            world = self.world('local', target_chmod='644', verify=verify)
+            path = os.path.join(world.source, 'sparse')
+            with open(path, 'wb') as handle:
+                handle.truncate(20 << 20)
+                for at in (0, 5 << 20, (12 << 20) + 4096, (20 << 20) - 3):
+                    handle.seek(at)
+                    handle.write(b'end')
+            with open(path, 'rb') as handle:
+                content = handle.read()
+            blocks = os.stat(path).st_blocks
+            if blocks * 512 > 1 << 20:
+                self.skipTest('no holes in this file system')
+            self.assert_run(world, 0)
+            self.assertEqual(tree(world.source), {})
+            self.assertTrue(held_at_target(world) == {b'sparse': content})
+            self.assertLessEqual(os.stat(os.path.join(world.target, 'sparse')).st_blocks, blocks + 64)
+
+    def test_a_backup_of_a_long_name(self):
+        world = self.world('local')
+        for name in (b'n' * 255, '\u65e5'.encode() * 85, b'z' * 251 + b'.zip'):
+            write(os.path.join(mm.to_bytes(world.source), name), b'new')
+            write(os.path.join(mm.to_bytes(world.target), name), b'old')
+        self.assert_run(world, 0)
+        self.assertEqual(tree(world.source), {})
+        found = held_at_target(world)
+        self.assertEqual(sorted(found.values()), [b'new'] * 3 + [b'old'] * 3)
+        self.assertTrue(all(len(name) <= 255 and name.decode() for name in found))
+        self.assertNotEqual(mm.stamped(b'n' * 255, 0), mm.stamped(b'n' * 254 + b'm', 0))
+
+    def test_read_only_directories_of_our_own(self):
+        if os.geteuid() == 0 and not find_program('setpriv'):
+            self.skipTest('root may write anywhere, and setpriv is missing')
+        for directories in ('keep', 'zip'):
+            world = self.world('local', directories=directories)
+            for name in ('day/a', 'day/sub/b'):
+                write(os.path.join(world.source, name), name.encode())
+            for name in ('day/sub', 'day'):
+                os.chmod(os.path.join(world.source, name), 0o555)
+            command = world.command()
+            if os.geteuid() == 0:       # who may not write where the mode says no
+                command = ['setpriv', '--bounding-set', '-dac_override,-dac_read_search'] + command
+            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            self.assertEqual((done.returncode, tree(world.source)), (0, {}), done.stdout.decode())
+            self.assertEqual(held_at_target(world), {b'day/a': b'day/a', b'day/sub/b': b'day/sub/b'})
+
+    def test_a_directory_became_a_file_or_a_link(self):
+        for policy in ('overwrite', 'backup'):
+            for kind in ('file', 'link'):
+                world = self.world('local', transfer_mode='mirror', mirror_delete='yes', on_conflict=policy)
+                for name in ('d/one', 'd/deep/two', 'gone', 'stays'):
+                    write(os.path.join(world.source, name), name.encode())
+                self.assert_run(world, 0)
+                shutil.rmtree(os.path.join(world.source, 'd'))
+                os.unlink(os.path.join(world.source, 'gone'))
+                if kind == 'file':
+                    write(os.path.join(world.source, 'd'), b'a file now', OLD + 9)
+                else:
+                    os.symlink('stays', os.path.join(world.source, 'd'))
+                done = self.assert_run(world, 0)
+                found = contents(tree(world.target))
+                kept = {name for name in found if b'.~' in name}
+                self.assertEqual(bool(kept), policy == 'backup', str(done))
+                self.assertEqual({n: v for n, v in found.items() if n not in kept}, {
+                    b'stays': b'stays', b'd': b'a file now' if kind == 'file' else 'link to stays'}, str(done))
+                deleted = sorted(r['item'] for r in world.ledger() if r['outcome'] == 'deleted')
+                self.assertEqual(deleted, ['d/deep', 'd/deep/two', 'd/one', 'gone'] if policy == 'overwrite'
+                                 else ['gone'])
+                self.assertEqual(world.leftovers(), [])
+
+    def test_one_syncfs_for_many_files(self):
+        for trouble in ('', 'error', 'slow'):
+            world = self.world('local', target_chmod='644')
+            for number in range(30):
+                write(os.path.join(world.source, 'f%02d' % number), b'content %d' % number)
+            done = self.doctored(world, """
+import errno, os, time
+calls = []
+real, fsync, clock = mm.c_call, os.fsync, time.monotonic
+def c_call(name, *args):
+    if name == 'syncfs':
+        calls.append(name)
+        if %r == 'error':
+            raise OSError(errno.EIO, 'an error')
+        if %r == 'slow':
+            late.append(6)
+    return real(name, *args)
+late = []
+time.monotonic = lambda: clock() + sum(late)
+def counting(fd):
+    if not os.path.isdir('/proc/self/fd/%%d' %% fd):
+        calls.append(os.readlink('/proc/self/fd/%%d' %% fd))
+    fsync(fd)
+mm.c_call, os.fsync = c_call, counting
+mm.Staging.PART_FILES = 10
+code = mm.main(['--config', sys.argv[2]])
+staged = [call for call in calls if '/out/.mistamover-' in call]
+print('syncs', calls.count('syncfs'), len(staged))
+sys.exit(code)
+""" % (trouble, trouble))
+            self.assertEqual((done.code, tree(world.source)), (0, {}), str(done))
+            self.assertEqual(len(tree(world.target)), 30)
+            if mm.file_system_type(os.stat(BASE).st_dev, mm.mounts()) in mm.LocalTransport.SYNCED_AT_ONCE:
+                self.assertIn({'': 'syncs 3 0', 'error': 'syncs 1 30', 'slow': 'syncs 1 20'}[trouble],
+                              done.output)
+
+
 class Quarantine(Doctored):
     LATER = '''
 wall, boot, later = mm.time.time, mm.time.clock_gettime, %f
