@@ -4117,6 +4117,7 @@ class LocalTransport(Staging):
         self.leases = Leases(self.stream)
         self.links = []             # every Link since the connection was made
         self.cleared = []           # what mirror_delete removed to make way
+        self.mounted = False        # whether target_dir was a mount point when it was opened last
         self.begin()
 
     def begin(self):
@@ -4144,6 +4145,11 @@ class LocalTransport(Staging):
         elif trouble:
             raise TargetError(*trouble[1:])
         self.identity = self.whereabouts()
+        mounted = os.stat(self.path(b'..')).st_dev != self.identity[0]
+        if self.mounted and not mounted:
+            raise TargetError('the target directory %s is no mount point any more' % show(
+                self.stream.target_base), 'mount the disk; if this is meant, start this program again')
+        self.mounted = mounted
         self.device = self.identity[0]
         with contextlib.suppress(OSError):
             if self.stream.move and os.stat(self.stream.root).st_dev == self.device:
@@ -4192,8 +4198,10 @@ class LocalTransport(Staging):
             link.close()
 
     def trouble(self, what, error):
+        hint = 'unmount it and mount it again' if error.errno in (
+            errno.ENOTCONN, errno.ESTALE, errno.ENODEV) else ''
         return TargetError('%s %s: %s' % (what, show(error.filename or self.stream.target_base),
-                                          error.strerror))
+                                          error.strerror), hint)
 
     def present(self, names):
         found = set()
