@@ -4742,8 +4742,11 @@ class LocalTransport(Staging):
 
     def delete(self, paths):
         for path in paths:
-            with contextlib.suppress(FileNotFoundError):
+            try:
                 os.unlink(self.path(path))
+            except OSError as error:    # a name that cannot be is not there
+                if error.errno not in (errno.ENOENT, errno.EILSEQ, errno.EINVAL, errno.ENAMETOOLONG):
+                    raise
 
     def outcomes(self, batch):
         for job in batch.jobs:
