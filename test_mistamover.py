@@ -4,7 +4,7 @@
     python3 test_mistamover.py              everything this machine can run
     python3 test_mistamover.py --quick      under 30 s: no servers, most of the mistakes
     python3 test_mistamover.py NAME ...     single classes (Modes) and tests (Modes.test_once_move_scp)
-    python3 test_mistamover.py --bench [S M L I D] [--json FILE]
+    python3 test_mistamover.py --bench [S M L I D T N O] [--json FILE]
 
 Servers that are not installed are named in the last lines; with MISTAMOVER_TEST_ALL=1 a
 missing one fails the run.  Order and names follow the sections of mistamover.py:
@@ -5063,6 +5063,19 @@ class ScpTargets(Invariants):
                 said = self.assert_delivers(world)
                 self.assertEqual('has no program for SHA-256' in said, name in ('nothing', 'sha256sum'), said)
 
+    def test_openssl_hashes_what_is_much(self):
+        openssl = find_program('openssl')
+        if not openssl:
+            self.skipTest('openssl is not installed')
+        only_questions = '[ $# = 0 ] && exec %s' % find_program('sha256sum')
+        for programs in ({'openssl': openssl, 'sha256sum': only_questions},
+                         {'openssl': 'echo "unknown option: -r"'}):
+            world = self.box(**programs)
+            write(os.path.join(world.source, 'item'), b'item')
+            done = self.doctored(world, 'mm.ScpTransport.MUCH = 1')
+            self.assertEqual((done.code, tree(world.source)), (0, {}), str(done))
+            self.assertEqual(world.ledger()[0]['checksum'], 'sha256:' + hashlib.sha256(b'item').hexdigest())
+
     def test_shells(self):
         """As login shell, and as what is called sh there."""
         for name, path in self.here('bash', 'tcsh', 'fish'):
@@ -7153,8 +7166,11 @@ WORKLOADS = {'S': ('10,000 files of 10 KB, flat', 0, 10000, 10 << 10),
              'M': ('200 directories of 50 files of 20 KB', 200, 50, 20 << 10),
              'L': ('4 files of 512 MB', 0, 4, 512 << 20),
              'I': ('100,000 files, nothing to do', 0, 100000, 10),
-             'D': ('1,000 files of 10 KB over a line of 10 ms each way', 0, 1000, 10 << 10)}
-DELAY = 0.01        # seconds, of workload D
+             'D': ('1,000 files of 10 KB over a line of 10 ms each way', 0, 1000, 10 << 10),
+             'T': ('2,000 files of 10 KB, flat', 0, 2000, 10 << 10),
+             'N': ('200 files of 10 KB over a line of 10 ms each way', 0, 200, 10 << 10),
+             'O': ('one file of 10 KB', 0, 1, 10 << 10)}
+DELAY = 0.01        # seconds, of the workloads D and N
 
 
 def rsync_words(world):
@@ -7222,6 +7238,9 @@ CONTESTS = [
     ('D', 'rsync_ssh', {}, 'rsync + checksum pass + delete', peer_rsync_checksum, ('rsync',), None),
     ('D', 'ftp', {'verify': 'size'}, 'lftp mirror -R -P 4', peer_lftp, ('lftp',), 1.0),
     ('D', 'scp', {}, 'scp -r + delete', peer_scp, ('scp',), None),
+    ('T', 'scp', {}, 'scp -r + delete', peer_scp, ('scp',), 0.8),
+    ('N', 'scp', {}, 'scp -r + delete', peer_scp, ('scp',), 0.12),
+    ('O', 'scp', {}, 'scp -r + delete', peer_scp, ('scp',), 1.5),
     ('S', 'local', {}, 'os.rename in Python', peer_rename, (), 3.0),
     ('M', 'local', {'target_chmod': '644'}, 'cp -a + delete (mover: fsync, read back)', peer_cp, (), None),
     ('I', 'local', {'transfer_mode': 'mirror'}, 'rsync -a, nothing to do', peer_rsync_idle, ('rsync',), None),
@@ -7257,7 +7276,7 @@ class Bench:
         workload, site, options, _, peer, _, _ = contest
         world = World(SITES[site]).configure(**options)
         with contextlib.ExitStack() as stack:
-            if workload == 'D':
+            if workload in ('D', 'N'):
                 proxy = Proxy(int(world.options['target_port']), site == 'ftp', DELAY)
                 stack.callback(proxy.close)
                 world.configure(target_port=proxy.port, **options)
