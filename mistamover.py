@@ -6964,8 +6964,10 @@ class Fxp:
             mode, at = cls.number(body, at), at + 4
         if flags & cls.HAS_TIMES:
             mtime, at = cls.number(body, at + 4), at + 8
-        for _ in range(2 * cls.number(body, at) if flags & cls.HAS_MORE else 0):
-            at = cls.cut(body, at + 4 if _ == 0 else at)[1]
+        if flags & cls.HAS_MORE:
+            count, at = min(cls.number(body, at), len(body)), at + 4
+            for _ in range(2 * count):
+                at = cls.cut(body, at)[1]
         return cls.Attributes(size, mode, mtime), at
 
     @classmethod
@@ -7261,6 +7263,7 @@ class SftpTransport(Staging):
         self.ssh = SshConnection(self.stream, self.stop)
         self.session = None
         self.can_hash = None            # check-file: not yet tried
+        self.sources = {}               # path at the target -> of the file here, for messages
         self.resumed = set()            # jobs that went on where an earlier run had ended
         self.begin()
 
@@ -7301,8 +7304,8 @@ class SftpTransport(Staging):
             self.session = None
 
     def run(self, steps, path=None):
-        """The value of one generator."""
-        return self.session.run([(path, steps)])[0]
+        """The value of one generator; path: the one at the target that it is about."""
+        return self.session.run([(self.sources.get(path), steps)])[0]
 
     def path(self, relative):
         """A path as the server gets it; what begins with no slash begins at the login's home."""
@@ -7371,7 +7374,7 @@ class SftpTransport(Staging):
             if answer[0] != Fxp.NAME:
                 break
             at = 4
-            for _ in range(Fxp.number(answer[1], 0)):
+            for _ in range(min(Fxp.number(answer[1], 0), len(answer[1]))):
                 name, at = Fxp.cut(answer[1], at)
                 at = Fxp.attributes(answer[1], Fxp.cut(answer[1], at)[1])[1]
                 names.add(name)
@@ -7382,7 +7385,7 @@ class SftpTransport(Staging):
         return self.run(self.is_there(path))
 
     def exist(self, paths):
-        return self.session.run((path, self.is_there(path)) for path in paths)
+        return self.session.run((self.sources.get(path), self.is_there(path)) for path in paths)
 
     def listing(self, directory):
         return self.run(self.names_in(directory))
@@ -7398,7 +7401,7 @@ class SftpTransport(Staging):
         return {name for name, there in zip(names, found[1:]) if there}
 
     def measure(self, paths, hashed):
-        found = self.session.run((path, self.measured(path, hashed)) for path in paths)
+        found = self.session.run((self.sources.get(path), self.measured(path, hashed)) for path in paths)
         return {path: value for path, value in zip(paths, found) if value is not None}
 
     def measured(self, path, hashed):
@@ -7490,6 +7493,7 @@ class SftpTransport(Staging):
             if isinstance(part, tuple) and part[0] and part[0] <= job.entry.size:
                 starts[job] = max(0, part[0] - self.WINDOW)
         self.resumed.update(starts)
+        self.sources.update((path, job.entry.path) for job in jobs for path in (job.staged, job.final))
         tasks = [(job.entry.path, self.put(batch, job, starts.get(job, 0))) for job in jobs]
         if self.publish_by is None and jobs:        # while the first bytes go
             tasks[:0] = [(None, self.learn_to_publish()), (None, self.learn_absence())] + \
@@ -7774,7 +7778,7 @@ class SftpTransport(Staging):
         raise self.trouble('cannot rename %s to %s' % (show(old), show(new)), answer)
 
     def delete(self, paths):
-        self.session.run((path, self.removing(path)) for path in paths)
+        self.session.run((self.sources.get(path), self.removing(path)) for path in paths)
 
     def removing(self, path):
         yield [(Fxp.REMOVE, self.path(path))]
@@ -7788,7 +7792,7 @@ class SftpTransport(Staging):
         for step in steps:
             levels[step.count(b'/')].append(step)
         for _, members in sorted(levels.items()):
-            for error in self.session.run((path, self.make_directory(path)) for path in sorted(members)):
+            for error in self.session.run((None, self.make_directory(path)) for path in sorted(members)):
                 if error:
                     raise error
 
@@ -7807,16 +7811,19 @@ class SftpTransport(Staging):
         """Directories that are kept first, with their times last."""
         blocked = {}
         inner = [entry for entry in batch.entries if entry.kind == 'd']
-        for entry in inner:
+        with contextlib.suppress(ItemError):
+            self.ensure([batch.final(entry.path) for entry in inner])
+        for entry in inner:             # if one of them could not be had
             try:
                 self.ensure([batch.final(entry.path)])
             except ItemError as error:
                 blocked[entry.path] = error
         answers = Staging.finish(self, batch)
         self.session.run((entry.path, self.date(batch, entry)) for entry in inner)
-        for job in batch.jobs:
-            self.sized.pop(job.staged, None)
-            self.sized.pop(job.final, None)
+        for notes in (self.sized, self.sources):
+            for job in batch.jobs:
+                notes.pop(job.staged, None)
+                notes.pop(job.final, None)
         return [answer._replace(error=answer.error or next(
             (blocked[e.path] for e in parcel.entries if e.path in blocked), None))
             for parcel, answer in zip(batch.parcels, answers)] if blocked else answers
