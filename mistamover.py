@@ -66,6 +66,9 @@ RELEASE_DIR = OWN_PREFIX + b'-release'  # in the incoming directory: what is bei
 HELD_DIR = OWN_PREFIX + b'-held'        # in RELEASE_DIR: the file of a tree that is being deleted
 CLOCK_NAME = OWN_PREFIX + b'-clock-'    # in the incoming directory: touched to read its clock
 MONITOR_LINE = b'made by the disk space monitor of MiStaMover\n'     # marks its stop files
+SYSTEM_NAMES = frozenset((              # at the top of a disk or of a share of a NAS; nobody's data
+    b'lost+found', b'System Volume Information', b'$RECYCLE.BIN', b'RECYCLER', b'@eaDir', b'#recycle',
+    b'#snapshot', b'@Recycle', b'@Recently-Snapshot', b'.Trashes', b'.Spotlight-V100', b'.fseventsd'))
 KEPT_DIR = b'.delivered'                # in the incoming directory: copies for keep_delivered
 HERE_NAME = OWN_PREFIX + b'-here-'      # in the incoming directory: must not show at the target
 PARTIAL_DIR = '.mistamover-partial'     # at the target: rsync's unfinished files
@@ -1131,7 +1134,8 @@ OPTIONS = [Option(*row) for row in (
     ('stream', 'items', one_of('top', 'files'), 'top', '',
      'top: each entry of the directory is one item; files: each file below it is one'),
     ('stream', 'pause_time', kind_duration, '', '', 'as in [mistamover], for this stream'),
-    ('stream', 'ignore', kind_globs, ('.*, *.tmp, *.part', ''), '',
+    ('stream', 'ignore', kind_globs,
+     ('.*, *.tmp, *.part, *.filepart, *.partial, *.crdownload, ~$*', ''), '',
      'shell globs of names to leave alone, at any depth'),
     ('stream', 'only', kind_globs, '*', '', 'shell globs: only items with such names'),
     ('stream', 'symlinks', one_of('keep', 'leave'), ('leave', 'keep'), '',
@@ -1751,6 +1755,12 @@ def load_config(path, protocols, names=(), mode=None):
     return config
 
 
+def defaults_as_text(option):
+    """(in move mode, in mirror mode), as one would write them in a configuration."""
+    move, mirror = (option.default,) * 2 if isinstance(option.default, str) else option.default
+    return move.replace('$', '$$'), mirror.replace('$', '$$')
+
+
 def example_ini(protocols):
     """The text of mistamover.ini.example, made of the option table."""
     lines = ['# MiStaMover: an example that runs as it stands.',
@@ -1768,13 +1778,11 @@ def example_ini(protocols):
             lines += ['# options for every stream; a stream may say otherwise']
         for option in OPTIONS:
             if option.section == kind:
-                default = option.default if isinstance(option.default, str) else \
-                    '%s in move, %s in mirror mode' % tuple(d or 'none' for d in option.default)
-                only = whom_for(option, protocols)
+                only, (move, mirror) = whom_for(option, protocols), defaults_as_text(option)
                 lines += ['', '# ' + ('%s: ' % only if only else '') + option.text]
-                lines += ['#%s = %s' % (option.name, option.default)
-                          if isinstance(option.default, str) else
-                          '# (%s)\n#%s = %s' % (default, option.name, option.default[0])]
+                lines += ['# (%s in move, %s in mirror mode)' % (move or 'none', mirror or 'none')] \
+                    if move != mirror else []
+                lines += ['#%s = %s' % (option.name, move)]
     lines += ['', '', '# The active stream: what lies in incoming/ is moved to archive/.',
               '[stream:example]']
     lines += ['%s = %s' % (option.name, EXAMPLE_VALUES[option.name])
@@ -1784,9 +1792,12 @@ def example_ini(protocols):
 
 def reference_rows(protocols):
     """(option, default, for, meaning) of every option: README's table."""
-    return [(o.name, (o.default if isinstance(o.default, str) else
-                      '%s; mirror: %s' % tuple(d or 'none' for d in o.default)) or 'none',
-             whom_for(o, protocols), o.text) for o in OPTIONS]
+    rows = []
+    for option in OPTIONS:
+        move, mirror = (text or 'none' for text in defaults_as_text(option))
+        rows.append((option.name, move if move == mirror else '%s; mirror: %s' % (move, mirror),
+                     whom_for(option, protocols), option.text))
+    return rows
 
 
 # ----------------------------------------------------------------------------------------
@@ -1804,6 +1815,8 @@ def stderr_is_journal():
 
 class Log:
     """The logging module, imported with the first line; one line a message, printable."""
+
+    REMEMBERED = 10000          # messages of once()
 
     def __init__(self):
         self.logger = None
@@ -1884,7 +1897,9 @@ class Log:
 
     def once(self, message):
         """A warning about something that stays as it is: said once in a process's life."""
-        if message not in self.said and len(self.said) < 10000:
+        if message not in self.said:
+            if len(self.said) >= self.REMEMBERED:
+                self.said.clear()           # rather twice than never
             self.said.add(message)
             self.warning(message)
 
@@ -2348,8 +2363,10 @@ class Progress:
         self.daemon = False                         # whether it goes on until it is stopped
         self.last = shared.read().get(stream.name, {})
         self.saved = 0
+        self.looked = False                         # whether these numbers are known
 
     def begin(self, items, size, oldest_ns):
+        self.looked = True
         self.total_items, self.total_bytes, self.oldest_ns = items, size, oldest_ns
         self.done_items = self.done_bytes = self.sent_bytes = 0
         self.started = time.monotonic()
@@ -2390,11 +2407,13 @@ class Progress:
             state=self.state, note=self.note, updated=utc_stamp(), pid=os.getpid(), daemon=self.daemon,
             directory=to_text(self.stream.directory), mode=self.stream.transfer_mode,
             protocol=self.stream.transfer_protocol, target=target_of(self.stream),
-            waiting_items=max(0, self.total_items - self.done_items),
-            waiting_bytes=max(0, self.total_bytes - self.done_bytes),
-            oldest=utc_stamp(min(max(0, self.oldest_ns / 1e9), LAST_SECOND)) if self.oldest_ns and
-            self.done_items < self.total_items else None,
             next_try=self.next_try and utc_stamp(self.next_try))
+        if self.looked:
+            self.last.update(
+                waiting_items=max(0, self.total_items - self.done_items),
+                waiting_bytes=max(0, self.total_bytes - self.done_bytes),
+                oldest=utc_stamp(min(max(0, self.oldest_ns / 1e9), LAST_SECOND)) if self.oldest_ns and
+                self.done_items < self.total_items else None)
         if self.done_bytes:
             self.last['rate'] = round(self.done_bytes / max(0.001, time.monotonic() - self.started))
         try:
@@ -2436,15 +2455,15 @@ class Alerts:
         self.lock = threading.Lock()    # guards what follows
         self.stop = StopRequest()       # ends an alert_command
         self.key = 'pending:%d' % os.getpid()
-        self.pending, self.states = [], {}
-        for key, value in self.shared.read().items():
-            if not key.startswith('pending:'):
-                self.states[key] = value
-            elif isinstance(value, list) and (key == self.key or not alive(key[8:])):
-                # a process that is gone left them
-                self.pending += [alert for alert in value if isinstance(alert, dict) and
-                                 {'time', 'level', 'text', 'left'} <= set(alert)]
-                self.save(key, None)
+        known = self.shared.read()
+        self.states = {key: value for key, value in known.items() if not key.startswith('pending:')}
+        left = {key: value for key, value in known.items() if key.startswith('pending:') and
+                isinstance(value, list) and (key == self.key or not alive(key[8:]))}
+        self.pending = [alert for alerts in left.values() for alert in alerts if isinstance(alert, dict) and
+                        {'time', 'level', 'text', 'left'} <= set(alert)]
+        self.save(self.key, self.pending or None)       # ours, before they are taken from who is gone
+        for key in set(left) - {self.key}:
+            self.save(key, None)
         self.next_at = {}               # channel -> monotonic time before which nothing is sent
         self.failing = set()            # channels that failed when they were tried last
         self.configure(config)
@@ -2577,6 +2596,7 @@ class State:
         self.status = SharedJson(directory, 'status.json')
         self.failures = SharedJson(directory, 'failures.json')
         self.spent = SharedJson(directory, 'spent.json')
+        self.staying = SharedJson(directory, 'staying.json')
         self.ages = Ages(directory)
         self.alerts = Alerts(directory, config)
 
@@ -2797,6 +2817,7 @@ class Scanner:
             self.own.add(os.path.basename(quarantine))
         self.orphans = []           # ready files without their item, or of one that went
         self.spent = None           # the Spent of a Worker
+        self.staying = {}           # emptied directories that something keeps -> what, in the last scan
         self.unready = 0            # items without their ready file, in the last scan
         self.ready_pattern = None
         if stream.ready_file:
@@ -2805,7 +2826,7 @@ class Scanner:
 
     def skip(self, name, top):
         return bool(self.ignored and self.ignored(name)) or name.startswith(OWN_PREFIX) or \
-            top and name in self.own
+            top and (name in self.own or name in SYSTEM_NAMES)
 
     def listing(self, relative):
         """Yield (name, stat_result) of what a directory holds; raises OSError."""
@@ -2894,6 +2915,7 @@ class Scanner:
 
     def found(self):
         found = self.flat() if self.stream.items == 'files' else self.listing(b'')
+        self.staying = {}
         ready = {}
         if self.ready_pattern:
             found = list(found)
@@ -2957,8 +2979,7 @@ class Scanner:
         if not item.is_directory or item.fault or any(e.kind != 'd' for e in item.entries):
             return False
         if item.left and self.stream.move:
-            log.once('%s: %s stays: %s in it is %s' % (
-                self.stream.name, show(item.name), show(item.left[0][0]), item.left[0][1]))
+            self.staying[to_text(item.name)] = '%s in it is %s' % (show(item.left[0][0]), item.left[0][1])
             return True
         return self.stream.move and not self.stream.remove_directories
 
@@ -4006,10 +4027,10 @@ class Staging(Transport):
 
 def protected(relative, stream):
     """Whether mirror_delete leaves this name at the target alone, in any case of its letters: it
-    is ours or a person's."""
+    is ours, a person's, or the system's."""
     parts = relative.split(b'/')
     return any(part.lower().startswith(OWN_PREFIX) or re.search(rb'\.~\d{8}[Tt][\d.]+[Zz]~', part)
-               for part in parts) or folded(parts[0]) in {
+               for part in parts) or parts[0] in SYSTEM_NAMES or folded(parts[0]) in {
         folded(to_bytes(name)) for name in (stream.stop_file, stream.target_marker) if name}
 
 
@@ -8539,6 +8560,9 @@ class Releaser:
         self.steady = None              # whether inode numbers stay, once it was tried
         self.gone = []                  # descriptors of what is gone, to be closed
         self.closers = []               # threads that do so
+        self.ours = {}                  # directory -> its mtime as we left it, and as we found it
+        self.fresh = set()              # empty directories in which something changed a moment ago
+        self.clock = None               # (directory_clock(), monotonic time) of this pass
 
     # -- single files
 
@@ -8546,11 +8570,13 @@ class Releaser:
         """Delete what of the item still is as its snapshot says; return why the rest stays.
         Raises ItemError if something is there but may not be deleted.  linked: {path: Link}."""
         reasons = []
-        for entry in item.files:
-            reason = self.release_file(entry, linked.get(entry.path))
-            if reason:
-                reasons.append('%s %s' % (show(entry.path), reason))
-        if item.is_directory or b'/' in item.name:
+        below = os.path.dirname(item.name)
+        with self.touching(below) if below else contextlib.ExitStack():
+            for entry in item.files:
+                reason = self.release_file(entry, linked.get(entry.path))
+                if reason:
+                    reasons.append('%s %s' % (show(entry.path), reason))
+        if item.is_directory or below:
             self.forget_directory()
             self.remove_directories(item)
         return reasons
@@ -8746,31 +8772,77 @@ class Releaser:
 
     def remove_directories(self, item):
         """What is empty goes; what holds something stays, whatever it is."""
-        if not self.stream.remove_directories:
-            return
-        paths = [e.path for e in reversed(item.entries) if e.kind == 'd']
-        above = os.path.dirname(item.name)
-        while above:
-            paths.append(above)
-            above = os.path.dirname(above)
-        for path in paths:
-            self.remove_directory(os.path.join(self.root, path))
+        if self.stream.remove_directories:
+            for entry in reversed(item.entries):
+                if entry.kind == 'd':
+                    with contextlib.suppress(OSError):
+                        self.remove_directory(os.path.join(self.root, entry.path))
+            self.remove_quiet(os.path.dirname(item.name))
 
     @staticmethod
     def remove_directory(path):
-        """If it is empty."""
-        with contextlib.suppress(OSError):
-            try:
+        """If it is empty.  Raises OSError."""
+        try:
+            os.rmdir(path)
+        except PermissionError:
+            with made_writable(os.path.dirname(path)):
                 os.rmdir(path)
-            except PermissionError:
-                with made_writable(os.path.dirname(path)):
-                    os.rmdir(path)
+
+    def remove_quiet(self, path):
+        """items = files: a directory, and those above it, if they are empty and nobody changed
+        anything in them for settle_time: whoever made a day folder is going to use it."""
+        while path:
+            try:
+                if not self.is_quiet(path):
+                    self.fresh.add(path)
+                    return
+                above = os.path.dirname(path)
+                with self.touching(above):
+                    self.remove_directory(os.path.join(self.root, path))
+            except OSError:
+                return
+            self.ours.pop(path, None)
+            path = above
+
+    def remove_fresh(self):
+        """Those that were left a moment ago, if they are quiet by now."""
+        fresh, self.fresh = self.fresh, set()
+        for path in sorted(fresh, reverse=True):
+            self.remove_quiet(path)
+
+    def changed_ns(self, path):
+        """When somebody else changed something in a directory.  Raises OSError."""
+        now = os.lstat(os.path.join(self.root, path)).st_mtime_ns
+        left, found = self.ours.get(path, (None, None))
+        return found if left == now else now
+
+    @contextlib.contextmanager
+    def touching(self, path):
+        """What we change in a directory meanwhile is nobody else's doing."""
+        found = None
+        with contextlib.suppress(OSError):
+            found = self.changed_ns(path)
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                self.ours[path] = os.lstat(os.path.join(self.root, path)).st_mtime_ns, found
+
+    def is_quiet(self, path):
+        """Raises OSError."""
+        if not self.stream.settle_time:
+            return True
+        if self.clock is None:
+            self.clock = directory_clock(self.stream) or int(time.time() * 1e9), time.monotonic()
+        now = self.clock[0] / 1e9 + time.monotonic() - self.clock[1]
+        return now - (self.changed_ns(path) or 0) / 1e9 >= self.stream.settle_time
 
     def clean(self):
         """Remove the private directory, which is empty unless a crash left something in it; on
         NFS what is open keeps a name in it."""
         self.forget_directory()
         self.changed.clear()            # the next scan sees what is true by then
+        self.clock = None
         for thread in self.closers:
             thread.join(KILL_GRACE)
         top = os.path.join(self.root, RELEASE_DIR)
@@ -9087,6 +9159,7 @@ class Delivery:
         with contextlib.ExitStack() as stack:       # whatever happens, nothing goes on behind us
             for duty in (self.leave, self.proving.drain, self.connecting.drain):
                 stack.callback(duty)
+            self.ask_here()                     # a share need not be scanned for nothing
             due = self.scan_and_settle(patient)
             if self.stood:
                 self.ask_stop_files()           # nothing is due, but all the same
@@ -9116,6 +9189,7 @@ class Delivery:
                 raise StateError('cannot make %s: %s' % (show(stream.directory), error.strerror))
         if stream.move:
             self.releaser.recover()
+            self.releaser.remove_fresh()
             self.releaser.kept.purge(self.worker.age, stream.keep_delivered)
         if os.path.exists(stream.spool):
             import shutil
@@ -9195,6 +9269,7 @@ class Delivery:
                 due.append((key(item), item.name, item.ready, item.is_directory, item if hold else None))
         for name in gone:
             self.failures.forget(name)
+        self.worker.tell_of_staying(self.scanner.staying)
         self.follow_orphans()
         for column in (1, 0):       # nothing behind the names is ever compared
             due.sort(key=lambda row: row[column], reverse=True)
@@ -9327,7 +9402,7 @@ class Delivery:
         """The item itself, or the zip of a directory where the protocol wants one."""
         if not (self.stream.zips and item.is_directory):
             return Parcel(item, item.entries)
-        if self.worker.zipped.get(to_text(item.name)) == item.snapshot:
+        if self.worker.delivered_trees().get(to_text(item.name)) == item.snapshot:
             # the ledger says that this very tree was delivered before a crash
             log.info('%s: %s was delivered before; its release is finished' % (
                 self.stream.name, show(item.name)))
@@ -10291,7 +10366,8 @@ class Worker:
         self.asked = -STOP_FILE_AGE     # monotonic time of the last answer about stop files
         self.told_apart = False         # whether source and target are known to differ
         self.mirrored = {}              # name -> fingerprint of what the target has
-        self.zipped = {}                # name -> snapshot of trees delivered, not yet released
+        self.stays = None               # see tell_of_staying()
+        self.zipped = None              # see delivered_trees()
         self.exit_code = EXIT_OK
         self.trouble_now = ''           # why it does not run, for whoever started us
         self.daemonic = False
@@ -10314,6 +10390,17 @@ class Worker:
                 os.unlink(self.dirty_path())
         except OSError as error:
             raise StateError('cannot write %s: %s' % (show(self.dirty_path()), error.strerror))
+
+    def tell_of_staying(self, staying):
+        """Directories that are kept by what is never sent (.DS_Store): told once, not at each run
+        of cron."""
+        if self.stays is None:
+            self.stays = self.state.staying.read().get(self.stream.name, {})
+        for name in sorted(set(staying) - set(self.stays)):
+            log.warning('%s: %s stays: %s' % (self.stream.name, show(name), staying[name]))
+        if set(staying) != set(self.stays):
+            self.state.staying.update(self.stream.name, staying or None)
+        self.stays = staying
 
     def ask_for_marker(self, names):
         """transport.present(names); the first time also whether target and source are one."""
@@ -10366,10 +10453,16 @@ class Worker:
         self.sweep()
         self.transport = self.stream.protocol(self.stream, self.stop, self.progress, self.lock.fds)
         self.transport.littered = self.dirty()
-        for record in self.ledger.read(2) if self.stream.zips else ():
-            if record.get('stream') == self.stream.name and record.get('snapshot'):
-                self.zipped[record['item']] = record['snapshot'] \
-                    if record.get('outcome') == 'delivered' else None
+
+    def delivered_trees(self):
+        """{name: snapshot} of what was delivered as a zip and perhaps not released, by the ledger;
+        read when the first directory is met.  Raises StateError."""
+        if self.zipped is None:
+            self.zipped = {
+                record['item']: record['snapshot'] if record.get('outcome') == 'delivered' else None
+                for record in self.ledger.read(2)
+                if record.get('stream') == self.stream.name and record.get('snapshot')}
+        return self.zipped
 
     def sweep(self):
         """Remove the empty files that a killed run left in the incoming directory."""
@@ -11080,7 +11173,8 @@ def reasons_by_name(scanner, name, relative):
             os.path.dirname(to_bytes(stream.quarantine_dir)) == stream.root:
         yield 'it is in quarantine; the .reason file beside it says why'
     elif any(scanner.skip(part, not i) for i, part in enumerate(parts)):
-        yield 'it is ignored: its name matches ignore (%s) or is one of our own' % ', '.join(stream.ignore)
+        yield 'it is ignored: its name matches ignore (%s), or is one of our own or of the system' % (
+            ', '.join(stream.ignore))
     elif not scanner.wanted(os.path.basename(name)):
         yield 'it is left alone: its name does not match only (%s)' % ', '.join(stream.only)
 

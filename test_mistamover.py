@@ -1466,7 +1466,8 @@ class Configuration(Case):
         self.assertEqual((b.target_base, b.target_dates), ('/x/5s$/keeper', '%Y/%m'))
         self.assertEqual(a.directory, os.path.join(top, 'in'))
         self.assertEqual(b.directory, os.path.join(top, 'streams.d', 'in2'))
-        self.assertEqual((a.ignore, a.on_conflict), (['.*', '*.tmp', '*.part'], 'backup'))
+        self.assertEqual((a.ignore, a.on_conflict), (['.*', '*.tmp', '*.part', '*.filepart', '*.partial',
+                                                     '*.crdownload', '~$*'], 'backup'))
         self.assertEqual((b.ignore, b.on_conflict, b.symlinks), ([], 'overwrite', 'keep'))
 
     def test_the_default_configuration_is_not_in_the_working_directory(self):
@@ -2208,7 +2209,7 @@ class StopFiles(Case):
             if not (site.startswith('ftp') and remove is os.unlink):    # SIZE and RNFR see no such link
                 self.assertIn('suspended: .stop in', self.assert_run(world, 0).output)
             remove(stop)
-        for place in (world.source, world.target):
+        for place in (world.target, world.source):      # before the scan: what was seen last is shown
             write(os.path.join(place, '.stop'))
             done = self.assert_run(world, 0)
             self.assertIn('suspended: .stop in', done.output)
@@ -2597,6 +2598,123 @@ mm.LocalTransport.rename = refuse
             write(os.path.join(world.target, name), b'yesterday')
         self.assert_run(world, 0)
         self.assertEqual(sorted(contents(tree(world.target)).values()), [b'today'] * 2 + [b'yesterday'] * 2)
+
+
+@spread
+class Quietly(Doctored):
+    """What is not done when it is not needed, and what is said once."""
+
+    def test_a_window_or_a_stop_file_is_asked_before_the_scan(self):
+        world = self.world('local')
+        write(os.path.join(world.source, 'item'), b'item')
+        hour = (time.localtime().tm_hour + 3) % 24
+        for options in (dict(transfer_window='%02d:00-%02d:30' % (hour, hour)), {}):
+            world.configure(**options)
+            if not options:
+                write(os.path.join(world.source, '.stop'))
+            done = self.doctored(world, 'mm.Scanner.scan = lambda *args: print("SCANNED") or iter(())')
+            self.assertEqual(done.code, 0)
+            self.assertIn('suspended', done.output)
+            self.assertNotIn('SCANNED', done.output)
+
+    @on_sites('sftp')
+    def test_the_ledger_is_read_when_a_directory_is_met(self, site):
+        world = self.world(site)
+        code = """
+read = mm.Ledger.read
+mm.Ledger.read = lambda self, *months: print('READ') or read(self, *months)
+"""
+        for name, expected in (('file', 0), ('day/file', 1)):
+            write(os.path.join(world.source, name), b'x')
+            done = self.doctored(world, code)
+            self.assertEqual((done.code, done.output.count('READ')), (0, expected), done.output)
+
+    def test_once_is_never_mute(self):
+        log = mm.Log()
+        lines = []
+        log.warning = lines.append
+        for number in range(log.REMEMBERED + 5):
+            for _ in range(2):
+                log.once('message %d' % number)
+        self.assertEqual(len(lines), log.REMEMBERED + 5)
+
+    def test_alerts_that_a_process_took_over_outlive_it(self):
+        world = self.world('local')
+        world.configure('alert_command = /bin/false\n')
+        config = mm.load_config(world.ini, mm.TRANSPORTS)
+        mm.make_private_directory(world.state)
+        dead = subprocess.Popen(['true'])
+        dead.wait()
+        alert = dict(time=mm.utc_stamp(), level='error', text='lost?', left=['command'])
+        shared = mm.SharedJson(world.state, 'alerts.json', list)
+        shared.update('pending:%d' % dead.pid, [alert])
+        for _ in range(3):              # each takes it over and dies
+            code = 'import sys\nsys.path.insert(0, %r)\nimport mistamover as mm\n' \
+                'mm.Alerts(%r, mm.load_config(%r, mm.TRANSPORTS))' % (HERE, world.state, world.ini)
+            subprocess.check_call([sys.executable, '-c', code])
+            self.assertEqual(list(shared.read().values()), [[alert]])
+        self.assertEqual(mm.Alerts(world.state, config).pending, [alert])
+
+    def test_names_of_the_system_are_never_items(self):
+        for mode in ('move', 'mirror'):
+            world = self.world('local', transfer_mode=mode, ignore='')
+            for name in (b'lost+found', b'@eaDir', b'#recycle', b'$RECYCLE.BIN',
+                         b'System Volume Information'):
+                write(os.path.join(mm.to_bytes(world.source), name, b'file'), b'system')
+            write(os.path.join(world.source, 'day', 'lost+found'), b'a name like any other below the top')
+            self.assert_run(world, 0)
+            self.assertEqual(sorted(tree(world.target)), [b'day', b'day/lost+found'])
+            self.assertEqual(len([n for n in tree(world.source) if b'file' in n]), 5)
+        world = self.world('local', ignore=None)
+        for name in ('a.filepart', 'b.partial', 'c.crdownload', '~$report.docx', 'd.part', 'item'):
+            write(os.path.join(world.source, name), b'x')
+        self.assert_run(world, 0)
+        self.assertEqual(sorted(tree(world.target)), [b'item'])
+
+    def test_what_keeps_an_emptied_directory_is_told_once_ever(self):
+        world = self.world('local', ignore='.*, Thumbs.db')
+        for day in ('mon', 'tue'):
+            write(os.path.join(world.source, day, '.DS_Store'), b'junk')
+            write(os.path.join(world.source, day, 'run'), b'run')
+        said = [self.assert_run(world, 0).output for _ in range(4)]
+        self.assertEqual(''.join(said).count('stays:'), 2, said)
+        shutil.rmtree(os.path.join(world.source, 'mon'))
+        write(os.path.join(world.source, 'wed', 'Thumbs.db'), b'junk')
+        said = [self.assert_run(world, 0).output for _ in range(3)]
+        self.assertEqual(''.join(said).count('stays:'), 1, said)
+        self.assertIn('wed stays: wed/Thumbs.db in it is ignored', said[0])
+
+    def test_a_directory_in_which_something_changed_a_moment_ago_stays(self):
+        world = self.world('local', items='files', settle_time='3s')
+        before = time.time() - 100
+        for name in ('old/deep/file', 'new/deep/file'):
+            write(os.path.join(world.source, name), b'x', before)
+            os.utime(os.path.join(world.source, os.path.dirname(name)), (before, before))
+        # renamed in from elsewhere long ago, but its directory has just been used
+        done = self.doctored(world, """
+import os, time
+real = mm.Scanner.scan
+def scan(self, watch=None):
+    os.rename(os.path.join(SOURCE, 'new/deep/file'), os.path.join(SOURCE, 'new/deep/file2'))
+    os.rename(os.path.join(SOURCE, 'new/deep/file2'), os.path.join(SOURCE, 'new/deep/file'))
+    return real(self, watch)
+mm.Scanner.scan = scan
+mm.Settler.settled = lambda self, item, now: True
+for top in ('old', 'old/deep'):
+    os.utime(os.path.join(SOURCE, top), (time.time() - 100,) * 2)
+""")
+        self.assertEqual(done.code, 0, str(done))
+        self.assertEqual(contents(tree(world.source)), {b'new': 'directory', b'new/deep': 'directory'})
+
+    def test_a_daemon_removes_it_when_it_is_quiet(self):
+        world = self.world('local', items='files', settle_time='1s')
+        write(os.path.join(world.source, 'day', 'one'), b'1')
+        process = self.daemon(world)
+        wait_for(lambda: b'day/one' in tree(world.target), 'the delivery')
+        write(os.path.join(world.source, 'day', 'two'), b'2')
+        wait_for(lambda: b'day/two' in tree(world.target) and tree(world.source) == {}, 'an empty source')
+        process.terminate()
+        self.assertEqual(self.ended(process), 143)
 
 
 @spread
