@@ -6935,7 +6935,10 @@ def copy_prefix(root, entry, digest, length, stop):
     try:
         while length:
             stop.check()
-            block = os.read(fd, min(BLOCK, length))
+            try:
+                block = os.read(fd, min(BLOCK, length))
+            except OSError as error:
+                raise ItemError('%s cannot be read: %s' % (show(entry.path), error.strerror))
             if not block:
                 raise Changed('%s became shorter' % show(entry.path))
             digest.update(block)
@@ -7887,11 +7890,133 @@ class SftpTransport(Staging):
         return Fxp.number(answer[1], 8, 8) * Fxp.number(answer[1], 32, 8)
 
 
-class FtpTransport(Staging):
-    """FTP and FTPS (RFC 959, 3659, 4217) by ftplib: passive, binary, several connections.
+class FtpReply(collections.namedtuple('FtpReply', 'code lines')):
+    """A server's answer (RFC 959, 4.2): its three digits, and its lines as bytes."""
 
-    A 226 proves nothing: the size is asked for, and for verify = checksum a hash where FEAT
-    offers one, else the bytes are read back.
+    __slots__ = ()
+
+    @property
+    def done(self):
+        return self.code // 100 == 2
+
+    def __str__(self):
+        return show(b' '.join(self.lines[:5]).strip())
+
+
+class FtpLine:
+    """A control connection of FTP (RFC 959, 2228, 2428, 4217).
+
+    Commands, names and replies are bytes.  A reply is read for each command that was sent, and
+    judged by the caller: 4xx and 5xx are values here.  OSError and EOFError mean the line itself.
+    """
+
+    LONGEST = 1 << 20                   # bytes of one reply
+    TELNET = re.compile(rb'(\xff[\xfb-\xfe].|\xff[\xf0-\xfa])+', re.S)      # RFC 854, before a reply
+    PASSIVE = ((b'PASV', rb'\d+,\d+,\d+,\d+,(\d+),(\d+)'), (b'EPSV', rb'\((.)\1\1(\d+)\1\)'))
+
+    def __init__(self, host, context):
+        self.host, self.context = host, context
+        self.sock = None
+        self.waiting = b''              # bytes that were received and not read yet
+        self.home = b''                 # the absolute name of target_dir
+        self.option = b''               # of HASH, set last
+        self.passive = self.PASSIVE
+
+    def dial(self, port, timeout, at_once):
+        """Connect; with TLS from the first byte if `at_once`."""
+        import socket
+        self.sock = socket.create_connection((self.host, port), timeout)
+        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if ':' in self.sock.getpeername()[0]:
+            self.passive = self.PASSIVE[::-1]       # PASV knows no IPv6
+        if at_once:
+            self.secure()
+
+    def secure(self):
+        """RFC 4217."""
+        import ssl
+        try:
+            self.sock = self.context.wrap_socket(self.sock, server_hostname=self.host)
+        except ssl.CertificateError as error:       # before Python 3.7 a ValueError
+            raise error if isinstance(error, OSError) else OSError(str(error))
+
+    def secured(self, conn):
+        """Servers want the session of the control connection again."""
+        return self.context.wrap_socket(conn, server_hostname=self.host, session=self.sock.session) \
+            if self.context else conn
+
+    def close(self):
+        if self.sock:
+            self.sock.close()
+        self.sock = None
+
+    def tell(self, commands):
+        """Some commands by one write: small ones would wait for each other's ACK (RFC 896)."""
+        self.sock.sendall(b''.join(command + b'\r\n' for command in commands))
+
+    def line(self):
+        while b'\n' not in self.waiting:
+            data = self.sock.recv(1 << 16)
+            if not data:
+                raise EOFError('the server hung up')
+            self.waiting += data
+            if len(self.waiting) > self.LONGEST:
+                raise OSError('an endless reply')
+        line, _, self.waiting = self.waiting.partition(b'\n')
+        return self.TELNET.sub(b'', line.rstrip(b'\r'), 1) if line[:1] == b'\xff' else line.rstrip(b'\r')
+
+    def reply(self):
+        lines = [self.line()]
+        code = lines[0][:3]
+        if not re.match(rb'[1-6]\d\d([ -]|$)', lines[0]):
+            raise OSError('no FTP reply: %s' % show(lines[0][:80]))
+        while lines[0][3:4] == b'-' and (lines[-1][:3] != code or lines[-1][3:4] == b'-'):
+            lines.append(self.line())
+            if len(lines) > self.LONGEST >> 6:
+                raise OSError('an endless reply')
+        return FtpReply(int(code), lines)
+
+    def command(self, command):
+        self.tell([command])
+        return self.reply()
+
+    def open_data(self):
+        """A new data connection (RFC 959, RFC 2428) to the host of this line, wherever the
+        answer points (CVE-2021-4189)."""
+        import socket
+        for index, (verb, pattern) in enumerate(self.passive):
+            reply = self.command(verb)
+            found = re.search(pattern, reply.lines[-1]) if reply.done else None
+            if found:
+                self.passive = self.passive[index:]
+                high, low = found.groups()
+                port = int(high) * 256 + int(low) if verb == b'PASV' else int(low)
+                return socket.create_connection((self.sock.getpeername()[0], port), self.sock.gettimeout())
+            if reply.code == 421:
+                break
+        raise OSError('no data connection: %s' % reply)
+
+
+class Digests:
+    """The SHA-256 of what goes by, and the hash that a server tells, if that is another."""
+
+    def __init__(self, name):
+        import hashlib
+        self.sha256 = hashlib.sha256()
+        self.other = hashlib.new(name) if name != 'sha256' else None
+
+    def update(self, block):
+        self.sha256.update(block)
+        if self.other:
+            self.other.update(block)
+
+
+class FtpTransport(Staging):
+    """FTP and FTPS (RFC 959, 3659, 4217): passive, binary, several connections.
+
+    A 226 proves nothing, nor does FEAT: what is relied on is tried first on a small file of
+    ours.  Absence is what the server says of a name that cannot exist, once it has shown that
+    it says something else of what is there; any other answer is doubt.
     """
 
     takes = 'network host password password_file tls chmod parallel staging'
@@ -7899,58 +8024,102 @@ class FtpTransport(Staging):
     forbidden = b'\r\n\0'
     AHEAD = 32                          # questions under way; their answers fit any buffer
     EAGER = 1 << 14                     # bytes that fit a socket's buffer whether read or not
-    TROUBLE = ('530', '532', '534', '535', '552', '521', '522')     # not of one file
-    BUSY = '450'                        # of one file, though 4xx (451 may be a full disk)
+    TROUBLE = (530, 532, 534, 535, 521, 522)        # not of one file, as is every 4xx but these:
+    ROOM = (451, 452, 552)              # to STOR: the disk, the quota, a limit
+    ITEMS = (450,)                      # of one file although 4xx
+    UNKNOWN = (500, 501, 502, 504)      # such a command there is not
+    REMEMBERED = 20000
+    # (verb, its arguments before the name, hashlib's name); draft-bryan-ftpext-hash for HASH
+    HASHES = ((b'XSHA256', b'', 'sha256'), (b'HASH', b'SHA-256', 'sha256'), (b'XSHA512', b'', 'sha512'),
+              (b'HASH', b'SHA-512', 'sha512'), (b'XSHA1', b'', 'sha1'), (b'XMD5', b'', 'md5'))
 
     def __init__(self, *args, **kwargs):
         Staging.__init__(self, *args, **kwargs)
-        self.ahead = 1                  # until the server has shown that it takes more
         self.idle = []                  # logged-in connections nobody uses just now
         self.used = 0                   # connections in all
         self.allowed = self.most()
-        self.lock = threading.Lock()    # guards these three
-        self.features = ''
+        self.closing = False
+        self.lock = threading.Lock()    # guards these four
+        self.given = threading.Condition(self.lock)     # told when one is given back
+        self.helpers = []               # threads that may still be logging in
+        self.login_time = 0             # seconds that the last login took
+        self.context = None             # of TLS
+        self.ended = set()              # staged names whose last byte was sent
+        self.forget()
+
+    def forget(self):
+        """What was learned of a server is good for its connections only."""
+        self.ahead = None               # questions that it takes at once
+        self.features = None            # its answer to FEAT
+        self.looker = None              # the verb that says what is there; b'': there is none
+        self.absent = None              # the code by which that verb says that nothing is
+        self.rehearsed = False
+        self.deletes = self.times = True
+        self.resumes = None
+        self.hasher = None              # a row of HASHES; without one bytes are read back
+        self.same = collections.OrderedDict()       # its hash -> SHA-256, of what was sent lately
+
+    # -- connections
+
+    def secured_by(self):
+        """The TLS context that is configured, or None.  Raises TargetError."""
+        if self.stream.tls and not self.context:
+            import ssl
+            try:
+                self.context = ssl.create_default_context(cafile=self.stream.tls_ca_file or None)
+            except OSError as error:
+                raise TargetError('cannot use tls_ca_file %s: %s' % (
+                    show(self.stream.tls_ca_file), error.strerror or error))
+        return self.context
 
     def connect(self):
         """A logged-in connection in target_dir.  Raises TargetError."""
-        import ftplib
-        import ssl
-
-        class Plain(ftplib.FTP):
-            encoding = 'latin-1'        # names are bytes; every byte has its character
-
-            def makepasv(self):
-                # never where the answer says: that may be another host (CVE-2021-4189)
-                return self.sock.getpeername()[0], ftplib.FTP.makepasv(self)[1]
-
-            @staticmethod
-            def secured(conn):
-                return conn
-
-        class Secure(Plain, ftplib.FTP_TLS):
-            def secured(self, conn):
-                # servers want the session of the control connection again (gh-63699)
-                return self.context.wrap_socket(conn, server_hostname=self.host,
-                                                session=self.sock.session)
-
-            def ntransfercmd(self, cmd, rest=None):
-                conn, size = ftplib.FTP.ntransfercmd(self, cmd, rest)
-                return self.secured(conn), size
-
         stream = self.stream
-        ftp = Secure(context=ssl.create_default_context()) if stream.tls else Plain()
-        ftp.encoding = 'latin-1'
-        with self.translated('cannot log in to %s, port %d' % (
-                stream.target_host, stream.target_port or 21)), \
-                self.stop.on_stop(lambda: self.hang_up(ftp.sock)):
-            ftp.connect(stream.target_host, stream.target_port or 0, timeout=stream.connect_timeout)
-            ftp.login(stream.username or 'anonymous', stream.password or '')
-            if stream.tls:
-                ftp.prot_p()
-            ftp.timeout = stream.stall_timeout
-            ftp.sock.settimeout(stream.stall_timeout)
-            ftp.voidcmd('TYPE I')
-        return ftp
+        port = stream.target_port or (990 if stream.tls == 'implicit' else 21)
+        line = FtpLine(stream.target_host, self.secured_by())
+        what = 'cannot log in to %s, port %d' % (stream.target_host, port)
+        silent = '' if stream.tls else 'is this a port for TLS from the first byte? then set tls = implicit'
+        try:
+            with self.translated(what, silent), self.stop.on_stop(lambda: self.hang_up(line.sock)):
+                line.dial(port, stream.connect_timeout, stream.tls == 'implicit')
+                self.greet(line, what)
+            with self.translated(what), self.stop.on_stop(lambda: self.hang_up(line.sock)):
+                self.log_in(line, what)
+                line.sock.settimeout(stream.stall_timeout)
+                self.enter_base(line)
+        except BaseException:
+            line.close()
+            raise
+        return line
+
+    def greet(self, line, what):
+        """220, and AUTH TLS where that is asked for (RFC 4217)."""
+        reply = line.reply()
+        while reply.code == 120:
+            reply = line.reply()
+        if not reply.done:
+            raise TargetError('%s: %s' % (what, reply))
+        if self.stream.tls == 'explicit':
+            reply = line.command(b'AUTH TLS')
+            if not reply.done:
+                raise TargetError('%s: it refuses TLS: %s' % (what, reply),
+                                  'with tls = no all can be read on the way; is there sftp?')
+            line.secure()
+
+    def log_in(self, line, what):
+        stream = self.stream
+        reply = line.command(b'USER ' + to_bytes(stream.username or 'anonymous'))
+        if reply.code == 331:
+            reply = line.command(b'PASS ' + to_bytes(stream.password or ''))
+        if not reply.done:
+            hint = 'are username and password right?'
+            if not stream.tls and b'AUTH TLS' in b' '.join(line.command(b'FEAT').lines).upper():
+                hint += ' the server offers TLS and may ask for it: tls = yes'
+            raise TargetError('%s: %s' % (what, reply), '' if reply.code == 421 else hint)
+        for command in ([b'PBSZ 0', b'PROT P'] if stream.tls else []) + [b'TYPE I']:
+            reply = line.command(command)
+            if not reply.done:
+                raise TargetError('%s: %s: %s' % (what, show(command), reply))
 
     @staticmethod
     def hang_up(sock):
@@ -7960,93 +8129,108 @@ class FtpTransport(Staging):
             socket.socket.shutdown(sock, socket.SHUT_RDWR)      # below any TLS
 
     @contextlib.contextmanager
-    def translated(self, what):
-        """Reply codes and socket errors into errors by what to do next (RFC 959, 4.2)."""
-        import ftplib
+    def translated(self, what, hint=''):
+        """Trouble with a line is the target's."""
         try:
             yield
-        except ftplib.all_errors as error:
+        except (OSError, EOFError) as error:
             self.stop.check()
-            text = show(str(error).strip()) or type(error).__name__
-            code = text[:3]
-            hint = {'530': 'are username and password right?',
-                    '452': 'the disk is full', '552': 'the disk or the quota is full'}.get(code, '')
-            if isinstance(error, ftplib.error_perm) and code not in self.TROUBLE or code == self.BUSY:
-                raise ItemError('%s: %s' % (what, text), hint)
-            raise TargetError('%s: %s' % (what, text), hint)
+            reason = getattr(error, 'reason', None)             # OpenSSL's, of an ssl.SSLError
+            if reason == 'CERTIFICATE_VERIFY_FAILED':
+                hint = 'if nobody vouches for its certificate, tls_ca_file may name a file that holds it'
+            elif reason:
+                hint = 'does this port begin with TLS (tls = implicit), or change to it (tls = yes)?'
+            raise TargetError('%s: %s' % (what, show(str(error).strip()) or type(error).__name__), hint)
 
-    def enter_base(self, ftp):
-        base = to_bytes(self.stream.target_base).decode('latin-1')
-        try:
-            with self.translated('target_dir'):
-                ftp.cwd(base)
-        except ItemError:
+    def fault(self, what, reply, storing=False):
+        """The error for a refusal, by what to do next (RFC 959, 4.2)."""
+        text = '%s: %s' % (what, reply)
+        if storing and reply.code in self.ROOM:
+            return NoRoom(text, 'is its disk or a quota full, or the file above a limit?')
+        if reply.code in self.TROUBLE or reply.code // 100 == 4 and reply.code not in self.ITEMS:
+            return TargetError(text)
+        return ItemError(text)
+
+    def enter_base(self, line):
+        base = to_bytes(self.stream.target_base)
+        if not line.command(b'CWD ' + base).done:
             if not self.stream.create_directories:
                 raise TargetError('the target directory %s is missing' % target_of(self.stream),
                                   'create it, or set create_directories = yes')
-            step = '/' if base.startswith('/') else ''
-            for part in base.strip('/').split('/'):
-                step = step + part if step in ('', '/') else step + '/' + part
-                with contextlib.suppress(ItemError), self.translated('mkdir'):
-                    ftp.mkd(step)
-            try:
-                with self.translated('target_dir'):
-                    ftp.cwd(base)
-            except ItemError as error:
-                raise TargetError('cannot make %s: %s' % (target_of(self.stream), error))
+            step = b'/' if base.startswith(b'/') else b''
+            for part in base.strip(b'/').split(b'/'):
+                step = os.path.join(step, part)
+                line.command(b'MKD ' + step)        # whatever it says: CWD tells
+            reply = line.command(b'CWD ' + base)
+            if not reply.done:
+                raise TargetError('cannot make %s: %s' % (target_of(self.stream), reply))
+        line.home = base
+        if not base.startswith(b'/'):
+            reply = line.command(b'PWD')
+            quoted = re.search(rb'"((?:[^"]|"")*)"', reply.lines[0])    # RFC 959, appendix II
+            if not reply.done or not quoted:
+                raise TargetError('PWD: %s' % reply)
+            line.home = quoted.group(1).replace(b'""', b'"')
+
+    def open_line(self, room):
+        """A new connection, if fewer than `room` are in use; None else.  A server that allows
+        fewer teaches us how many.  Raises TargetError for the first."""
+        with self.lock:
+            if self.used >= min(room, self.allowed) or self.closing:
+                return None
+            self.used += 1
+        try:
+            started = time.monotonic()
+            line = self.connect()
+            self.login_time = time.monotonic() - started
+            return line
+        except BaseException as error:
+            with self.lock:
+                self.used -= 1
+                if self.used and isinstance(error, TargetError):
+                    self.allowed = self.used
+                    return None
+            raise
 
     def take(self):
-        """A connection from the pool, or a new one; a server that allows fewer than
-        `parallel` teaches us how many."""
+        """A connection from the pool, or a new one, or the next that is free."""
         while True:
             with self.lock:
                 if self.idle:
                     return self.idle.pop()
-                grow = self.used < self.allowed
-                self.used += grow
-            if not grow:
-                self.stop.wait(0.05)
-                continue
-            try:
-                ftp = self.connect()
-                try:
-                    self.enter_base(ftp)
-                    ftp.home = to_bytes(self.stream.target_base).decode('latin-1')
-                    if not ftp.home.startswith('/'):
-                        with self.translated('PWD'):
-                            ftp.home = ftp.pwd()
-                    return ftp
-                except BaseException:
-                    ftp.close()
-                    raise
-            except MoverError as error:
-                with self.lock:
-                    self.used -= 1
-                    if self.used and isinstance(error, TargetError):
-                        self.allowed = self.used
-                        continue
-                raise TargetError(error.message, error.hint) if isinstance(error, ItemError) else error
+            line = self.open_line(self.allowed)
+            if line:
+                return line
+            with self.lock:
+                if not self.idle:
+                    self.given.wait(0.5)
+            self.stop.check()
+
+    def give(self, line):
+        """Back into the pool; one that is closed is gone."""
+        with self.lock:
+            if self.closing:
+                line.close()
+            if line.sock:
+                self.idle.append(line)
+            else:
+                self.used -= 1
+            self.given.notify()
 
     @contextlib.contextmanager
     def connection(self):
         """A connection for one thread; after an error that leaves it unclear it is thrown away."""
-        ftp = self.take()
-        healthy = False
+        line = self.take()
         try:
-            with self.stop.on_stop(lambda: self.hang_up(ftp.sock)):
-                yield ftp
-            healthy = True
-        except ItemError:
-            healthy = True
+            with self.stop.on_stop(lambda: self.hang_up(line.sock)):
+                yield line
+        except (ItemError, Changed):
+            raise
+        except BaseException:
+            line.close()
             raise
         finally:
-            if not healthy:
-                ftp.close()
-            with self.lock:
-                if healthy:
-                    self.idle.append(ftp)
-                else:
-                    self.used -= 1
+            self.give(line)
 
     def most(self):
         """Connections: `parallel` for the bytes, and one that asks about the part before."""
@@ -8054,358 +8238,648 @@ class FtpTransport(Staging):
 
     def open(self):
         self.made.clear()
+        self.closing = False
         with self.lock:
             stale, self.idle = self.idle, []
         lost = False                    # one that hangs tells of the others, too
-        for ftp in stale:
+        for line in stale:
             try:
-                ftp.sock.settimeout(0.1 if lost else self.stream.connect_timeout)
-                with self.translated('noop'):
-                    ftp.voidcmd('NOOP')
-                ftp.sock.settimeout(self.stream.stall_timeout)
-                self.idle.append(ftp)
-            except MoverError:
+                line.sock.settimeout(0.1 if lost else self.stream.connect_timeout)
+                with self.translated('NOOP'):
+                    lost = line.command(b'NOOP').code == 421 or lost
+                line.sock.settimeout(self.stream.stall_timeout)
+            except TargetError:
                 lost = True
-                self.drop(ftp)
+            if lost:
+                line.close()
+            self.give(line)
         if not self.idle:
             self.allowed = self.most()
-            with self.connection() as ftp, contextlib.suppress(ItemError), self.translated('FEAT'):
-                self.features = ftp.sendcmd('FEAT').upper()
-            self.learn_ahead()
-
-    def learn_ahead(self):
-        """Whether the server reads on while it answers: one that drops what came too early
-        would leave us waiting."""
-        self.ahead = 2
-        try:
-            with self.connection() as ftp:
-                ftp.sock.settimeout(self.stream.connect_timeout)
-                self.answers(ftp, ['NOOP', 'NOOP'])
-                ftp.sock.settimeout(self.stream.stall_timeout)
-            self.ahead = self.AHEAD
-        except TargetError:
-            self.ahead = 1
-
-    def drop(self, ftp):
-        ftp.close()
-        with self.lock:
-            self.used -= 1
+            self.forget()
+            with self.connection():
+                pass
 
     def close(self):
         with self.lock:
+            self.closing = True
             idle, self.idle = self.idle, []
-        for ftp in idle:
-            with contextlib.suppress(MoverError), self.translated('quit'):
-                ftp.sock.settimeout(KILL_GRACE)
-                ftp.quit()
-            self.drop(ftp)
+        for line in idle:
+            with contextlib.suppress(MoverError), self.translated('QUIT'):
+                line.sock.settimeout(KILL_GRACE)
+                line.command(b'QUIT')
+            line.close()
+            self.give(line)
+        for thread in self.helpers:
+            thread.join()
+        self.helpers = []
+
+    def learn_ahead(self):
+        """Whether the server reads on while it answers, and answers in order: one that drops
+        what came too early, calls it out of sequence, or does it all side by side (then what
+        needs no disk is answered first), gets one question at a time."""
+        self.ahead = 1
+        with contextlib.suppress(TargetError), self.connection() as line:
+            if self.looker is None:
+                self.choose_looker(line)
+            nowhere = self.name(OWN_PREFIX + b'-' + random_hex(8))
+            commands = [(self.looker or b'MDTM') + b' ' + nowhere, b'NOOP']
+            with self.translated('NOOP'):
+                codes = [line.command(command).code for command in commands]
+                line.sock.settimeout(min(self.stream.connect_timeout, 1 + 10 * self.login_time))
+                line.tell(commands * (self.AHEAD // 2))
+                if [line.reply().code for _ in range(self.AHEAD)] == codes * (self.AHEAD // 2) and \
+                        codes[1] == 200 != codes[0]:
+                    self.ahead = self.AHEAD
+            line.sock.settimeout(self.stream.stall_timeout)
+
+    # -- many of them
 
     @staticmethod
     def name(path):
         """A path as an argument: never empty, never beginning with a dash or a blank."""
-        return './' + path.decode('latin-1')
+        return b'./' + path
 
-    def answers(self, ftp, commands):
+    def answers(self, line, commands):
         """The replies to some commands, of which `ahead` at a time are on their way: a round
-        trip serves many.  A 5xx and 450 are for the caller to judge; raises TargetError for the
-        rest."""
+        trip serves many.  A 5xx is for the caller to judge, as is a 4xx that is of one file;
+        raises TargetError for the rest."""
         found = []
-        for chunk in in_chunks(commands, self.ahead):
-            with self.translated(chunk[0]):
-                self.tell(ftp, chunk)
-                replies = [ftp.getmultiline() for _ in chunk]
+        for chunk in in_chunks(commands, self.ahead or 1):
+            with self.translated(show(chunk[0])):
+                line.tell(chunk)
+                replies = [line.reply() for _ in chunk]
             for command, reply in zip(chunk, replies):
-                if reply[:1] == '4' and reply[:3] != self.BUSY or reply[:3] in self.TROUBLE:
-                    raise TargetError('%s: %s' % (show(command), show(reply)))
+                if isinstance(self.fault('', reply), TargetError) and not reply.done:
+                    raise self.fault(show(command), reply)
             found += replies
         return found
 
-    def ask(self, paths, action):
-        """action(connection, chunk) for all paths, of which `ahead` go in one round trip."""
-        chunks = in_chunks(paths, self.ahead)
-        if chunks:
-            with self.connection() as ftp:
-                for chunk in chunks:
-                    self.stop.check()
-                    action(ftp, chunk)
+    def ask(self, values, action):
+        """action(connection, chunk) for all values, of which `ahead` go in one round trip."""
+        values = list(values)
+        if len(values) > 1 and not self.ahead:
+            self.learn_ahead()
+        for chunk in in_chunks(values, self.ahead or 1):
+            self.stop.check()
+            with self.connection() as line:
+                action(line, chunk)
 
     def each(self, values, action):
-        """action(connection, value) for every value, on up to `parallel` connections."""
-        values = list(values)
-        waiting = collections.deque(values)
-        failures = []
+        """action(connection, value) for every value, on up to `parallel` connections.  None is
+        waited for: a further one is opened when the work has taken as long as a login does."""
+        work = collections.deque(values)
+        failures, hands, ended = [], [], threading.Event()
+        busy = threading.Lock()         # guards hands: nobody joins in when it has ended
 
-        def work():
+        def labour():
             try:
-                with self.connection() as ftp:
-                    while not failures:
-                        self.stop.check()
-                        try:
-                            value = waiting.popleft()
-                        except IndexError:
-                            return
-                        action(ftp, value)
-            except MoverError as error:
+                while not failures:
+                    self.stop.check()
+                    try:
+                        value = work.popleft()
+                    except IndexError:
+                        return
+                    with self.connection() as line:
+                        action(line, value)
+            except BaseException as error:
                 failures.append(error)
 
-        threads = [threading.Thread(target=work, name='ftp')
-                   for _ in range(min(self.stream.parallel, len(values)) - 1)]
-        for thread in threads:
+        def help_out():
+            if self.another(ended):
+                with busy:
+                    if ended.is_set():
+                        return
+                    hands.append(threading.current_thread())
+                labour()
+
+        self.helpers = [thread for thread in self.helpers if thread.is_alive()]
+        for _ in range(min(self.stream.parallel, len(work)) - 1):
+            thread = threading.Thread(target=help_out, name='ftp', daemon=True)
+            self.helpers.append(thread)
             thread.start()
-        if values:
-            work()
-        for thread in threads:
+        if work:
+            labour()
+        with busy:
+            ended.set()
+        for thread in hands:
             thread.join()
         if failures:
             raise failures[0]
 
-    def size(self, ftp, path):
-        """RFC 3659 SIZE, or None if no such file stands there."""
-        try:
-            with self.translated('SIZE %s' % show(path)):
-                return int(ftp.sendcmd('SIZE ' + self.name(path))[3:].split()[-1])
-        except ItemError:
-            return None
-
-    def taken(self, ftp, paths):
-        """For each path whether anything has this name, None if the server will not say.  SIZE
-        may be refused for other reasons than absence; RNFR is answered 350 for whatever can be
-        renamed (RFC 959, 4.1.3)."""
-        replies = self.answers(ftp, ['%s %s' % (verb, self.name(path))
-                                     for path in paths for verb in ('RNFR', 'SIZE')])
-        return [rename[:1] == '3' or size[:1] == '2' or (None if '4' in rename[:1] + size[:1] else False)
-                for rename, size in zip(replies[::2], replies[1::2])]
-
-    def exists(self, path):
-        with self.connection() as ftp:
-            return self.taken(ftp, [path])[0] is not False
-
-    def present(self, names):
-        with self.connection() as ftp:
-            try:
-                with self.translated('pwd'):
-                    ftp.cwd('.')
-            except ItemError:
-                raise TargetError('the target directory %s is gone' % target_of(self.stream),
-                                  'create it or mount it')
-            names = list(names)
-            taken = self.taken(ftp, names)
-            if None in taken:
-                raise TargetError('%s does not say whether %s is there' % (
-                    target_of(self.stream), show(names[taken.index(None)])))
-            return {name for name, there in zip(names, taken) if there}
-
-    def is_directory(self, ftp, path):
-        try:
-            with self.translated('CWD'):
-                ftp.cwd(self.name(path))
-        except ItemError:
+    def another(self, ended):
+        """Whether there is a connection for one more thread, opened if need be."""
+        if self.idle:
+            return True
+        if ended.wait(self.login_time):
             return False
         try:
-            with self.translated('CWD %s' % show(ftp.home)):
-                ftp.cwd(ftp.home)
-        except ItemError as error:          # a connection in the wrong place is thrown away
-            raise TargetError(str(error))
+            line = self.open_line(self.allowed)
+        except MoverError:              # then the others do it
+            return False
+        if line:
+            self.give(line)
+        return line is not None
+
+    # -- what is there
+
+    def features_of(self, line):
+        """The lines of FEAT (RFC 2389) in capitals, asked once."""
+        if self.features is None:
+            with self.translated('FEAT'):
+                self.features = b'\n'.join(line.command(b'FEAT').lines).upper()
+        return self.features
+
+    def look(self, line, paths):
+        """For each path (whether something has this name: True, False, None for doubt; its size
+        if it is a file, None if that is not said)."""
+        if self.looker is None:
+            self.choose_looker(line)
+        verb = self.looker
+        if not verb:
+            return [(None, None)] * len(paths)
+        return [self.seen(verb, reply) for reply in self.answers(
+            line, [verb + b' ' + self.name(path) for path in paths])]
+
+    def seen(self, verb, reply):
+        """One answer to SIZE or MLST (RFC 3659)."""
+        if reply.code == self.absent:
+            return False, None
+        if verb == b'SIZE' and reply.code == 213:
+            size = re.match(rb'213\D+(\d+)\s*$', reply.lines[0])
+        elif verb == b'MLST' and reply.code == 250 and len(reply.lines) > 2:
+            facts = reply.lines[1].lower().partition(b'; ')[0]
+            size = re.search(rb'size=(\d+)', facts) if b'type=file' in facts else None
+        else:
+            return None, None
+        return True, int(size.group(1)) if size else None
+
+    def choose_looker(self, line, blind=b''):
+        """The verb to ask with: one that says of a name that cannot exist that it does not."""
+        for verb in (b'SIZE', b'MLST'):
+            reply = self.answers(line, [verb + b' ' + self.name(OWN_PREFIX + b'-' + random_hex(8))])[0]
+            if verb != blind and not reply.done and reply.code not in self.UNKNOWN:
+                self.looker, self.absent = verb, reply.code
+                return
+        self.looker = b''
+
+    def stands(self, line, path):
+        """Whether something has this name: True, False, None for doubt."""
+        there = self.look(line, [path])[0][0]
+        if there is None:
+            names = self.names_in(line, parent_of(path))
+            there = None if names is None else os.path.basename(path) in names
+        return there
+
+    def exists(self, path):
+        with self.connection() as line:
+            return self.stands(line, path)
+
+    def present(self, names):
+        names = list(names)
+        with self.connection() as line:
+            if not self.answers(line, [b'CWD .'])[0].done:
+                raise TargetError('the target directory %s is gone' % target_of(self.stream),
+                                  'create it or mount it')
+            found = {name: self.stands(line, name) for name in names}
+        for name, there in found.items():
+            if there is None:
+                raise TargetError('%s does not say whether %s is there' % (
+                    target_of(self.stream), show(name)),
+                    'may this account use SIZE, MLST or NLST?')
+        return {name for name in names if found[name]}
+
+    def listing(self, directory):
+        with self.connection() as line:
+            return self.names_in(line, directory)
+
+    def names_in(self, line, directory):
+        """The exact names in a directory as a set, None if it cannot be listed.  CWD comes first,
+        for some servers take an argument of NLST for a pattern."""
+        if directory and not self.answers(line, [b'CWD ' + self.name(directory)])[0].done:
+            return None
+        try:
+            found = None
+            for command in (b'MLSD', b'NLST -a', b'NLST') if b'MLST' in self.features_of(line) else \
+                    (b'NLST -a', b'NLST'):
+                reply, data = self.download(line, command)
+                if reply.done:
+                    lines = [name[:-1] if name.endswith(b'\r') else name for name in data.split(b'\n')]
+                    found = (found or set()) | {self.listed(command, name) for name in lines if name}
+                    if command != b'NLST -a':
+                        break
+        finally:
+            self.go_home(line, directory)
+        return None if found is None else found - {b'.', b'..', b''}
+
+    @staticmethod
+    def listed(command, row):
+        """The name in a row of MLSD (RFC 3659) or NLST."""
+        return row.partition(b' ')[2] if command == b'MLSD' else row.rpartition(b'/')[2]
+
+    def go_home(self, line, directory):
+        """A connection in the wrong place is thrown away."""
+        if directory and line.sock and not self.answers(line, [b'CWD ' + line.home])[0].done:
+            raise TargetError('cannot go back to %s' % target_of(self.stream))
+
+    def is_directory(self, line, path):
+        if not self.answers(line, [b'CWD ' + self.name(path)])[0].done:
+            return False
+        self.go_home(line, path)
         return True
 
+    def download(self, line, command, use=None):
+        """The last reply to a command that sends data, and the data, if it is not used up by
+        use(block).  A refusal is for the caller to judge."""
+        blocks = []
+        with self.translated(show(command)):
+            conn = line.open_data()
+            try:
+                reply = line.command(command)
+                if reply.code // 100 != 1:
+                    return reply, b''
+                conn = line.secured(conn)
+                with self.stop.on_stop(lambda: self.hang_up(conn)):
+                    for block in iter(lambda: conn.recv(1 << 16), b''):
+                        self.stop.check()
+                        (use or blocks.append)(block)
+            finally:
+                conn.close()
+            return line.reply(), b''.join(blocks)
+
     def make_directories(self, paths):
-        with self.connection() as ftp:
+        with self.connection() as line:
             for path in paths:
                 step = b''
                 for part in path.split(b'/'):
                     step = os.path.join(step, part)
-                    with contextlib.suppress(ItemError), self.translated('MKD'):
-                        ftp.mkd(self.name(step))
-                        if self.stream.target_chmod and step != self.area:
-                            ftp.voidcmd('SITE CHMOD %o %s' % (self.stream.target_chmod[1],
-                                                              self.name(step)))
-                if not self.is_directory(ftp, path):
+                    made = self.answers(line, [b'MKD ' + self.name(step)])[0].done
+                    if made and self.stream.target_chmod and step != self.area:
+                        self.answers(line, [b'SITE CHMOD %o %s' % (self.stream.target_chmod[1],
+                                                                   self.name(step))])
+                if not made and not self.is_directory(line, path):
                     raise ItemError('cannot make %s at %s' % (show(path), target_of(self.stream)),
                                     'may this account write there?')
 
-    def stage(self, batch, jobs):
-        def store(ftp, job):
+    # -- learning, on a small file of ours
+
+    def send(self, batch, ready):
+        if not self.rehearsed and self.stream.staging == 'area':
             try:
-                self.store(ftp, batch, job)
+                self.ensure([self.area])
+                self.rehearse()
+            except ItemError as error:
+                raise TargetError(error.message, error.hint)
+            self.rehearsed = True
+        Staging.send(self, batch, ready)
+
+    def rehearse(self):
+        """Do with a small file what will be done with each: STOR, the proof, RNFR, RNTO, DELE.
+        Raises TargetError with what the target would need, before anything is sent."""
+        content = random_hex(8)
+        probe = os.path.join(self.area, b'.probe')
+        moved = os.path.join(self.area, b'.probe-' + content)
+        self.write_small(probe, content)
+        with self.connection() as line:
+            self.choose_proof(line, probe, content)
+            reply = self.rename_all(line, [(probe, moved)])[0]
+            if not reply.done:
+                raise TargetError('cannot rename at %s: %s' % (target_of(self.stream), reply),
+                                  'for an account that may not: staging = none')
+            if not self.looker and os.path.basename(moved) not in (self.names_in(line, self.area) or ()):
+                raise TargetError('%s does not say what is there' % target_of(self.stream),
+                                  'this account needs SIZE, MLST or NLST')
+            self.deletes = self.answers(line, [b'DELE ' + self.name(moved)])[0].done
+        if not self.deletes:
+            log.once('%s: this account may not delete at %s: %s stays there' % (
+                self.stream.name, target_of(self.stream), show(self.area)))
+
+    def write_small(self, path, content):
+        """A file of a few bytes, by STOR as all the others.  Raises ItemError, TargetError."""
+        with self.connection() as line:
+            reply = self.upload(line, path, content)
+        if not reply.done:
+            raise self.fault('cannot write %s' % show(path), reply)
+
+    def choose_proof(self, line, probe, content):
+        """How sizes and hashes are learned here, on a file of ours."""
+        import hashlib
+        if self.look(line, [probe]) != [(True, len(content))]:
+            self.choose_looker(line, self.looker)
+            if self.look(line, [probe]) != [(True, len(content))]:
+                self.looker = b''
+        if self.stream.verify == 'accepted' or self.looker and self.stream.verify == 'size':
+            return
+        offered = re.split(rb'[\s;]+', self.features_of(line))
+        for row in self.HASHES:
+            if row[0] in offered and self.asked_hash(line, probe, row) == \
+                    hashlib.new(row[2], content).hexdigest():
+                self.hasher = row
+                return
+        reply, data = self.download(line, b'RETR ' + self.name(probe))
+        if not reply.done or data != content:
+            raise TargetError('nothing can be proven at %s: RETR: %s' % (target_of(self.stream), reply),
+                              'set verify = %s' % ('size' if self.looker else 'accepted'))
+
+    def asked_hash(self, line, path, row):
+        """The answer to XSHA256 and the like, or to HASH (draft-bryan-ftp-hash), as hex or None."""
+        import hashlib
+        verb, option, name = row
+        try:
+            digits = hashlib.new(name).digest_size * 2
+        except ValueError:              # not on this machine
+            return None
+        if option and line.option != option:
+            self.answers(line, [b'OPTS HASH ' + option])
+            line.option = option
+        reply = self.answers(line, [verb + b' ' + self.name(path)])[0]
+        found = re.search(rb'(?<![0-9A-Fa-f])[0-9A-Fa-f]{%d}(?![0-9A-Fa-f])' % digits, b' '.join(reply.lines))
+        return found.group().decode().lower() if reply.done and found else None
+
+    def resumes_here(self, line):
+        """Whether REST and STOR go on with a part: tried on a small file, once."""
+        if self.resumes is None:
+            path, content = os.path.join(self.area, b'.probe-rest'), b'abcDEFG'
+            replies = [self.upload(line, path, content[start:start + 4], start) for start in (0, 3)]
+            reply, data = self.download(line, b'RETR ' + self.name(path))
+            self.resumes = all(r.done for r in replies + [reply]) and data == content
+            self.answers(line, [b'DELE ' + self.name(path)])
+        return self.resumes
+
+    # -- the bytes
+
+    def stage(self, batch, jobs):
+        cut = []                        # jobs at which a line broke
+
+        def store(line, job):
+            try:
+                self.store(line, batch, job)
             except (Changed, ItemError) as error:
                 job.error = error
+            except TargetError as error:
+                line.close()
+                job.error = TargetError(error.message, error.hint, job.entry.path)
+                cut.append(job)
+                if len(cut) > self.stream.parallel:     # it is not this file
+                    raise job.error
         self.each(jobs, store)
-        self.ask([job for job in jobs if not job.error], self.dress)
+        if cut:
+            self.keep_whole(cut)
+        if self.times or self.stream.target_chmod:
+            self.ask([job for job in jobs if not job.error], self.dress)
 
-    def store(self, ftp, batch, job):
-        """STOR to the temporary name, or REST and STOR for the rest of a big file."""
-        import hashlib
-        start = 0
-        if job.entry.size >= RESUME_FROM:
-            there = self.size(ftp, job.staged) or 0
-            start = there if 0 < there <= job.entry.size else 0
-            job.hashed = job.hashed or start > 0    # only the whole proves what a resume made
-        digest = hashlib.sha256()
+    def keep_whole(self, jobs):
+        """All of a file may have arrived although the line went before the server said so: some
+        do that after a long transfer.  The proof will tell."""
+        for job in jobs:
+            if job.staged in self.ended:
+                with self.connection() as line:
+                    if self.look(line, [job.staged])[0] == (True, job.entry.size):
+                        job.error, job.hashed = None, self.stream.verify != 'accepted'
+
+    def store(self, line, batch, job):
+        """STOR to the temporary name, or REST and STOR for the rest of a big file.  Raises
+        Changed, ItemError, TargetError."""
+        start = self.part_there(line, job)
+        reply, digest = self.transfer(line, batch, job, start)
+        if start and reply.code // 100 in (4, 5) and reply.code not in (421, 425, 426, 452, 552):
+            self.resumes = False        # not here: anew, once
+            self.answers(line, [b'DELE ' + self.name(job.staged)])
+            reply, digest = self.transfer(line, batch, job, 0)
+        if not reply.done:
+            error = self.fault('STOR %s' % show(job.entry.path), reply, True)
+            if isinstance(error, ItemError):
+                self.answers(line, [b'DELE ' + self.name(job.staged)])
+            raise error
+        job.digest = digest.sha256.hexdigest()
+        if digest.other:
+            self.same[digest.other.hexdigest()] = job.digest
+            if len(self.same) > self.REMEMBERED:
+                self.same.popitem(last=False)
+
+    def part_there(self, line, job):
+        """How much of a big file came in a run before and can be gone on with."""
+        if job.entry.size < RESUME_FROM:
+            return 0
+        there = self.look(line, [job.staged])[0][1] or 0
+        if not 0 < there <= job.entry.size or not self.resumes_here(line):
+            return 0
+        job.hashed = self.stream.verify != 'accepted'       # only the whole proves what a resume made
+        return there
+
+    def transfer(self, line, batch, job, start):
+        """Send the bytes from `start` on; (the last reply, the digests of all of them)."""
+        digest = Digests(self.hasher[2] if self.hasher else 'sha256')
         if start:
             copy_prefix(batch.root, job.entry, digest, start, self.stop)
-        if start < job.entry.size or not start:
-            self.transfer(ftp, batch, job, start, digest)
-        job.digest = digest.hexdigest()
+            if start == job.entry.size:
+                return FtpReply(226, [b'all of it is there']), digest
 
-    def transfer(self, ftp, batch, job, start, digest):
-        """The bytes from `start` on, over a data connection of their own.  A few follow STOR at
-        once, a round trip earlier; for many, and for a handshake, a refusal must be heard first."""
-        def write(block):
-            digest.update(block)
-            view = memoryview(block)
-            while view:                     # sendall() would take the timeout for all of it
-                count = conn.send(view[:1 << 16])
-                view = view[count:]
-                self.progress.sent(count)
-                self.throttle.spend(count)
+        def content(send):
+            def write(block):
+                digest.update(block)
+                view = memoryview(block)
+                for at in range(0, len(view), 1 << 16):     # one sendall() has one timeout
+                    send(view[at:at + (1 << 16)])
+                    count = min(1 << 16, len(view) - at)
+                    self.progress.sent(count)
+                    self.throttle.spend(count)
+            copy_entry(batch.root, job.entry, write, self.stop, start)
+            self.ended.add(job.staged)
+        self.ended.discard(job.staged)
+        reply = self.upload(line, job.staged, content, start, job.entry.size - start)
+        return reply, digest
 
-        eager = not self.stream.tls and job.entry.size - start <= self.EAGER
+    def upload(self, line, path, content, start=0, size=0):
+        """STOR content, or what content(send) sends, over a data connection of its own; the last reply.  A
+        few bytes follow STOR at once, a round trip earlier; for many, and for a handshake, a
+        refusal must be heard first."""
+        with self.translated('STOR %s' % show(path)):
+            return self.upload_now(line, path, content, start, size)
+
+    def upload_now(self, line, path, content, start, size):
+        eager = not line.context and size <= self.EAGER
         trouble = None
-        with self.translated('STOR %s' % show(job.entry.path)):
-            conn = self.connect_data(ftp)
-            try:
-                if start:
-                    ftp.sendcmd('REST %d' % start)
-                ftp.putcmd('STOR ' + self.name(job.staged))
-                if not eager:
-                    ftp.getresp()
-                try:
-                    conn = ftp.secured(conn)
-                    with self.stop.on_stop(lambda: self.hang_up(conn)):
-                        copy_entry(batch.root, job.entry, write, self.stop, start)
-                        if self.stream.tls:
-                            conn.unwrap()
-                except (Changed, ItemError, OSError) as error:
-                    trouble = error
-            finally:
-                conn.close()
-            self.hear_out(ftp, eager, trouble)
-
-    @staticmethod
-    def hear_out(ftp, eager, trouble):
-        """What the server says of a transfer that has ended; trouble: what we know already."""
-        if isinstance(trouble, MoverError):         # whatever it says of the half it got
-            while ftp.getmultiline()[:1] == '1':
-                pass
-            raise trouble
-        if eager:
-            ftp.getresp()
-        ftp.voidresp()                              # if it hung up, this says why
-        if trouble:
-            raise trouble
-
-    def connect_data(self, ftp):
-        """A new data connection (RFC 959, RFC 2428).  STOR comes after it: a server may hold a
-        lock while it waits for one.  Raises TargetError."""
-        import ftplib
-        import socket
+        conn = line.open_data()
         try:
-            return socket.create_connection(ftp.makepasv(), ftp.timeout, ftp.source_address)
-        except ftplib.all_errors as error:
-            raise TargetError('no data connection: %s' % show(str(error).strip()))
+            if start:
+                reply = line.command(b'REST %d' % start)
+                if reply.code != 350:
+                    return reply
+            line.tell([b'STOR ' + self.name(path)])
+            if not eager:
+                reply = line.reply()
+                if reply.code // 100 != 1:
+                    return reply
+            try:
+                conn = line.secured(conn)
+                with self.stop.on_stop(lambda: self.hang_up(conn)):
+                    content(conn.sendall) if callable(content) else conn.sendall(content)
+                    if line.context:
+                        conn.unwrap()
+            except (Changed, ItemError, OSError) as error:
+                trouble = error
+        finally:
+            conn.close()
+        return self.hear_out(line, trouble)
 
     @staticmethod
-    def tell(ftp, commands):
-        """Some commands by one write: small ones would wait for each other's ACK (RFC 896)."""
-        ftp.sock.sendall(''.join(c + '\r\n' for c in commands).encode('latin-1'))
+    def hear_out(line, trouble):
+        """What the server says of a transfer that has ended; trouble: what we know already."""
+        reply = line.reply()
+        while reply.code // 100 == 1:
+            reply = line.reply()
+        if isinstance(trouble, MoverError) or trouble and reply.done:
+            raise trouble                           # whatever it says of the half it got
+        return reply                                # if it hung up, this says why
 
-    def dress(self, ftp, jobs):
+    def dress(self, line, jobs):
         """Time by MFMT (draft-somers-ftp-mfxx) or MDTM; mode by SITE CHMOD, where offered."""
-        verb = 'MFMT' if 'MFMT' in self.features else 'MDTM'
-        self.answers(ftp, ['%s %s %s' % (verb, time.strftime(
-            '%Y%m%d%H%M%S', time.gmtime(job.entry.mtime_ns // 10 ** 9)), self.name(job.staged))
-            for job in jobs])
+        if self.times:
+            verb = b'MFMT' if b'MFMT' in self.features_of(line) else b'MDTM'
+            replies = self.answers(line, [b'%s %s %s' % (verb, time.strftime(
+                '%Y%m%d%H%M%S', time.gmtime(job.entry.mtime_ns // 10 ** 9)).encode(), self.name(job.staged))
+                for job in jobs])
+            self.times = any(reply.done for reply in replies)
         if self.stream.target_chmod:
-            replies = self.answers(ftp, ['SITE CHMOD %o %s' % (
+            replies = self.answers(line, [b'SITE CHMOD %o %s' % (
                 self.stream.target_chmod[0], self.name(job.staged)) for job in jobs])
             for job, reply in zip(jobs, replies):
-                if reply[:1] != '2':
-                    job.error = ItemError('SITE CHMOD %s: %s' % (show(job.final), show(reply)))
+                if not reply.done:
+                    job.error = ItemError('SITE CHMOD %s: %s' % (show(job.final), reply))
+
+    # -- the proof
 
     def measure(self, paths, hashed):
         found = {}
 
-        def look(ftp, chunk):
-            for path, reply in zip(chunk, self.answers(ftp, ['SIZE ' + self.name(p) for p in chunk])):
-                size = re.match(r'213\D+(\d+)', reply)
-                if size:
-                    found[path] = int(size.group(1)), None
-                elif reply[:3] in ('500', '502'):
-                    raise TargetError('%s knows no SIZE: %s' % (self.stream.target_host, show(reply)),
-                                      'nothing can be proven there; use another server or protocol')
+        def look(line, chunk):
+            for path, (there, size) in zip(chunk, self.look(line, chunk)):
+                if there or not self.looker:
+                    found[path] = size, None
+                elif there is None:
+                    found[path] = ItemError('the server does not say whether %s is there' % show(path))
 
-        def read(ftp, path):
+        def read(line, path):
             try:
-                found[path] = found[path][0], self.remote_hash(ftp, path, found[path][0])
+                found[path] = self.read_back(line, path, found[path][0])
             except ItemError as error:
                 found[path] = error
         self.ask(paths, look)
-        if hashed:
-            self.each(list(found), read)
-        return found
+        self.each([path for path, answer in found.items() if not isinstance(answer, ItemError) and
+                   (hashed or answer[0] is None)], read)
+        return {path: answer for path, answer in found.items() if answer}
 
-    def remote_hash(self, ftp, path, size):
+    def read_back(self, line, path, size):
+        """(size, SHA-256) of a file there, by its hash or by its bytes; None if it is not there.
+        Raises ItemError."""
         import hashlib
-        if 'XSHA256' in self.features:
-            # the server is silent while it reads
-            ftp.sock.settimeout(self.stream.stall_timeout + size / CHECK_RATE)
-            with contextlib.suppress(ItemError), self.translated('XSHA256'):
-                match = re.search(r'\b[0-9A-Fa-f]{64}\b', ftp.sendcmd('XSHA256 ' + self.name(path)))
-                ftp.sock.settimeout(self.stream.stall_timeout)
-                if match:
-                    return match.group().lower()
-        digest = hashlib.sha256()
-        with self.translated('RETR %s' % show(path)):
-            conn = ftp.transfercmd('RETR ' + self.name(path))
-            try:
-                with self.stop.on_stop(lambda: self.hang_up(conn)):
-                    for block in iter(lambda: conn.recv(1 << 16), b''):
-                        self.stop.check()
-                        digest.update(block)
-            finally:
-                conn.close()
-            ftp.voidresp()
-        return digest.hexdigest()
+        if self.hasher and size is not None:
+            line.sock.settimeout(self.stream.stall_timeout + size / CHECK_RATE)     # it is silent meanwhile
+            answer = self.asked_hash(line, path, self.hasher)
+            line.sock.settimeout(self.stream.stall_timeout)
+            if answer:
+                return size, answer if self.hasher[2] == 'sha256' else self.same.get(answer, answer)
+        digest, count = hashlib.sha256(), [0]
+
+        def use(block):
+            digest.update(block)
+            count[0] += len(block)
+        reply, _ = self.download(line, b'RETR ' + self.name(path), use)
+        if reply.done:
+            return count[0], digest.hexdigest()
+        if size is None and not self.looker:
+            return None
+        raise self.fault('RETR %s' % show(path), reply)
+
+    # -- names
+
+    def rename_all(self, line, pairs):
+        """The reply to each RNTO, or to a RNFR that was refused.  RNTO goes only after its own
+        350 was read: a server that still held another RNFR would rename that one."""
+        replies = []
+        commands = [(b'RNFR ' + self.name(old), b'RNTO ' + self.name(new)) for old, new in pairs]
+        ahead = self.ahead == self.AHEAD
+        with self.translated('RNFR'):
+            for index, (source, target) in enumerate(commands):
+                following = [commands[index + 1][0]] if ahead and index + 1 < len(commands) else []
+                if not ahead or not index:
+                    line.tell([source])
+                reply = line.reply()
+                if reply.code == 350:
+                    line.tell([target] + following)
+                    reply = line.reply()
+                else:
+                    line.tell(following) if following else None
+                replies.append(reply)
+        for reply in replies:
+            if reply.code in (421, 501, 503):       # not in step: this line is not to be used again
+                raise TargetError('RNFR, RNTO: %s' % reply)
+        return replies
 
     def place(self, jobs):
         done = set()
 
-        def publish(ftp, chunk):
-            taken = self.taken(ftp, [job.final for job in chunk])
-            for job, there in zip(chunk, taken):
+        def publish(line, chunk):
+            free = []
+            for job, (there, _) in zip(chunk, self.look(line, [job.final for job in chunk])):
+                there = self.stands(line, job.final) if there is None else there
                 if there is None:
                     job.error = ItemError('the server does not say whether %s is there' % show(job.final))
                     done.add(job)
-            free = [job for job, there in zip(chunk, taken) if there is False]
-            replies = self.answers(ftp, [command for job in free for command in (
-                'RNFR ' + self.name(job.staged), 'RNTO ' + self.name(job.final))])
-            for job, found, reply in zip(free, replies[::2], replies[1::2]):
-                if found[:1] != '3' or reply[:1] != '2':
-                    job.error = ItemError('RNTO %s: %s' % (show(job.final), show(reply)))
-            done.update(free)
+                elif not there:
+                    free.append(job)
+            replies = self.rename_all(line, [(job.staged, job.final) for job in free])
+            for job, reply in zip(free, replies):
+                if reply.done or not self.stands(line, job.final):
+                    done.add(job)
+                    job.error = None if reply.done else self.refused(job.final, reply)
         self.ask(jobs, publish)
         return done
 
+    def publish(self, old, new):
+        """Rename to a name that is free; False if it is taken.  Raises ItemError."""
+        with self.connection() as line:
+            if self.stands(line, new) is not False:
+                return False
+            reply = self.rename_all(line, [(old, new)])[0]
+            if not reply.done and self.stands(line, new) is not True:
+                raise self.refused(new, reply)
+            return reply.done
+
+    @staticmethod
+    def refused(path, reply):
+        return ItemError('RNTO %s: %s' % (show(path), reply), 'may this account write there?')
+
     def rename(self, old, new):
-        with self.connection() as ftp, self.translated('RNTO %s' % show(new)):
-            ftp.rename(self.name(old), self.name(new))
+        with self.connection() as line:
+            reply = self.rename_all(line, [(old, new)])[0]
+            if not reply.done:
+                raise self.refused(new, reply)
+
+    def overwrite(self, job):
+        """Where RNTO never replaces a file, what is there steps aside first."""
+        try:
+            self.rename(job.staged, job.final)
+        except ItemError:
+            aside = job.staged + b'.old'
+            self.rename(job.final, aside)
+            try:
+                self.rename(job.staged, job.final)
+            except ItemError:
+                self.rename(aside, job.final)
+                raise
+            self.delete([aside])
 
     def delete(self, paths):
-        self.ask(paths, lambda ftp, chunk: self.answers(
-            ftp, ['DELE ' + self.name(path) for path in chunk]))
+        self.ask(paths, lambda line, chunk: self.answers(
+            line, [b'DELE ' + self.name(path) for path in chunk]))
 
     def delete_area(self):
-        names = []
-        with self.connection() as ftp:
-            with contextlib.suppress(ItemError), self.translated('NLST'):
-                ftp.retrlines('NLST ' + self.name(self.area), names.append)
-            with self.translated('TYPE I'):
-                ftp.voidcmd('TYPE I')       # retrlines() leaves the connection in ASCII mode
-            self.answers(ftp, ['DELE ' + self.name(os.path.join(
-                self.area, name.encode('latin-1').rsplit(b'/', 1)[-1])) for name in names])
-            with contextlib.suppress(ItemError), self.translated('RMD'):
-                ftp.rmd(self.name(self.area))
-            return not self.is_directory(ftp, self.area)
+        with self.connection() as line:
+            names = self.names_in(line, self.area) or ()
+            self.answers(line, [b'DELE ' + self.name(os.path.join(self.area, name)) for name in names])
+            gone = self.answers(line, [b'RMD ' + self.name(self.area)])[0].done
+            return gone or not self.deletes or not self.is_directory(line, self.area)
 
 
 TRANSPORTS = {
