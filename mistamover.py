@@ -8428,6 +8428,8 @@ class FtpTransport(Staging):
         if there is None:
             names = self.names_in(line, parent_of(path))
             there = None if names is None else os.path.basename(path) in names
+        if there is False and self.looker == b'SIZE':
+            return self.is_directory(line, path)        # which has no size
         return there
 
     def exists(self, path):
