@@ -7918,7 +7918,6 @@ class FtpLine:
         self.host, self.context = host, context
         self.sock = None
         self.waiting = b''              # bytes that were received and not read yet
-        self.home = b''                 # the absolute name of target_dir
         self.option = b''               # of HASH, set last
         self.passive = self.PASSIVE
 
@@ -8022,11 +8021,12 @@ class FtpTransport(Staging):
     takes = 'network host password password_file tls chmod parallel staging'
     modules = 'base64', 'ftplib', 'ssl'
     forbidden = b'\r\n\0'
+    lists = True
     AHEAD = 32                          # questions under way; their answers fit any buffer
     EAGER = 1 << 14                     # bytes that fit a socket's buffer whether read or not
     TROUBLE = (530, 532, 534, 535, 521, 522)        # not of one file, as is every 4xx but these:
-    ROOM = (451, 452, 552)              # to STOR: the disk, the quota, a limit
-    ITEMS = (450,)                      # of one file although 4xx
+    ROOM = (451, 452, 552)              # to STOR: the disk, a quota, a limit
+    ITEMS = (450, 451)                  # of one file although 4xx
     UNKNOWN = (500, 501, 502, 504)      # such a command there is not
     REMEMBERED = 20000
     # (verb, its arguments before the name, hashlib's name); draft-bryan-ftpext-hash for HASH
@@ -8045,10 +8045,13 @@ class FtpTransport(Staging):
         self.login_time = 0             # seconds that the last login took
         self.context = None             # of TLS
         self.ended = set()              # staged names whose last byte was sent
+        self.home = b''                 # the absolute name of target_dir
         self.forget()
 
     def forget(self):
         """What was learned of a server is good for its connections only."""
+        self.traits.clear()
+        self.shown.clear()
         self.ahead = None               # questions that it takes at once
         self.features = None            # its answer to FEAT
         self.looker = None              # the verb that says what is there; b'': there is none
@@ -8057,6 +8060,7 @@ class FtpTransport(Staging):
         self.deletes = self.times = True
         self.resumes = None
         self.hasher = None              # a row of HASHES; without one bytes are read back
+        self.listers = [b'MLSD', b'NLST -a', b'NLST *', b'NLST .']      # RFC 3659, ls(1), RFC 959
         self.same = collections.OrderedDict()       # its hash -> SHA-256, of what was sent lately
 
     # -- connections
@@ -8164,13 +8168,14 @@ class FtpTransport(Staging):
             reply = line.command(b'CWD ' + base)
             if not reply.done:
                 raise TargetError('cannot make %s: %s' % (target_of(self.stream), reply))
-        line.home = base
-        if not base.startswith(b'/'):
+        if base.startswith(b'/'):
+            self.home = base
+        elif not self.home:
             reply = line.command(b'PWD')
             quoted = re.search(rb'"((?:[^"]|"")*)"', reply.lines[0])    # RFC 959, appendix II
             if not reply.done or not quoted:
                 raise TargetError('PWD: %s' % reply)
-            line.home = quoted.group(1).replace(b'""', b'"')
+            self.home = quoted.group(1).replace(b'""', b'"')
 
     def open_line(self, room):
         """A new connection, if fewer than `room` are in use; None else.  A server that allows
@@ -8294,10 +8299,10 @@ class FtpTransport(Staging):
 
     # -- many of them
 
-    @staticmethod
-    def name(path):
-        """A path as an argument: never empty, never beginning with a dash or a blank."""
-        return b'./' + path
+    def name(self, path):
+        """A path as an argument: never empty, never beginning with a dash, or with a blank even
+        for those who take "./" away: what they do to it there they do not do in a directory."""
+        return (self.home if path[:1] == b' ' else b'.') + b'/' + path
 
     def answers(self, line, commands):
         """The replies to some commands, of which `ahead` at a time are on their way: a round
@@ -8389,7 +8394,7 @@ class FtpTransport(Staging):
                 self.features = b'\n'.join(line.command(b'FEAT').lines).upper()
         return self.features
 
-    def look(self, line, paths):
+    def sizes(self, line, paths):
         """For each path (whether something has this name: True, False, None for doubt; its size
         if it is a file, None if that is not said)."""
         if self.looker is None:
@@ -8422,9 +8427,9 @@ class FtpTransport(Staging):
                 return
         self.looker = b''
 
-    def stands(self, line, path):
+    def is_there(self, line, path):
         """Whether something has this name: True, False, None for doubt."""
-        there = self.look(line, [path])[0][0]
+        there = self.sizes(line, [path])[0][0]
         if there is None:
             names = self.names_in(line, parent_of(path))
             there = None if names is None else os.path.basename(path) in names
@@ -8434,7 +8439,17 @@ class FtpTransport(Staging):
 
     def exists(self, path):
         with self.connection() as line:
-            return self.stands(line, path)
+            return self.is_there(line, path)
+
+    def exist(self, paths):
+        """Of files; a directory that is in the way refuses the RNTO."""
+        found = []
+
+        def look(line, chunk):
+            found.extend(self.is_there(line, path) if there is None else there
+                         for path, (there, _) in zip(chunk, self.sizes(line, chunk)))
+        self.ask(paths, look)
+        return found
 
     def present(self, names):
         names = list(names)
@@ -8442,7 +8457,7 @@ class FtpTransport(Staging):
             if not self.answers(line, [b'CWD .'])[0].done:
                 raise TargetError('the target directory %s is gone' % target_of(self.stream),
                                   'create it or mount it')
-            found = {name: self.stands(line, name) for name in names}
+            found = {name: self.is_there(line, name) for name in names}
         for name, there in found.items():
             if there is None:
                 raise TargetError('%s does not say whether %s is there' % (
@@ -8451,24 +8466,29 @@ class FtpTransport(Staging):
         return {name for name in names if found[name]}
 
     def listing(self, directory):
-        with self.connection() as line:
-            return self.names_in(line, directory)
+        try:
+            with self.connection() as line:
+                return self.names_in(line, directory)
+        except TargetError:             # some hang up when they come to a name that is no UTF-8
+            self.exist([self.area])     # unless the target is in trouble
+            return None
 
     def names_in(self, line, directory):
         """The exact names in a directory as a set, None if it cannot be listed.  CWD comes first,
         for some servers take an argument of NLST for a pattern."""
         if directory and not self.answers(line, [b'CWD ' + self.name(directory)])[0].done:
             return None
+        found = None
         try:
-            found = None
-            for command in (b'MLSD', b'NLST -a', b'NLST') if b'MLST' in self.features_of(line) else \
-                    (b'NLST -a', b'NLST'):
+            for command in list(self.listers):
                 reply, data = self.download(line, command)
+                if reply.code in self.UNKNOWN and command in self.listers:
+                    self.listers.remove(command)
                 if reply.done:
-                    lines = [name[:-1] if name.endswith(b'\r') else name for name in data.split(b'\n')]
-                    found = (found or set()) | {self.listed(command, name) for name in lines if name}
-                    if command != b'NLST -a':
-                        break
+                    rows = [row[:-1] if row.endswith(b'\r') else row for row in data.split(b'\n')]
+                    found = {self.listed(command, row) for row in rows if row}
+                if found:               # what it takes for a name that is not there is empty
+                    break
         finally:
             self.go_home(line, directory)
         return None if found is None else found - {b'.', b'..', b''}
@@ -8480,7 +8500,7 @@ class FtpTransport(Staging):
 
     def go_home(self, line, directory):
         """A connection in the wrong place is thrown away."""
-        if directory and line.sock and not self.answers(line, [b'CWD ' + line.home])[0].done:
+        if directory and line.sock and not self.answers(line, [b'CWD ' + self.home])[0].done:
             raise TargetError('cannot go back to %s' % target_of(self.stream))
 
     def is_directory(self, line, path):
@@ -8543,6 +8563,7 @@ class FtpTransport(Staging):
         self.write_small(probe, content)
         with self.connection() as line:
             self.choose_proof(line, probe, content)
+            self.traits['absence',] = bool(self.looker)
             reply = self.rename_all(line, [(probe, moved)])[0]
             if not reply.done:
                 raise TargetError('cannot rename at %s: %s' % (target_of(self.stream), reply),
@@ -8565,9 +8586,9 @@ class FtpTransport(Staging):
     def choose_proof(self, line, probe, content):
         """How sizes and hashes are learned here, on a file of ours."""
         import hashlib
-        if self.look(line, [probe]) != [(True, len(content))]:
+        if self.sizes(line, [probe]) != [(True, len(content))]:
             self.choose_looker(line, self.looker)
-            if self.look(line, [probe]) != [(True, len(content))]:
+            if self.sizes(line, [probe]) != [(True, len(content))]:
                 self.looker = b''
         if self.stream.verify == 'accepted' or self.looker and self.stream.verify == 'size':
             return
@@ -8635,7 +8656,7 @@ class FtpTransport(Staging):
         for job in jobs:
             if job.staged in self.ended:
                 with self.connection() as line:
-                    if self.look(line, [job.staged])[0] == (True, job.entry.size):
+                    if self.sizes(line, [job.staged])[0] == (True, job.entry.size):
                         job.error, job.hashed = None, self.stream.verify != 'accepted'
 
     def store(self, line, batch, job):
@@ -8662,7 +8683,7 @@ class FtpTransport(Staging):
         """How much of a big file came in a run before and can be gone on with."""
         if job.entry.size < RESUME_FROM:
             return 0
-        there = self.look(line, [job.staged])[0][1] or 0
+        there = self.sizes(line, [job.staged])[0][1] or 0
         if not 0 < there <= job.entry.size or not self.resumes_here(line):
             return 0
         job.hashed = self.stream.verify != 'accepted'       # only the whole proves what a resume made
@@ -8755,7 +8776,7 @@ class FtpTransport(Staging):
         found = {}
 
         def look(line, chunk):
-            for path, (there, size) in zip(chunk, self.look(line, chunk)):
+            for path, (there, size) in zip(chunk, self.sizes(line, chunk)):
                 if there or not self.looker:
                     found[path] = size, None
                 elif there is None:
@@ -8822,31 +8843,14 @@ class FtpTransport(Staging):
         done = set()
 
         def publish(line, chunk):
-            free = []
-            for job, (there, _) in zip(chunk, self.look(line, [job.final for job in chunk])):
-                there = self.stands(line, job.final) if there is None else there
-                if there is None:
-                    job.error = ItemError('the server does not say whether %s is there' % show(job.final))
+            replies = self.rename_all(line, [(job.staged, job.final) for job in chunk])
+            for job, reply in zip(chunk, replies):
+                if not reply.done and not self.is_there(line, job.final):
+                    job.error = self.refused(job.final, reply)
+                if reply.done or job.error:
                     done.add(job)
-                elif not there:
-                    free.append(job)
-            replies = self.rename_all(line, [(job.staged, job.final) for job in free])
-            for job, reply in zip(free, replies):
-                if reply.done or not self.stands(line, job.final):
-                    done.add(job)
-                    job.error = None if reply.done else self.refused(job.final, reply)
         self.ask(jobs, publish)
         return done
-
-    def publish(self, old, new):
-        """Rename to a name that is free; False if it is taken.  Raises ItemError."""
-        with self.connection() as line:
-            if self.stands(line, new) is not False:
-                return False
-            reply = self.rename_all(line, [(old, new)])[0]
-            if not reply.done and self.stands(line, new) is not True:
-                raise self.refused(new, reply)
-            return reply.done
 
     @staticmethod
     def refused(path, reply):
@@ -8878,10 +8882,22 @@ class FtpTransport(Staging):
 
     def delete_area(self):
         with self.connection() as line:
-            names = self.names_in(line, self.area) or ()
-            self.answers(line, [b'DELE ' + self.name(os.path.join(self.area, name)) for name in names])
-            gone = self.answers(line, [b'RMD ' + self.name(self.area)])[0].done
-            return gone or not self.deletes or not self.is_directory(line, self.area)
+            return self.delete_tree(line, self.area) or not self.deletes
+
+    def delete_tree(self, line, path):
+        """Remove a directory of ours and what is in it; whether it is gone."""
+        for name in self.names_in(line, path) or ():
+            inner = os.path.join(path, name)
+            if not self.answers(line, [b'DELE ' + self.name(inner)])[0].done:
+                self.delete_tree(line, inner)
+        return self.answers(line, [b'RMD ' + self.name(path)])[0].done or not self.is_directory(line, path)
+
+    def try_names(self, odd, name):
+        try:
+            return Staging.try_names(self, odd, name)
+        except TargetError:             # some hang up when they are told a name that is no UTF-8
+            self.exist([self.area])     # unless the target is in trouble
+            return False
 
 
 TRANSPORTS = {
