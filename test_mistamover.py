@@ -20,6 +20,48 @@ missing one fails the run.  Order and names follow the sections of mistamover.py
     9  README and example
    10  --bench: side by side with what a user would type instead
    11  running them: spread over processes, a line a class
+
+Promises and what tries them (python3 test_mistamover.py -k NAME runs one):
+
+    every byte is at the source or proven at the target, at every instant
+        SIGKILL at random moments, to the process or to it and all its children, over each protocol:
+            Kills
+    no reader of the target sees half a file
+        all of the above look at every final name: Kills, BadNetwork
+    after a crash, running again converges, with nothing to clean
+        every kill test ends with one undisturbed run and compares both trees: Kills,
+            test_a_crash_before_and_during_the_release_is_finished
+    two processes never work on one directory; an orphaned rsync counts
+        a second run, another configuration, a second daemon: Locks
+    names and values reach no shell and no option parser
+        names with quotes, `$(x)`, `;`, newlines, escapes, raw bytes; hostile hosts and options:
+            Modes, Configuration
+    passwords are in no argument list, log, ledger or status
+        `/proc` watched during transfers: Secrets
+    a target that is down costs no item its place
+        servers restarted, unreachable, refusing; counts stay empty: BadTarget, Quarantine
+    an item that can never be sent is counted and set aside, others go at once
+        over days of injected clock: Quarantine
+    a clock that jumps neither releases early nor holds for ever
+        clocks as arguments: Settling
+    other content at the target is never lost
+        `on_conflict` over each protocol, directories in the way, zips of the same name: Conflicts
+    source and target the same: found, nothing lost
+        symlinks, bind mounts, ssh to oneself: test_source_and_target_the_same
+    a link at the target that leads back to the source costs nothing
+        files, directories, dated directories: test_a_target_that_leads_back
+    options do together what each does alone
+        ready files, dates, quarantine, suspension, deletion: Combinations, Companions
+    only copies that were delivered are ever deleted for space
+        a small disk, kept and undelivered files: DiskSpace, KeepDelivered
+    a mail server that is down, a hook that fails, a bug in one stream disturb no transfer
+        a real mail server that comes late, doctored runs: Alerting, Hooks
+    a mistake in a changed configuration stops nothing
+        streams that come, go and change under a running daemon: Reload
+    an empty or unmounted directory deletes nothing in a mirror
+        with `mirror_delete = yes`: test_mirror_delete
+    an idle daemon scans again what somebody touched, and nothing else
+        every kind of change, a daemon whose scans are counted: Watching
 """
 import argparse
 import base64
@@ -7258,8 +7300,7 @@ class Documents(Case):
     @slow
     def test_the_first_command_of_the_readme_works(self):
         top = tempfile.mkdtemp(dir=BASE)
-        for name in ('mistamover.py', 'mistamover.ini.example'):
-            shutil.copy(os.path.join(HERE, name), top)
+        shutil.copy(PROGRAM, top)       # and nothing else
         block = re.search(r'```sh\n(.*?)```', self.text('README.md'), re.S).group(1)
         done = subprocess.run(['sh', '-e', '-c', block.replace('python3', sys.executable)], cwd=top,
                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
