@@ -6477,10 +6477,11 @@ class ScpTransport(SshStaging):
 
     # place FROM TO: by a link, which never overwrites, or where there are none by a rename; not
     # where links work but not here: mv would copy to another file system
-    PLACE = b'''place() {
+    PLACE = b'''links() { ln -- "$1" "$1.ln" 2>/dev/null && rm -f -- "$1.ln"; }
+place() {
     if [ -e "$2" ] || [ -L "$2" ]; then [ "$1" -ef "$2" ]
     elif ln -- "$1" "$2" 2>/dev/null; then :
-    elif ln -- "$1" "$1.ln" 2>/dev/null; then rm -f -- "$1.ln"; false
+    elif links "$1"; then false
     else mv -n -- "$1" "$2" && [ ! -e "$1" ] && [ ! -L "$1" ]
     fi
 }
@@ -6618,11 +6619,10 @@ put() { place "$1" "$2" && rm -f -- "$1" && echo 1 || echo 0; }
     def stage(self, batch, jobs):
         large = [job for job in jobs if self.resumes(job.entry)]
         rest, fruitless = [job for job in jobs if not self.resumes(job.entry)], 0
-        while rest and self.tar:
-            before, rest = len(rest), self.pour(batch, rest, fruitless == self.FRUITLESS)
+        while rest:
+            many = self.pour if self.tar else self.copy
+            before, rest = len(rest), many(batch, rest, fruitless == self.FRUITLESS)
             fruitless = fruitless + 1 if len(rest) == before - 1 else 0
-        if rest:
-            self.stage_by_scp(batch, rest)
         there = self.measure([job.staged for job in large], False)
         for job in large:
             self.append(batch, job, there.get(job.staged, (0,))[0])
@@ -6648,7 +6648,7 @@ put() { place "$1" "$2" && rm -f -- "$1" && echo 1 || echo 0; }
         """One tar stream; what tar said of it, `output` is empty if it did not come to its end."""
         mark = os.path.join(self.batch_name(), random_hex(12))      # a stream that is cut ends with 0
         word = self.words([mark])
-        feed = self.feed(b'tar -x -o -p -f -; c=$?; rm %s && echo whole; exit $c' % word)
+        feed = self.feed(b'tar -x -o -p -f -; c=$?; rm %s 2>/dev/null && echo whole; exit $c' % word)
         with contextlib.closing(feed):
             made = set()
             for job in jobs:
@@ -6660,28 +6660,38 @@ put() { place "$1" "$2" && rm -f -- "$1" && echo 1 || echo 0; }
             return feed.end(self.growth())
 
     def pour(self, batch, jobs, last):
-        """Send files in one tar stream; the first that the target refused has its error, and those
-        are returned that are left for another stream: some tars end at the first that they cannot
-        write, and what is there of it may take the room of the others.  last: blame them all."""
+        """Send files in one tar stream; returns those that are left for another one.  Some tars end
+        at the first file that they cannot write."""
         done = self.one_tar(batch, jobs)
         if done.output and done.code == 0:
             return []
-        missing = self.short(jobs)
+        missing = self.damaged(batch, jobs)
         if len(missing) == len(jobs) and not self.one_tar(batch, []).output:
             self.tar = False            # not such a tar
             return jobs
-        self.refuse(missing if last else missing[:1], done.errors)
+        return self.blame(missing, done.errors, last)
+
+    def blame(self, missing, reason, last):
+        """The first of some files that did not arrive has an error; returns those to be sent once
+        more: what was there of it may have taken their room.  last: all have an error."""
+        self.refuse(missing if last else missing[:1], reason)
         free = self.free_space()
         self.refuse([job for job in missing[1:] if free is not None and job.entry.size > free], 'no room')
         return [job for job in missing if not job.error]
 
-    def short(self, jobs):
-        """Those of some files that are not there in their full size.  Of the others only the hash
-        tells: a full disk leaves holes of the right size."""
+    def damaged(self, batch, jobs):
+        """Those of some files that are not there as they were sent, after something went wrong: by
+        their hashes, for a full disk leaves holes of the right size."""
+        there = self.measure([job.staged for job in jobs], True)
+        found = []
         for job in jobs:
             job.hashed = True
-        there = self.measure([job.staged for job in jobs], False)
-        return [job for job in jobs if not job.error and there.get(job.staged, (None,))[0] != job.entry.size]
+            try:
+                if not job.error and there.get(job.staged, (None, None))[1] != self.digest(batch, job):
+                    found.append(job)
+            except (Changed, ItemError) as error:
+                job.error = error
+        return found
 
     def refuse(self, jobs, reason):
         """The target could not write these: say so, and give it the room again."""
@@ -6763,7 +6773,18 @@ put() { place "$1" "$2" && rm -f -- "$1" && echo 1 || echo 0; }
 
     # -- the bytes, by the scp program
 
-    def stage_by_scp(self, batch, jobs):
+    def copy(self, batch, jobs, last):
+        """Send files by the scp program; returns those that are left for another try."""
+        trouble = self.run_scp(batch, jobs)
+        if self.stream.target_chmod:
+            for chunk in in_chunks([job.staged for job in jobs], 500):
+                self.talk.ask(b'chmod %o %s\n' % (self.stream.target_chmod[0], self.words(chunk)))
+        self.progress.sent(sum(job.entry.size for job in jobs))
+        missing = self.damaged(batch, jobs) if trouble else []
+        return self.blame(sorted(missing, key=lambda job: -job.entry.size), trouble, last)
+
+    def run_scp(self, batch, jobs):
+        """What it complained of, '' if nothing."""
         import shutil
         spool = os.path.join(to_bytes(self.stream.spool), b'scp')
         shutil.rmtree(spool, ignore_errors=True)
@@ -6778,15 +6799,9 @@ put() { place "$1" "$2" && rm -f -- "$1" && echo 1 || echo 0; }
             except OSError as error:
                 raise StateError('cannot write to the spool %s: %s' % (show(spool), error.strerror))
         try:
-            trouble = self.copy_trees(trees)
-            if trouble:
-                self.refuse(self.short(jobs), trouble)
+            return self.copy_trees(trees)
         finally:
             shutil.rmtree(spool, ignore_errors=True)
-        if self.stream.target_chmod:
-            for chunk in in_chunks([job.staged for job in jobs], 500):
-                self.talk.ask(b'chmod %o %s\n' % (self.stream.target_chmod[0], self.words(chunk)))
-        self.progress.sent(sum(job.entry.size for job in jobs))
 
     def copy_trees(self, trees):
         """One scp for each tree, side by side; what they complained of, '' if nothing, which
@@ -6902,8 +6917,10 @@ put() { place "$1" "$2" && rm -f -- "$1" && echo 1 || echo 0; }
                     script = b''.join(b'put %s\n' % self.words([job.staged, job.final]) for job in chunk)
                 else:               # all in one command, if nothing is in the way
                     script = b'set -- %s\nif ln -- "$@" %s/ 2>/dev/null; then rm -f -- "$@"; echo all\n' \
-                        b'else for f in "$@"; do put "$f" %s/"${f##*/}"; done; fi\n' % (
-                            self.words(job.staged for job in chunk), place, place)
+                        b'elif links "$1"; then for f do put "$f" %s/"${f##*/}"; done\n' \
+                        b'else mv -n -- "$@" %s/ 2>/dev/null\nfor f do ' \
+                        b'if [ -e "$f" ] || [ -L "$f" ]; then echo 0; else echo 1; fi; done; fi\n' % (
+                            self.words(job.staged for job in chunk), place, place, place)
                 lines = self.talk.ask(script)
                 done.update(chunk if lines == [b'all'] else
                             (job for job, line in zip(chunk, lines) if line == b'1'))
