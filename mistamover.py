@@ -5161,9 +5161,10 @@ def untouched(root, entry):
 
 
 class Doubts:
-    """Names that a mirror must prove by checksum, although their size and time are right: a push
-    that was broken off may leave files with the bytes of others (seen from rsync 3.1.3 to 3.5.0).
-    On disk from before a push until what it sent is proven, for it may outlive this process."""
+    """Names under which a push that was broken off may have left the bytes of other files, of the
+    right size and time (seen from rsync 3.1.3 to 3.5.0): a mirror does not believe these, and they
+    are no reason to refuse what belongs there.  On disk from before a push until what it sent is
+    proven, for it may outlive this process."""
 
     def __init__(self, path):
         self.path = path                # a file of names, each ended by a NUL
@@ -5459,7 +5460,7 @@ class RsyncTransport(Transport):
         paths = [entry.path for entry in batch.entries]
         push = Push(batch, ready if self.stream.move and self.overlaps else None, self.progress)
         options = ['-i', '-i'] + self.fresh_only()
-        if self.stream.mirror:
+        if self.doubting:
             self.doubts.begin(push, paths)
         try:
             done, _ = self.push(batch, paths, options, push)
@@ -5474,7 +5475,7 @@ class RsyncTransport(Transport):
         """The file at which a push broke off, or None.  What rsync told had gone may still have
         been on its way; the receiver takes files in the order in which they are told."""
         with contextlib.suppress(TargetError):
-            _, rows = self.rsync(batch.root, paths, ['-n'] + options, self.top(batch), self.patience(batch))
+            _, rows = self.rsync(batch.root, paths, ['-n'] + options, self.top(batch))
             return next((path for path, (row, _) in rows.items() if row.startswith(b'<f')), None)
         return None
 
@@ -5512,10 +5513,15 @@ class RsyncTransport(Transport):
             return ['--ignore-existing', '--backup', '--suffix=' + stamped(b'').decode()]
         return self.times if self.stream.mirror else ['--ignore-existing']
 
+    @property
+    def doubting(self):
+        """Elsewhere all is proven by checksum, and what differs is replaced."""
+        return self.stream.mirror or self.stream.on_conflict == 'refuse'
+
     def settle_doubts(self, push, paths, equal=()):
         """What a push may have left wrong: all that it sent, and if it was broken off, all but
         what it left alone."""
-        if self.stream.mirror:
+        if self.doubting:
             ended = push.done and push.done.code in self.ENDED
             self.doubts.end(push, [path for path in paths if path not in equal and (
                 push.get(path) in push.SENT if ended else push.get(path) != b'.')], equal)
@@ -5601,7 +5607,29 @@ class RsyncTransport(Transport):
         """What differs at the target is ours and damaged, or somebody else's: on_conflict."""
         differing = {p for p in missing if rows.get(p, (b'',))[0][:2] in (b'<f', b'cL')
                      and not rows[p][0].endswith(b'+' * 9)}
-        foreign = differing - sent
+        damaged = {p for p in differing & self.doubts.names if rows[p][0][2:5] == b'c..'}    # only there
+        foreign = differing - sent - damaged
+        problems = self.refused(foreign)
+        foreign -= set(problems)
+        foreign -= set() if batch.root == self.stream.root else self.send_renamed(batch, foreign, equal)
+        backup = self.backup_options(batch, foreign, damaged)
+        problems.update(self.in_the_way(batch, missing - set(rows)))
+        again = foreign | damaged | self.make_way(problems)
+        if self.stream.on_conflict != 'refuse':
+            again |= differing & sent       # damaged, or taken by another sender: backed up as well
+        if again:
+            push.update(dict.fromkeys(again, b'<'))
+            push.said += self.push(batch, sorted(again), ['--ignore-times', '-i'] + backup)[0].lines
+            equal.update(self.prove(batch, again, ['--checksum'])[0])
+        for path in (again | differing & sent) - set(equal):
+            ours = path in sent or path in damaged
+            problems[path] = IntegrityError('%s arrived damaged' % show(path)) if ours else \
+                ItemError('%s exists at the target and cannot be replaced: %s' % (
+                    show(path), self.reason_for(path, push)))
+        return {path: problem for path, problem in problems.items() if path not in equal}
+
+    def refused(self, foreign):
+        """{path: error} of those that may not be replaced."""
         problems = {}
         for path in sorted(foreign):
             try:
@@ -5612,30 +5640,20 @@ class RsyncTransport(Transport):
                                 'long for a backup' % show(path), 'rename one of them')
             except ItemError as error:
                 problems[path] = error
-        foreign -= set(problems)
-        renamed = set() if batch.root == self.stream.root else self.send_renamed(batch, foreign, equal)
+        return problems
+
+    def backup_options(self, batch, foreign, damaged):
+        """How what is replaced is kept, if it is."""
         suffix = stamped(b'').decode()
         # what was moved there may exist nowhere else: a zip, or a twin
-        kept = self.stream.move and foreign and (batch.twins(foreign) or any(
+        kept = damaged or self.stream.move and foreign and (batch.twins(foreign) or any(
             self.stream.zips and p.endswith(b'.zip') for p in foreign))
         backup = ['--backup', '--suffix=' + suffix] if kept or self.stream.on_conflict == 'backup' else []
-        for path in sorted(foreign - renamed):
+        for path in sorted(foreign):
             log.info('%s: %s stood at the target with other content and %s' % (
                 self.stream.name, show(path), 'is %s%s now' % (show(path), suffix)
                 if backup else 'is overwritten'))
-        problems.update(self.in_the_way(batch, missing - set(rows)))
-        again = foreign - renamed | self.make_way(problems)
-        if self.stream.on_conflict != 'refuse':
-            again |= differing & sent       # damaged, or taken by another sender: backed up as well
-        if again:
-            push.update(dict.fromkeys(again, b'<'))
-            push.said += self.push(batch, sorted(again), ['--ignore-times', '-i'] + backup)[0].lines
-            equal.update(self.prove(batch, again, ['--checksum'])[0])
-        for path in (again | differing & sent) - set(equal):
-            problems[path] = IntegrityError('%s arrived damaged' % show(path)) if path in sent else \
-                ItemError('%s stands at the target and cannot be replaced: %s' % (
-                    show(path), self.reason_for(path, push)))
-        return {path: problem for path, problem in problems.items() if path not in equal}
+        return backup
 
     def in_the_way(self, batch, paths):
         """{path: Unfit} of those of which neither a push nor a proof tells, for something else has

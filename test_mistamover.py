@@ -4374,6 +4374,28 @@ class RsyncPushes(Invariants):
         self.assertEqual(done.code, 0, str(done))
         self.assert_all_right(world, originals)
 
+    @on_sites('rsync_ssh')
+    def test_what_we_damaged_is_not_refused(self, site):
+        world = self.world(site, on_conflict='refuse', retry_count='1')
+        write(os.path.join(world.source, 'precious'), b'exists once')
+        done = self.doctored(world, """
+import os
+real = mm.RsyncTransport.push
+def damaging(self, *args, **kwargs):
+    answer = real(self, *args, **kwargs)
+    path = os.path.join(TARGET, 'precious')
+    with open(path, 'r+b') as handle:
+        handle.write(b'#')
+    os.utime(path, (%d, %d))
+    return answer
+mm.RsyncTransport.push = damaging
+""" % (OLD, OLD))
+        self.assertEqual(done.code, 1, str(done))
+        self.assertIn('arrived damaged', done.output)
+        self.assertEqual(held_at_source(world), {b'precious': b'exists once'})
+        self.assert_run(world, 0)
+        self.assert_all_right(world, {b'precious': b'exists once'})
+
     @on_sites('rsync_native')
     def test_a_move_by_size_trusts_none_either(self, site):
         world = self.world(site, verify='size', bandwidth_limit='1M', retry_count='1')
@@ -4588,20 +4610,20 @@ class OtherRsyncs(Doctored):
 
     @on_sites('rsync_ssh', 'rsync_native')
     def test_a_directory_becomes_a_file(self, site):
-        for conflict in ('overwrite', 'backup'):
-            world = self.world(site, transfer_mode='mirror', mirror_delete='yes', on_conflict=conflict)
-            for name in ('day/sub/f', 'link/f', 'old'):
-                write(os.path.join(world.source, name), b'in a directory')
-            self.assert_run(world, 0)
-            for name in ('day', 'link'):
-                shutil.rmtree(os.path.join(world.source, name))
-            os.unlink(os.path.join(world.source, 'old'))
-            write(os.path.join(world.source, 'day'), b'a file now')
-            os.symlink('day', os.path.join(world.source, 'link'))
-            done = self.assert_run(world, 0)
-            self.assertEqual(tree(world.target), tree(world.source))
-            self.assertEqual(sorted(r['item'] for r in world.ledger() if r['outcome'] == 'deleted'),
-                             ['day/sub', 'day/sub/f', 'link/f', 'old'], str(done))
+        conflict = 'backup' if site == 'rsync_ssh' else 'overwrite'
+        world = self.world(site, transfer_mode='mirror', mirror_delete='yes', on_conflict=conflict)
+        for name in ('day/sub/f', 'link/f', 'old'):
+            write(os.path.join(world.source, name), b'in a directory')
+        self.assert_run(world, 0)
+        for name in ('day', 'link'):
+            shutil.rmtree(os.path.join(world.source, name))
+        os.unlink(os.path.join(world.source, 'old'))
+        write(os.path.join(world.source, 'day'), b'a file now')
+        os.symlink('day', os.path.join(world.source, 'link'))
+        done = self.assert_run(world, 0)
+        self.assertEqual(tree(world.target), tree(world.source))
+        self.assertEqual(sorted(r['item'] for r in world.ledger() if r['outcome'] == 'deleted'),
+                         ['day/sub', 'day/sub/f', 'link/f', 'old'], str(done))
 
     def test_what_a_person_keeps_in_it_is_kept(self):
         world = self.world('rsync_ssh', transfer_mode='mirror', mirror_delete='yes')
