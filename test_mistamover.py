@@ -71,6 +71,7 @@ import email
 import errno
 import faulthandler
 import functools
+import getpass
 import glob
 import grp
 import hashlib
@@ -7394,6 +7395,16 @@ def peer_lftp(world):
         '-p', str(world.options['target_port']), '127.0.0.1'], stdout=subprocess.DEVNULL)
 
 
+def peer_lftp_sftp(world):
+    sshd = server('sftp')
+    connect = 'ssh -a -x -F none -o HostKeyAlias=mover-test -o UserKnownHostsFile=%s -i %s' % (
+        sshd.known_hosts, sshd.key)
+    subprocess.check_call(['lftp', '-c', 'set sftp:connect-program "%s"; open -u %s, sftp://127.0.0.1:%s; '
+                           'mirror -R --Remove-source-files -P 4 %s %s' % (
+                               connect, getpass.getuser(), world.options['target_port'], world.source,
+                               world.target)], stdout=subprocess.DEVNULL)
+
+
 def peer_rename(world):
     subprocess.check_call([sys.executable, '-c', 'import os, sys\nfor n in os.listdir(sys.argv[1]): '
                            'os.rename(os.path.join(sys.argv[1], n), os.path.join(sys.argv[2], n))',
@@ -7424,6 +7435,9 @@ CONTESTS = [
     ('T', 'scp', {}, 'scp -r + delete', peer_scp, ('scp',), 0.8),
     ('N', 'scp', {}, 'scp -r + delete', peer_scp, ('scp',), 0.12),
     ('O', 'scp', {}, 'scp -r + delete', peer_scp, ('scp',), 1.5),
+    ('T', 'sftp', {'verify': 'size'}, 'lftp mirror -R -P 4 over sftp', peer_lftp_sftp, ('lftp',), 0.8),
+    ('N', 'sftp', {'verify': 'size'}, 'lftp mirror -R -P 4 over sftp', peer_lftp_sftp, ('lftp',), 0.35),
+    ('O', 'sftp', {'verify': 'size'}, 'lftp mirror -R -P 4 over sftp', peer_lftp_sftp, ('lftp',), None),
     ('S', 'local', {}, 'os.rename in Python', peer_rename, (), 3.0),
     ('M', 'local', {'target_chmod': '644'}, 'cp -a + delete (mover: fsync, read back)', peer_cp, (), None),
     ('I', 'local', {'transfer_mode': 'mirror'}, 'rsync -a, nothing to do', peer_rsync_idle, ('rsync',), None),
