@@ -7043,6 +7043,10 @@ class Fxp:
         return cls.number(body, 0) if kind == cls.STATUS else None
 
     @classmethod
+    def good(cls, answer):
+        return answer[0] == cls.STATUS and answer[1][:4] == b'\0\0\0\0'
+
+    @classmethod
     def words(cls, answer):
         """What the server says of a status, for a message."""
         code = cls.status(answer)
@@ -7063,12 +7067,14 @@ class Patient(list):
 class SftpTask:
     """One generator of SftpSession.run() on its way."""
 
-    __slots__ = ('steps', 'path', 'work', 'index', 'asked', 'answers', 'under_way', 'fault', 'patience')
+    __slots__ = ('steps', 'path', 'work', 'index', 'asked', 'count', 'drawn', 'answers', 'under_way',
+                 'fault')
 
     def __init__(self, steps, path, work, index):
         self.steps, self.path, self.work, self.index = steps, path, work, index
         self.asked = self.fault = self.answers = None
-        self.under_way = self.patience = 0
+        self.count = None               # of a list of requests
+        self.drawn = self.under_way = 0
 
 
 class SftpWork:
@@ -7108,8 +7114,11 @@ class SftpSession:
         self.lock = threading.Lock()    # whoever waits for answers drives, one thread at a time
         self.works = collections.deque()
         self.sent = {}                  # number -> (task, index of its request), oldest first
+        import struct
+        self.head = struct.Struct('>IBI')       # length, type, number
         self.last = self.active = 0
         self.rest = b''
+        self.patience = {}              # task -> seconds more that its answers may take
         self.ended = None               # the error that ended it
         self.extensions = {}
         try:
@@ -7174,7 +7183,7 @@ class SftpSession:
         try:
             self.fill()
             if self.sent:
-                piece = self.program.read(self.limit + max(task.patience for task, _ in self.sent.values()))
+                piece = self.program.read(self.limit + max(self.patience.values(), default=0))
                 if not piece:
                     raise self.gone('the sftp server ended')
                 self.hear(piece)
@@ -7212,11 +7221,13 @@ class SftpSession:
         """The next packet of a work; one task after the other, so that few are half done."""
         while True:
             if work.ready:
-                packet = self.draw(work.ready[0])
+                task = work.ready[0]
+                packet = self.draw(task)
+                if packet is None or task.drawn == task.count:
+                    work.ready.popleft()
+                    task.asked = None
                 if packet is not None:
                     return packet
-                task = work.ready.popleft()
-                task.asked = None
                 if not task.under_way:
                     self.advance(task)
             elif work.exhausted or self.active >= self.AHEAD:
@@ -7242,14 +7253,11 @@ class SftpSession:
         except (ItemError, Changed) as error:       # what the iterator reads
             task.fault = error
             return None
-        self.last = (self.last + 1) & 0xffffffff
-        index = None
-        if isinstance(task.answers, dict):
-            index = len(task.answers)
-            task.answers[index] = None
-        self.sent[self.last] = task, index
+        self.last = number = (self.last + 1) & 0xffffffff
+        self.sent[number] = task, task.drawn
+        task.drawn += 1
         task.under_way += 1
-        return b'%s%c%s%s' % ((5 + len(body)).to_bytes(4, 'big'), kind, self.last.to_bytes(4, 'big'), body)
+        return self.head.pack(5 + len(body), kind, number) + body
 
     def advance(self, task):
         """Its answers are there: let it go on to its next requests or to its end."""
@@ -7258,16 +7266,18 @@ class SftpSession:
                 fault, task.fault = task.fault, None
                 asked = task.steps.throw(fault)
             else:
-                answers = task.answers
-                asked = task.steps.send(list(answers.values()) if isinstance(answers, dict) else answers)
+                asked = task.steps.send(task.answers)
         except StopIteration as end:
             self.end_task(task, end.value)
         except (ItemError, Changed) as error:
             task.work.error = task.work.error or error
             self.end_task(task, None)
         else:
-            task.patience = asked.seconds if isinstance(asked, Patient) else 0
-            task.answers = {} if isinstance(asked, list) else []
+            if type(asked) is Patient:
+                self.patience[task] = asked.seconds
+            task.count = len(asked) if isinstance(asked, list) else None
+            task.answers = [None] * (task.count or 0)
+            task.drawn = 0
             task.asked = iter(asked)
             task.work.ready.append(task)
 
@@ -7277,31 +7287,33 @@ class SftpSession:
         self.active -= 1
 
     def hear(self, piece):
-        self.rest += piece
-        at = 0
-        while len(self.rest) - at >= 9:
-            length = self.length(at)
+        data = self.rest + piece
+        at, size = 0, len(data)
+        while size - at >= 9:
+            length, kind, number = self.head.unpack_from(data, at)
             if not 5 <= length <= self.LONGEST:
                 raise TargetError('the sftp server sent what is no answer')
             end = at + 4 + length
-            if len(self.rest) < end:
+            if size < end:
                 break
-            self.answer(self.length(at + 5), self.rest[at + 4], self.rest[at + 9:end])
+            self.answer(number, kind, data[at + 9:end])
             at = end
-        self.rest = self.rest[at:]
+        self.rest = data[at:]
 
     def answer(self, number, kind, body):
         if number not in self.sent:
             raise TargetError('the sftp server answered what nobody asked')
         task, index = self.sent.pop(number)
         task.under_way -= 1
-        if index is not None:
+        if task.count is not None:
             task.answers[index] = kind, body
-        elif (kind, body[:4]) != (Fxp.STATUS, b'\0\0\0\0'):
+        elif not Fxp.good((kind, body)):
             task.answers.append((kind, body))
-            if task.asked:
+            if task.asked is not None:
                 task.asked = iter(())   # the rest is in vain
         if not task.under_way and task.asked is None:
+            if self.patience:
+                self.patience.pop(task, None)
             self.advance(task)
 
 
@@ -7320,6 +7332,7 @@ class SftpTransport(Staging):
     def __init__(self, *args, **kwargs):
         Staging.__init__(self, *args, **kwargs)
         self.ssh = SshConnection(self.stream, self.stop)
+        self.base = to_bytes(self.stream.target_base).rstrip(b'/') + b'/'
         self.session = None
         self.can_hash = None            # check-file: not yet tried
         self.sources = {}               # path at the target -> of the file here, for messages
@@ -7368,7 +7381,8 @@ class SftpTransport(Staging):
 
     def path(self, relative):
         """A path as the server gets it; what begins with no slash begins at the login's home."""
-        return Fxp.string(os.path.join(to_bytes(self.stream.target_base), relative).rstrip(b'/') or b'/')
+        path = self.base + relative if relative else self.base[:-1] or b'/'
+        return len(path).to_bytes(4, 'big') + path
 
     @staticmethod
     def trouble(what, answer):
@@ -7573,7 +7587,7 @@ class SftpTransport(Staging):
                 yield [(Fxp.CLOSE, handle)]
                 raise
             answer, seen = yield [(Fxp.CLOSE, handle), (Fxp.LSTAT, self.path(job.staged))]
-            if Fxp.status(answer) != Fxp.OK:
+            if not Fxp.good(answer):
                 raise self.trouble('cannot write %s' % show(job.final), answer)
             self.note_size(job.staged, job.entry.size, seen)
         except (ItemError, Changed) as error:
@@ -7629,14 +7643,16 @@ class SftpTransport(Staging):
             if self.stream.bandwidth_limit else self.PIECE
         at = start
         for block in read_entry(batch.root, job.entry, self.stop, start):
-            digest.update(block)
+            if job.hashed:
+                digest.update(block)
             for offset in range(0, len(block), piece):
                 part = block[offset:offset + piece]
                 self.throttle.spend(len(part))
                 self.progress.sent(len(part))
                 yield Fxp.WRITE, handle + at.to_bytes(8, 'big') + Fxp.string(part)
                 at += len(part)
-        job.digest = digest.hexdigest()
+        if job.hashed:
+            job.digest = digest.hexdigest()
 
     def dress(self, job, handle):
         """Mode and time by the open file, then all of it on the disk, where the server can."""
@@ -7647,8 +7663,10 @@ class SftpTransport(Staging):
             choice = self.dressing
             change = [(Fxp.FSETSTAT, handle + Fxp.packed(*values)) for values in (
                 [(mode, mtime)], [(None, mtime)], [])[choice]]
-            ask = Patient(change + sync)
-            ask.seconds = job.entry.size / CHECK_RATE
+            ask = change + sync
+            if job.entry.size > CHECK_RATE:
+                ask = Patient(ask)
+                ask.seconds = job.entry.size / CHECK_RATE
             answers = yield ask
             self.hear_sync(job, answers[len(change):])
             if not change or Fxp.status(answers[0]) == Fxp.OK:
@@ -7665,7 +7683,7 @@ class SftpTransport(Staging):
         for answer in answers:
             if Fxp.status(answer) in (Fxp.UNSUPPORTED, Fxp.BAD):
                 self.can_sync = False
-            elif Fxp.status(answer) != Fxp.OK:
+            elif not Fxp.good(answer):
                 raise self.trouble('%s cannot be had on the disk' % show(job.final), answer)
 
     def sync(self):
@@ -7728,7 +7746,7 @@ class SftpTransport(Staging):
                 if answer[0] == Fxp.HANDLE]
         answers = yield [(Fxp.WRITE, handle + bytes(8) + Fxp.string(content)) for handle, content in good]
         answers += yield [(Fxp.CLOSE, handle) for handle, _ in good]
-        return len(good) == len(files) and all(Fxp.status(answer) == Fxp.OK for answer in answers)
+        return len(good) == len(files) and all(Fxp.good(answer) for answer in answers)
 
     def to_create(self, path):
         return Fxp.OPEN, self.path(path) + (
@@ -7766,7 +7784,7 @@ class SftpTransport(Staging):
     def kept(self, request, sizes, good):
         """Make a request that should go well or not; whether it says so and these have their sizes."""
         answer, = yield [request]
-        if (Fxp.status(answer) == Fxp.OK) != good:
+        if (Fxp.good(answer)) != good:
             return False
         answers = yield [(Fxp.LSTAT, self.path(path)) for path, _ in sizes]
         return [Fxp.attributes(a[1], 0)[0].size if a[0] == Fxp.ATTRS else None for a in answers] == \
@@ -7802,7 +7820,7 @@ class SftpTransport(Staging):
         Raises ItemError."""
         request = self.to_link(old, new) if self.publish_by == 'link' else self.to_rename(old, new)
         answer, seen = yield [request, (Fxp.LSTAT, self.path(new))]
-        if Fxp.status(answer) == Fxp.OK:
+        if Fxp.good(answer):
             if self.publish_by == 'link':
                 yield [(Fxp.REMOVE, self.path(old))]
             self.note_size(new, size, seen)
@@ -7822,15 +7840,15 @@ class SftpTransport(Staging):
             self.can_replace = Fxp.status(answer) != Fxp.UNSUPPORTED
         if not self.can_replace:
             answer, = yield [self.to_rename(old, new)]
-        if Fxp.status(answer) == Fxp.OK:
+        if Fxp.good(answer):
             return
         aside = os.path.join(self.area, b'aside-' + random_hex(8))
         info = yield from self.stat(new)
         if info and info.mode is not None and stat.S_ISREG(info.mode):
             moved, = yield [self.to_rename(new, aside)]
-            if Fxp.status(moved) == Fxp.OK:
+            if Fxp.good(moved):
                 answer, = yield [self.to_rename(old, new)]
-                good = Fxp.status(answer) == Fxp.OK
+                good = Fxp.good(answer)
                 yield [(Fxp.REMOVE, self.path(aside)) if good else self.to_rename(aside, new)]
                 if good:
                     return
@@ -7859,7 +7877,7 @@ class SftpTransport(Staging):
         """An ItemError if it cannot be had."""
         mode = 0o700 if path == self.area else self.stream.target_chmod and self.stream.target_chmod[1]
         answer, seen = yield [(Fxp.MKDIR, self.path(path) + Fxp.packed(mode)), (Fxp.STAT, self.path(path))]
-        if Fxp.status(answer) == Fxp.OK and mode and not self.has_mode(seen, mode):
+        if Fxp.good(answer) and mode and not self.has_mode(seen, mode):
             yield [(Fxp.SETSTAT, self.path(path) + Fxp.packed(mode))]
         if not self.tells_directory(seen) and not (yield from self.is_directory(path)):
             return self.trouble('cannot make the directory %s at %s' % (
@@ -7909,7 +7927,7 @@ class SftpTransport(Staging):
             for chunk in in_chunks(paths, SftpSession.AHEAD):
                 answers = yield [(Fxp.REMOVE, self.path(path)) for path in chunk]
                 for path, answer in zip(chunk, answers):
-                    if Fxp.status(answer) != Fxp.OK and (yield from self.is_directory(path)):
+                    if not Fxp.good(answer) and (yield from self.is_directory(path)):
                         yield from self.remove_tree(path)
             answer, = yield [(Fxp.RMDIR, self.path(directory))]
         return Fxp.status(answer) in (Fxp.OK, Fxp.MISSING)
