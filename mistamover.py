@@ -107,12 +107,25 @@ class MoverError(Exception):
     def __str__(self):
         return '%s (%s)' % (self.message, self.hint) if self.hint else self.message
 
+    @property
+    def lines(self):
+        """What to print, a line each."""
+        return [str(self)]
+
 
 class ConfigError(MoverError):
-    """Nothing was touched; a person must fix the configuration."""
+    """Nothing was touched; a person must fix the configuration.  more: further ones in it."""
 
     exit_code = EXIT_USAGE
     scope = 'configuration'
+
+    def __init__(self, message, hint='', more=()):
+        MoverError.__init__(self, message, hint)
+        self.more = tuple(more)
+
+    @property
+    def lines(self):
+        return [str(error) for error in (self,) + self.more]
 
 
 class TargetError(MoverError):
@@ -862,6 +875,14 @@ def kind_text(text, _base):
     return text
 
 
+COMMENT = 'holds a comment: give it a line of its own'
+
+
+def kind_plain(text, _base):
+    """Text that holds no comment."""
+    return text
+
+
 def kind_path(text, base):
     # by fsdecode, for a locale that knows less than the file (cron has none)
     return os.path.normpath(os.path.join(base, os.fsdecode(to_bytes(os.path.expanduser(text)))))
@@ -916,6 +937,8 @@ def kind_flag(text, _base):
 
 def kind_words(text, _base):
     import shlex
+    if re.search(r'(^|\s)#', re.sub(r"'[^']*'|\"[^\"]*\"", 'x', text)):
+        raise ValueError(COMMENT)
     return shlex.split(text)
 
 
@@ -928,7 +951,14 @@ def kind_command(text, base):
 
 
 def kind_globs(text, _base):
-    return [part.strip() for part in text.split(',') if part.strip()]
+    parts = [part.strip() for part in text.split(',') if part.strip()]
+    for part in parts:
+        if re.search(r'\s[#;]|^[#;]\s', part):
+            raise ValueError(COMMENT)
+        words = part.replace('[ ]', '_').split()
+        if len(words) > 1 and all(re.match(r'\.|.*[*?\[]', word) for word in words):
+            raise ValueError('%r: commas separate patterns; for a blank in a name write [ ]' % part)
+    return parts
 
 
 def kind_host(text, _base):
@@ -1048,6 +1078,8 @@ def kind_level(text, _base):
         return lambda total: total * share
     if match:
         raise ValueError('%r is more than the whole disk' % text)
+    if re.match(r'[\d.]+$', text):
+        raise ValueError('%r of what? write %s%% or %sG' % (text, text, text))
     size = parse_size(text)
     return lambda total: size
 
@@ -1085,13 +1117,13 @@ OPTIONS = [Option(*row) for row in (
 
     ('stream', 'directory', kind_path, '', '', 'the incoming directory to watch (required)'),
     ('stream', 'status', one_of('running', 'stopped'), 'running', '', 'running or stopped'),
-    ('stream', 'transfer_protocol', kind_text, 'rsync_ssh', '',
+    ('stream', 'transfer_protocol', kind_plain, 'rsync_ssh', '',
      'local, rsync_ssh, rsync_native, scp, sftp, ftp or rclone'),
     ('stream', 'transfer_mode', one_of('move', 'mirror'), 'move', '',
      'move deletes the source after the verified delivery; mirror deletes nothing'),
     ('stream', 'target_host', kind_host, '', 'host', 'the host that keeps the data'),
     ('stream', 'target_port', kind_port, '', 'host', "the port, if not the protocol's own"),
-    ('stream', 'target_dir', kind_text, '', '',
+    ('stream', 'target_dir', kind_plain, '', '',
      'where the data goes (required); rsync_native: MODULE/path, rclone: REMOTE:path; may end in '
      "dates of the item's mtime, like data/%Y/%m/%d"),
     ('stream', 'target_marker', kind_name, '', '',
@@ -1112,7 +1144,6 @@ OPTIONS = [Option(*row) for row in (
     ('stream', 'rsync_command', kind_program, 'rsync', 'rsync', 'the rsync program'),
     ('stream', 'ssh_command', kind_program, 'ssh', 'ssh', 'the ssh program'),
     ('stream', 'scp_command', kind_program, 'scp', 'scp', 'the scp program'),
-    ('stream', 'sftp_command', kind_program, 'sftp', 'sftp', 'the sftp program'),
     ('stream', 'rclone_command', kind_program, 'rclone', 'rclone', 'the rclone program'),
     ('stream', 'rclone_config', kind_path, '', 'rclone',
      "rclone's configuration, which must be yours alone; its own default if empty"),
@@ -1213,6 +1244,9 @@ OPTIONS = [Option(*row) for row in (
 )]
 
 REQUIRED = ('directory', 'target_dir')
+
+# Options of the version before, which warn until the next major one: what to say of them
+GONE = {'sftp_command': 'sftp needs no program but ssh any more'}
 STREAM_NAME = r'(?!.*\.json$)\w[\w.-]*$'      # of files in state_dir
 
 EXAMPLE_VALUES = {'directory': 'incoming', 'target_dir': 'archive', 'transfer_protocol': 'local',
@@ -1285,13 +1319,35 @@ class Config:
         self.settings = self.email = self.monitor = None
         self.stamps = []            # of the files, as they were when they were read
         self.streams, self.every = [], []
+        self.mistakes = collections.OrderedDict()       # place -> ConfigError
+        self.warnings = []
+
+    def place(self, section, option):
+        """(file, line) of what the configuration says there."""
+        return self.origins.get((section, option)) or self.origins.get((section, None)) or (self.path, 0)
+
+    def where(self, section, option):
+        path, line = self.place(section, option)
+        return '%s%s: [%s]%s' % (show(path), ', line %d' % line if line else '', show(section),
+                                 ' ' + show(option) if option else '')
 
     def fail(self, section, option, message, hint=''):
-        path, line = self.origins.get((section, option)) or \
-            self.origins.get((section, None)) or (self.path, 0)
-        where = '%s%s: [%s]%s' % (show(path), ', line %d' % line if line else '', show(section),
-                                  ' ' + show(option) if option else '')
-        raise ConfigError('%s: %s' % (where, message), hint)
+        raise ConfigError('%s: %s' % (self.where(section, option), message), hint)
+
+    def mistake(self, section, option, message, hint=''):
+        """Note it and go on, so that all are told at once.  Of one place the first one is told:
+        another may be its consequence."""
+        self.mistakes.setdefault((self.place(section, option), section, option), ConfigError(
+            '%s: %s' % (self.where(section, option), message), hint))
+
+    def is_wrong(self, section, option):
+        return any(key[1] in (section, 'defaults') and key[2] == option for key in self.mistakes)
+
+    def raise_mistakes(self):
+        """Raises ConfigError with all of them, in the order of their lines."""
+        if self.mistakes:
+            errors = [self.mistakes[key] for key in sorted(self.mistakes, key=lambda key: key[0])]
+            raise ConfigError(errors[0].message, errors[0].hint, errors[1:])
 
 
 def stamp_of(path):
@@ -1328,8 +1384,9 @@ def read_ini(config, path):
                           % (show(path), error.lineno), 'begin with [mistamover]')
     except configparser.ParsingError as error:
         # the error's own text would print the line, which may hold a password
-        raise ConfigError('%s, line %d: neither "option = value" nor [section]'
-                          % (show(path), error.errors[0][0]))
+        first, *more = [ConfigError('%s, line %d: neither "option = value" nor [section]'
+                                    % (show(path), number)) for number, _ in error.errors]
+        raise ConfigError(first.message, '', more)
     for section in parser.sections():
         if section in config.sections:
             config.fail(section, None, 'stands in %s too' % show(path), 'remove one of them')
@@ -1358,14 +1415,24 @@ def check_names(config):
     for section, options in config.sections.items():
         kind = 'stream' if re.match(r'stream:.', section) else section
         if kind not in names or section == 'stream':
-            config.fail(section, None, 'unknown section',
-                        nearest(section, sorted(set(names) - {'stream'}) + ['stream:NAME']))
+            config.mistake(section, None, 'unknown section',
+                           nearest(section, sorted(set(names) - {'stream'}) + ['stream:NAME']))
+            continue
         if kind == 'stream' and not re.match(r'stream:' + STREAM_NAME, section):
-            config.fail(section, None, 'a stream name is made of letters, digits, _ . and -, the first '
-                        'a letter or a digit; it does not end in .json')
-        for option in options:
-            if option not in names[kind]:
-                config.fail(section, option, 'unknown option', nearest(option, names[kind]))
+            config.mistake(section, None, 'a stream name is made of letters, digits, _ . and -, the '
+                           'first a letter or a digit; it does not end in .json')
+        for option in sorted(set(options) - names[kind]):
+            if option in GONE:
+                config.warnings.append('%s: %s; remove this line' % (
+                    config.where(section, option), GONE[option]))
+                del options[option]
+            else:
+                config.mistake(section, option, 'unknown option', nearest(option, names[kind]))
+
+
+def short_host_name():
+    import socket
+    return re.sub(r'[^\w-]', '_', socket.gethostname().partition('.')[0]) or 'localhost'
 
 
 def make_interpolator(config):
@@ -1373,15 +1440,17 @@ def make_interpolator(config):
     import configparser
 
     class StreamReferences(configparser.ExtendedInterpolation):
-        """${stream:NAME:option}: the library allows one colon only."""
+        """${stream:NAME:option}, for the library allows one colon only; and ${host}."""
 
         def before_get(self, parser, section, option, value, defaults):
+            value = re.sub(r'(?<!\$)\$\{host\}', host, value)
             value = re.sub(r'(?<!\$)\$\{stream:([^:}]+):', r'${stream/\1:', value)
             return super().before_get(parser, section, option, value, defaults)
 
         def before_set(self, _parser, _section, _option, value):
             return value        # syntax is judged when it is read, where it can be named
 
+    host = short_host_name()
     parser = configparser.ConfigParser(default_section='defaults', interpolation=StreamReferences())
     for section, values in config.sections.items():
         parser.read_dict({section.replace('stream:', 'stream/', 1): values})
@@ -1393,8 +1462,8 @@ def make_interpolator(config):
         except (configparser.NoOptionError, configparser.NoSectionError):
             return None
         except configparser.InterpolationError:
-            config.fail(section, option, 'a ${reference} in it cannot be resolved',
-                        'write ${option} or ${section:option}, and $$ for a dollar sign')
+            config.mistake(section, option, 'a ${reference} in it cannot be resolved',
+                           'write ${option}, ${section:option} or ${host}, and $$ for a dollar sign')
 
     return text_of
 
@@ -1405,8 +1474,8 @@ def value_of(option, text, base, mode):
         text = default_of(option, mode)
     if re.search(r'[\0-\037]', text) and option.kind not in LISTS:
         raise ValueError('goes on in the next line: an indented line continues the one before')
-    if option.kind is kind_path and re.search(r'\s[;#]', text):
-        raise ValueError('holds a comment: give it a line of its own')
+    if option.kind not in LISTS + (kind_text,) and re.search(r'\s[;#]', text):
+        raise ValueError(COMMENT)
     return option.kind(text, base) if text or option.kind in LISTS else None, text
 
 
@@ -1424,10 +1493,11 @@ def read_section(config, section, kind, text_of, mode=None):
         try:
             values[option.name], text = value_of(option, text, base, mode)
         except ValueError as error:
-            config.fail(home, option.name, str(error))
+            config.mistake(home, option.name, str(error))
+            values[option.name], _ = value_of(option, None, base, mode)
         if kind == 'stream' and option.name in REQUIRED and not text:
-            config.fail(section, None, '%s is missing' % option.name, 'add a line "%s = ..."'
-                        % option.name)
+            config.mistake(section, None, '%s is missing' % option.name, 'add a line "%s = ..."'
+                           % option.name)
     return values
 
 
@@ -1453,7 +1523,7 @@ def drop_meaningless(config, section, values, protocols, mode):
         default, _ = value_of(option, None, '', mode)
         if option.name in config.sections[section] and values[option.name] != default and \
                 not means_something(option, protocol, configured):
-            config.fail(section, option.name, 'means nothing with %s' % (
+            config.mistake(section, option.name, 'means nothing with %s' % (
                 'transfer_mode = ' + configured if option.need in ('move', 'mirror')
                 else 'transfer_protocol = ' + values['transfer_protocol']),
                 'write it to a file of your own and set password_file'
@@ -1473,27 +1543,29 @@ def read_secret(config, section, path):
     """The password in a file's first line, which nobody else may be able to read."""
     try:
         if not only_mine(path):
-            config.fail(section, 'password_file', '%s can be read by others' % show(path),
-                        'chmod 600 %s' % show(path))
+            config.mistake(section, 'password_file', '%s can be read by others' % show(path),
+                           'chmod 600 %s' % show(path))
         with open(path, encoding='utf-8-sig') as handle:
             return handle.readline().rstrip('\r\n')
     except OSError as error:
-        config.fail(section, 'password_file', 'cannot be read: %s' % error.strerror)
+        config.mistake(section, 'password_file', 'cannot be read: %s' % error.strerror)
     except UnicodeDecodeError:
-        config.fail(section, 'password_file', 'is not UTF-8 text')
+        config.mistake(section, 'password_file', 'is not UTF-8 text')
 
 
 def check_email(config):
     email = config.email
     email.sender = getattr(email, 'from')
     email.password = read_secret(config, 'email', email.password_file) if email.password_file else None
-    for option in ('sender', 'recipient') if email.smarthost else ():
-        if not getattr(email, option):
-            config.fail('email', None, '%s is missing' % option.replace('sender', 'from'),
-                        'no mail goes without it')
+    missing = [name for name, value in (('from', email.sender), ('recipient', email.recipient)) if not value]
+    if email.smarthost and missing:
+        config.mistake('email', None, ' and '.join(missing) + ' missing', 'no mail goes without')
+    if email.recipient and not email.smarthost:
+        config.mistake('email', 'recipient', 'no mail goes without a smarthost',
+                       'add a line "smarthost = ..."')
     if email.username and email.tls == 'no':
-        config.fail('email', 'username', 'a password would cross the network in clear',
-                    'set tls = starttls or tls')
+        config.mistake('email', 'username', 'a password would cross the network in clear',
+                       'set tls = starttls or tls')
 
 
 def check_monitor(config):
@@ -1501,27 +1573,28 @@ def check_monitor(config):
     levels = [getattr(config.monitor, name) for name in ('level_vlow', 'level_low', 'level_good')]
     given = [level(1 << 40) for level in levels if level]
     if given and (len(given) < 3 or given != sorted(given)):
-        config.fail('disk_space_monitor', None, 'level_vlow, level_low and level_good go together, '
-                    'in this order', 'e.g. 2%, 10% and 20%')
+        config.mistake('disk_space_monitor', None, 'level_vlow, level_low and level_good go together, '
+                       'in this order', 'e.g. 2%, 10% and 20%')
 
 
 def check_secrets(config, stream):
-    """Raises ConfigError if a secret lies where others can read it."""
+    """Notes if a secret lies where others can read it."""
     section = 'stream:' + stream.name
     if stream.password:
         home = section if 'password' in config.sections[section] else 'defaults'
         path = config.origins[(home, 'password')][0]
         if not only_mine(path):
-            config.fail(home, 'password', 'this file can be read by others', 'chmod 600 %s' % show(path))
+            config.mistake(home, 'password', 'this file can be read by others', 'chmod 600 %s' % show(path))
     if stream.password_file:
         stream.password = read_secret(config, section, stream.password_file)
     if stream.rclone_config:
         try:
             if not only_mine(stream.rclone_config):
-                config.fail(section, 'rclone_config', '%s can be read by others' % show(stream.rclone_config),
-                            'chmod 600 %s' % show(stream.rclone_config))
+                config.mistake(section, 'rclone_config',
+                               '%s can be read by others' % show(stream.rclone_config),
+                               'chmod 600 %s' % show(stream.rclone_config))
         except OSError as error:
-            config.fail(section, 'rclone_config', 'cannot be read: %s' % error.strerror)
+            config.mistake(section, 'rclone_config', 'cannot be read: %s' % error.strerror)
 
 
 # target_form of a protocol -> what its target_dir must look like, and how to say so
@@ -1570,7 +1643,7 @@ def check_stream(config, stream, protocols):
     section = 'stream:' + stream.name
 
     def fail(option, message, hint=''):
-        config.fail(section, option, message, hint)
+        config.mistake(section, option, message, hint)
 
     protocol = stream.protocol
     if stream.mirror and not protocol.mirrors:
@@ -1631,7 +1704,7 @@ def overlap(one, two):
 def check_mirror_delete(config, stream):
     """What a mirror deletes must be its own: not what was moved there, nor what others keep."""
     def fail(message, hint):
-        config.fail('stream:' + stream.name, 'mirror_delete', message, hint)
+        config.mistake('stream:' + stream.name, 'mirror_delete', message, hint)
 
     if stream.configured_mode == 'move':
         fail('does not go with --mirror where transfer_mode = move: what was moved there would be deleted',
@@ -1658,23 +1731,23 @@ def check_places(config, state_dir):
             if other is stream:
                 break
             if same_directory(stream.directory, other.directory):
-                config.fail(section, 'directory', 'is also the directory of stream %s' % other.name,
-                            'give each stream its own')
+                config.mistake(section, 'directory', 'is also the directory of stream %s' % other.name,
+                               'give each stream its own')
             if lies_below(stream.directory, other.directory) or \
                     lies_below(other.directory, stream.directory):
-                config.fail(section, 'directory', 'this and the directory of stream %s lie in each other'
-                            % other.name, 'give each stream its own')
+                config.mistake(section, 'directory', 'this and the directory of stream %s lie in each other'
+                               % other.name, 'give each stream its own')
         if stream.protocol.target_form == 'here' and (
                 lies_below(stream.directory, stream.target_base) or
                 lies_below(stream.target_base, stream.directory)):
-            config.fail(section, 'target_dir', '%s and directory %s lie in each other' % (
-                show(stream.target_base), show(stream.directory)), 'use two separate directories')
+            config.mistake(section, 'target_dir', '%s and directory %s lie in each other' % (
+                   show(stream.target_base), show(stream.directory)), 'use two separate directories')
         for option, path in (('state_dir', state_dir), ('log_file', config.settings.log_file),
                              ('status_page', config.settings.status_page),
                              ('metrics_file', config.settings.metrics_file)):
             if path and lies_below(path, stream.directory):
-                config.fail('mistamover', option, 'lies in the directory of stream %s' % stream.name,
-                            'put it somewhere else')
+                config.mistake('mistamover', option, 'lies in the directory of stream %s' % stream.name,
+                               'put it somewhere else')
     for stream in config.streams:
         stream.companions = [other.name for other in config.streams
                              if other is not stream and overlap(stream, other)]
@@ -1684,10 +1757,11 @@ def check_places(config, state_dir):
             # a direct child of its own directory is skipped by the scan; elsewhere it would be sent
             own = other is stream and stream.quarantine_dir != stream.directory and \
                 same_directory(os.path.dirname(stream.quarantine_dir), stream.directory)
-            if stream.move and not own and lies_below(stream.quarantine_dir, other.directory):
-                config.fail('stream:' + stream.name, 'quarantine_dir',
-                            'lies in the directory of stream %s' % other.name,
-                            'put it directly into this directory or outside of all')
+            if stream.move and not own and lies_below(stream.quarantine_dir, other.directory) and \
+                    not any(config.is_wrong('stream:' + s.name, 'directory') for s in config.streams):
+                config.mistake('stream:' + stream.name, 'quarantine_dir',
+                               'lies in the directory of stream %s' % other.name,
+                               'put it directly into this directory or outside of all')
 
 
 def read_stream_files(config):
@@ -1696,20 +1770,41 @@ def read_stream_files(config):
     pattern = config.settings.stream_files
     extras = sorted(glob.glob(pattern))
     if not extras and not glob.has_magic(pattern):
-        config.fail('mistamover', 'stream_files', '%s is not there' % show(pattern))
+        config.mistake('mistamover', 'stream_files', '%s is not there' % show(pattern))
     for extra in extras:
         known = set(config.sections)
         read_ini(config, extra)
         for section in set(config.sections) - known:
             if not section.startswith('stream:'):
-                config.fail(section, None, 'a file of stream_files holds streams only',
-                            'move it to %s' % show(config.path))
+                config.mistake(section, None, 'a file of stream_files holds streams only',
+                               'move it to %s' % show(config.path))
+
+
+def read_stream(config, section, protocols, text_of, mode):
+    """The Settings of a stream, or None if its mistakes leave nothing to check further."""
+    chosen = mode or (text_of(section, 'transfer_mode') or 'move').lower()
+    values = read_section(config, section, 'stream', text_of, chosen)
+    if values['transfer_protocol'] not in protocols:
+        config.mistake(section, 'transfer_protocol', 'unknown protocol %r' % values['transfer_protocol'],
+                       nearest(values['transfer_protocol'], protocols))
+        return None
+    if not all(values[name] for name in REQUIRED) or config.is_wrong(section, 'transfer_protocol'):
+        return None
+    drop_meaningless(config, section, values, protocols, chosen)
+    values['configured_mode'] = values['transfer_mode']
+    values['transfer_mode'] = mode or values['transfer_mode']
+    stream = Settings(section[len('stream:'):], values)
+    if stream.pause_time is None:
+        stream.pause_time = config.settings.pause_time
+    check_secrets(config, stream)
+    finish_stream(config, stream, protocols, config.settings.state_dir)
+    return stream
 
 
 def load_config(path, protocols, names=(), mode=None):
     """Read and check a configuration; `names` selects streams, `mode` overrides theirs.
 
-    Raises ConfigError; nothing is touched.
+    Raises ConfigError with all that is wrong; nothing is touched.
     """
     config = Config(path)
     read_ini(config, config.path)
@@ -1722,29 +1817,17 @@ def load_config(path, protocols, names=(), mode=None):
         read_stream_files(config)
         check_names(config)
         text_of = make_interpolator(config)
-    for section in config.sections:
-        if not section.startswith('stream:'):
-            continue
-        chosen = mode or (text_of(section, 'transfer_mode') or 'move').lower()
-        values = read_section(config, section, 'stream', text_of, chosen)
-        if values['transfer_protocol'] not in protocols:
-            config.fail(section, 'transfer_protocol', 'unknown protocol %r' % values['transfer_protocol'],
-                        nearest(values['transfer_protocol'], protocols))
-        drop_meaningless(config, section, values, protocols, chosen)
-        values['configured_mode'] = values['transfer_mode']
-        values['transfer_mode'] = mode or values['transfer_mode']
-        stream = Settings(section[len('stream:'):], values)
-        if stream.pause_time is None:
-            stream.pause_time = config.settings.pause_time
-        check_secrets(config, stream)
-        finish_stream(config, stream, protocols, config.settings.state_dir)
-        config.streams.append(stream)
-    if not config.streams:
-        config.fail('stream:NAME', None, 'no stream is configured', 'add a [stream:NAME] section')
-    unknown = set(names) - {stream.name for stream in config.streams}
-    if unknown:
+    every = [section for section in config.sections if section.startswith('stream:')]
+    for section in every:
+        stream = read_stream(config, section, protocols, text_of, mode)
+        config.streams += [stream] if stream else []
+    if not every and not config.mistakes:
+        config.mistake('stream:NAME', None, 'no stream is configured', 'add a [stream:NAME] section')
+    known = [section[len('stream:'):] for section in every]
+    unknown = set(names) - set(known)
+    if unknown and known:
         raise ConfigError('no stream %s in %s' % (show(min(unknown)), show(config.path)),
-                          nearest(min(unknown), [s.name for s in config.streams]))
+                          nearest(min(unknown), known))
     check_places(config, config.settings.state_dir)
     check_email(config)
     check_monitor(config)
@@ -1752,6 +1835,7 @@ def load_config(path, protocols, names=(), mode=None):
     config.streams = [s for s in config.streams if not names or s.name in names]
     for stream in config.streams:
         check_stream(config, stream, protocols)
+    config.raise_mistakes()
     return config
 
 
@@ -1770,7 +1854,7 @@ def example_ini(protocols):
              '#',
              '# Every option is here with its default.  Relative paths are relative to this file.',
              '# Durations take s m h d, sizes K M G T.  ${section:option} refers to another',
-             '# option; write $$ for a dollar sign.', '']
+             '# option, ${host} to the name of this machine; write $$ for a dollar sign.', '']
     for section, kind in (('mistamover', 'mistamover'), ('email', 'email'),
                           ('disk_space_monitor', 'disk_space_monitor'), ('defaults', 'stream')):
         lines += ['', '[%s]' % section]
@@ -11308,6 +11392,8 @@ def start_log(config):
         make_private_directory(os.path.dirname(settings.log_file))
     log.start(settings.log_level, settings.log_file, settings.log_format, settings.log_size,
               settings.loudness)
+    for warning in config.warnings:
+        log.once(warning)
 
 
 class Supervisor:
@@ -11441,13 +11527,17 @@ class Supervisor:
         self.looked = now
         if not due:
             return
+        if self.stop.reload:
+            with contextlib.suppress(MoverError):
+                start_log(self.config)                  # logrotate may have renamed the file
         self.stop.reload, self.known = False, now       # if it is refused, only once
         self.notifier.reloading()
         try:
             self.adopt(self.load())
             self.state.alerts.turn('config', False, 'info', 'the configuration is in order again')
         except MoverError as error:
-            message = 'the new configuration is refused, the old one stays in force: %s' % error
+            message = 'the new configuration is refused, the old one stays in force: %s' % (
+                '; '.join(error.lines))
             log.error(message)
             self.state.alerts.turn('config', True, 'error', message)
         finally:
@@ -11661,8 +11751,11 @@ def status_of_broken(args, error, stop):
 
 
 def parse_moment(text):
-    """The epoch seconds of '2026-11-24', '2026-11-24T18:30' (local) or '2d' (ago).
-    Raises ConfigError."""
+    """The epoch seconds of '2026-11-24', '2026-11-24T18:30' (local), '2d' (ago), or of a time in
+    UTC as --history prints it.  Raises ConfigError."""
+    if re.match(r'\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z$', text):
+        with contextlib.suppress(ValueError):
+            return epoch(text[:19] + (text[19:-1] or '.0').ljust(4, '0')[:4])
     for form in ('%Y-%m-%d', '%Y-%m-%dT%H:%M', '%Y-%m-%d %H:%M', '%Y-%m-%dT%H:%M:%S'):
         with contextlib.suppress(ValueError):
             return time.mktime(time.strptime(text, form))
@@ -12122,7 +12215,8 @@ exit codes:
 
 signals:
   TERM, INT end it within seconds, children included
-  HUP       to a daemon: read the configuration again
+  HUP       to a daemon: read the configuration again, open log_file again
+  TSTP      (Ctrl-Z) stops it and the programs it started, CONT (fg) goes on
 
 examples:
   mistamover.py --init                      write a configuration
@@ -12236,7 +12330,8 @@ def main(argv=None):
             return run_command(command, args, stop)
     except MoverError as error:
         log.clear_line()
-        say('mistamover: %s' % show(str(error)), sys.stderr)
+        for line in error.lines:
+            say('mistamover: %s' % show(line), sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         return 130

@@ -1472,6 +1472,94 @@ class Configuration(Case):
                           mm.hash_named(stream.send_checksum)), (False, 'accepted', 3600, 'none', 0, 'md5'))
         self.assertTrue(self.loaded(self.stream('sftp', 'x', 'target_host = h')).zips)
 
+    def test_all_mistakes_are_told_at_once(self):
+        path = os.path.join(tempfile.mkdtemp(dir=BASE), 'm.ini')
+        top = os.path.dirname(path)
+        write(path, ("""[mistamover]
+log_size = big
+[defaults]
+settle_time = soon
+[stream:a]
+transfer_protocol = scp
+directory = TOP/in
+target_dir = ../x
+settle_tme = 3s
+transfer_mode = mirror
+tls = yes
+[stream:b]
+transfer_protocol = http
+directory = TOP/b
+target_dir = TOP/b/c
+[stream:c]
+transfer_protocol = local
+directory = TOP/b
+target_dir = TOP/b/c
+verify = maybe
+[strange]
+[email]
+recipient = me@example.org
+tls = ${nothing}
+[disk_space_monitor]
+level_low = 10
+""".replace('TOP', top)).encode())
+        os.chmod(path, 0o600)
+        with self.assertRaises(mm.ConfigError) as caught:
+            mm.load_config(path, mm.TRANSPORTS)
+        told = [re.match(r'.*line (\d+): \[([^]]*)\] ?(\w*)', line) for line in caught.exception.lines]
+        self.assertEqual([' '.join(match.groups()).strip() for match in told], [
+            '2 mistamover log_size', '4 defaults settle_time', '5 stream:a target_host',
+            '8 stream:a target_dir', '9 stream:a settle_tme',
+            '10 stream:a transfer_mode', '11 stream:a tls', '13 stream:b transfer_protocol',
+            '19 stream:c target_dir', '20 stream:c verify', '21 strange', '23 email recipient',
+            '24 email tls', '26 disk_space_monitor level_low'])
+        done = subprocess.run([sys.executable, PROGRAM, '-c', path], stderr=subprocess.PIPE)
+        self.assertEqual((done.returncode, len(done.stderr.splitlines())), (2, 14))
+        write(path, b'[stream:a]\none\ntwo = 2\nthree\n')
+        with self.assertRaises(mm.ConfigError) as caught:
+            mm.load_config(path, mm.TRANSPORTS)
+        lines = [re.search(r'line (\d)', line).group(1) for line in caught.exception.lines]
+        self.assertEqual(lines, ['2', '4'])
+
+    def test_slips_that_were_silent(self):
+        for line, part in (('ignore = *.tmp *.part', 'commas'), ('ignore = .git .svn, x', 'commas'),
+                           ('only = *.dat # data', 'comment'), ('ignore = # all', 'comment'),
+                           ('settle_time = 5s # short', 'comment'), ('target_marker = x ; y', 'comment'),
+                           ('after_delivery = /bin/true # x', 'comment')):
+            self.refused(self.stream(more=line), line.split()[0], part)
+        self.refused(self.stream('local # here'), 'transfer_protocol', 'comment')
+        self.refused(self.stream(target='TOP/out # there'), 'target_dir', 'comment')
+        self.refused('[email]\nrecipient = me@example.org\n' + self.stream(), 'recipient', 'smarthost')
+        for level in ('20', '0.5'):
+            self.refused('[disk_space_monitor]\nlevel_low = %s\n' % level + self.stream(),
+                         'level_low', level + '%', level + 'G')
+        stream = self.loaded(self.stream(more="ignore = *~, #*#, a b*, * - Copy*, *[ ]x[ ]*\n"
+                                              "after_delivery = logger '# x' \"a #b\""))
+        self.assertEqual(stream.ignore, ['*~', '#*#', 'a b*', '* - Copy*', '*[ ]x[ ]*'])
+        self.assertEqual(stream.after_delivery, ['logger', '# x', 'a #b'])
+
+    def test_the_name_of_the_host_in_values(self):
+        with mock.patch('socket.gethostname', lambda: 'pc-07.lab.example.org'):
+            stream = self.loaded('[defaults]\nusername = ${host}\n' + self.stream(
+                'ftp', 'data/${host}/%Y/$${host}', 'target_host = ${host}.example.org\npassword = ${host}'))
+        self.assertEqual((stream.username, stream.target_dir, stream.target_host, stream.password),
+                         ('pc-07', 'data/pc-07/%Y/${host}', 'pc-07.example.org', '${host}'))
+        with mock.patch('socket.gethostname', lambda: 'a/../b c'):
+            self.assertEqual(mm.short_host_name(), 'a_')
+
+    def test_an_option_that_went_warns(self):
+        world = self.world('local')
+        with open(world.ini, 'a') as handle:
+            handle.write('sftp_command = /usr/bin/sftp\n')
+        done = self.assert_run(world, 0)
+        self.assertIn('[stream:s] sftp_command: sftp needs no program', done.output)
+
+    def test_since_takes_what_history_prints(self):
+        moment = 1795000000.123
+        self.assertAlmostEqual(mm.parse_moment(mm.utc_stamp(moment)), moment, 2)
+        self.assertEqual(mm.parse_moment(mm.utc_stamp(moment)[:19] + 'Z'), 1795000000)
+        with self.assertRaises(mm.ConfigError):
+            mm.parse_moment('2026-13-99T00:00:00Z')
+
     def test_indented_options_have_their_place(self):
         indented = self.stream(more='settle_time = x').replace('\n', '\n    ')
         self.refused(indented, 'line 5', 'settle_time')
@@ -6796,6 +6884,19 @@ class Hooks(Case):
 
 
 class Reload(Case):
+    def test_a_hangup_opens_the_log_anew(self):
+        world = self.world('local')
+        path = os.path.join(world.top, 'the.log')
+        world.configure('log_file = %s\n' % path)
+        process = self.daemon(world)
+        wait_for(lambda: os.path.exists(os.path.join(world.state, 'status.json')), 'the daemon')
+        os.rename(path, path + '.1')        # as logrotate does
+        process.send_signal(signal.SIGHUP)
+        wait_for(lambda: os.path.exists(path) and 'read again' in text_of(path), 'the new file')
+        process.terminate()
+        self.assertEqual(self.ended(process), 143)
+        self.assertIn('stopping: signal 15', text_of(path))
+
     def add(self, world, name, **more):
         paths = [os.path.join(world.top, name + end) for end in ('-in', '-out')]
         for path in paths:
