@@ -5496,6 +5496,51 @@ mm.copy_entry = moving
         self.assertEqual(contents(tree(world.target)), expected, str(done))
         self.assertEqual(world.leftovers(), [])
 
+    def test_a_reader_that_takes_files_at_once(self):
+        world = self.world('scp')
+        shelf = os.path.join(world.top, 'shelf')
+        os.mkdir(shelf)
+        originals = {b'run%03d.dat' % number: b'content %d' % number for number in range(300)}
+        for name, content in originals.items():
+            write(os.path.join(mm.to_bytes(world.source), name), content)
+        write(os.path.join(world.target, 'run007.dat'), b'older')      # a conflict among them
+        again, over = [], threading.Event()
+
+        def take():
+            while not over.is_set():
+                for name in os.listdir(world.target):
+                    if name.endswith('.dat') and 'run007' not in name:
+                        again.extend([name] if os.path.exists(os.path.join(shelf, name)) else [])
+                        os.rename(os.path.join(world.target, name), os.path.join(shelf, name))
+        reader = threading.Thread(target=take)
+        reader.start()
+        try:
+            done = self.assert_run(world, 0)
+        finally:
+            over.set()
+            reader.join()
+        found = contents(tree(world.target))
+        found.update(contents(tree(shelf)))
+        self.assertEqual([found.pop(name) for name in list(found) if b'~' in name], [b'older'], str(done))
+        self.assertEqual((found, tree(world.source), again), (originals, {}, []), str(done))
+        self.assertLessEqual({record['outcome'] for record in world.ledger()}, {'taken', 'delivered'})
+
+    def test_what_was_taken_before_it_was_looked_for(self):
+        world = self.world('scp')
+        write(os.path.join(world.source, 'item'), b'item')
+        done = self.doctored(world, """
+import os
+real = mm.ScpTransport.place
+def place(self, jobs):
+    done = real(self, jobs)
+    for job in done:
+        os.unlink(os.path.join(TARGET, job.final.decode()))
+    return done
+mm.ScpTransport.place = place
+""")
+        self.assertEqual((done.code, tree(world.source), tree(world.target)), (0, {}, {}), str(done))
+        self.assertEqual([record['outcome'] for record in world.ledger()], ['taken'])
+
     def test_questions_for_one_ordinary_file(self):
         world = self.world('scp')
         write(os.path.join(world.source, 'item'), b'item')
