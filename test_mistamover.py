@@ -4910,6 +4910,31 @@ class Sftp(Invariants):
         self.assertIn('cannot make the directory .mistamover', done.output)
         self.assertIn('permission denied (may this account', done.output)
 
+    def test_names_that_the_server_takes_for_one(self):
+        """A rename onto a name that exists is refused or replaces: nothing may be lost."""
+        for how in ('folds', 'folds:replaces'):
+            for options in ({}, {'directories': 'keep'}, {'items': 'files'}):
+                world = self.between(how, **options)
+                originals = {b'Scan.dat': b'one', b'scan.dat': b'another', b'day/A': b'first',
+                             b'day/a': b'second', b'day/b': b'third'}
+                for name, content in originals.items():
+                    write(os.path.join(mm.to_bytes(world.source), name), content)
+                write(os.path.join(world.target, 'scan.dat'), b'old')
+                done = self.assert_run(world, 0)
+                self.assertEqual(sorted(held_at_target(world).values()),
+                                 sorted([b'old'] + list(originals.values())), str(done))
+                self.assertEqual((held_at_source(world), world.leftovers()), ({}, []), str(done))
+
+    def test_bytes_that_the_server_makes_one_character(self):
+        world = self.world('npm_ssh2')
+        names = [b'a\xff', b'a\xfe', 'a\u00e9'.encode(), b'a']
+        for name in names:
+            write(os.path.join(mm.to_bytes(world.source), name), b'content of ' + name)
+        done = self.assert_run(world, 1)
+        self.assertEqual(contents(tree(world.source)), {n: b'content of ' + n for n in names[:2]}, str(done))
+        self.assertEqual(contents(tree(world.target)), {n: b'content of ' + n for n in names[2:]}, str(done))
+        self.assertEqual(world.leftovers(), [])
+
     def test_at_most_three_round_trips_more(self):
         """What experiments cost one ordinary file; a round trip: answers that went together."""
         counts = []

@@ -9,7 +9,9 @@ import sys
 import threading
 import time
 
-OPEN, READ, WRITE, OPENDIR, MKDIR, VERSION, STATUS, EXTENDED = 3, 5, 6, 11, 14, 2, 101, 200
+VERSION, READ, WRITE, RENAME, STATUS, EXTENDED = 2, 5, 6, 18, 101, 200
+# OPEN, LSTAT, SETSTAT, OPENDIR, REMOVE, MKDIR, RMDIR, STAT, RENAME
+WITH_PATH = 3, 7, 9, 11, 13, 14, 15, 17, 18
 PAUSE = 0.03            # seconds in which what belongs together arrives
 
 mode, _, argument = os.environ.get('BETWEEN', 'pass').partition(':')
@@ -42,6 +44,21 @@ def status(packet, code):
     send(len(body).to_bytes(4, 'big') + body)
 
 
+def lower(packet):
+    """The same request with its paths in lower case."""
+    at, done = 9, packet[:9]
+    for _ in range(2 if packet[4] == RENAME else 1):
+        end = at + 4 + int.from_bytes(packet[at:at + 4], 'big')
+        done, at = done + packet[at:at + 4] + packet[at + 4:end].lower(), end
+    return done + packet[at:]
+
+
+def posix_rename(packet):
+    name = b'posix-rename@openssh.com'
+    body = bytes([EXTENDED]) + packet[5:9] + len(name).to_bytes(4, 'big') + name + packet[9:]
+    return len(body).to_bytes(4, 'big') + body
+
+
 def change(packet):
     """The request as it goes on, or None."""
     global seen
@@ -51,6 +68,10 @@ def change(packet):
         end()
     if mode == 'refuses' and kind in [int(number) for number in argument.split(',')]:
         return status(packet, 3)
+    if mode == 'folds' and kind in WITH_PATH:
+        packet = lower(packet)
+    if argument == 'replaces' and kind == RENAME:
+        packet = posix_rename(packet)
     if mode == 'short' and kind == READ:
         return packet[:-4] + min(1000, int.from_bytes(packet[-4:], 'big')).to_bytes(4, 'big')
     if mode == 'deaf' and seen > int(argument):
@@ -76,7 +97,7 @@ def answers():
     threading.Thread(target=gather, daemon=True).start()
     while True:
         chunk = [line.get()]
-        if chunk[0][4] == VERSION and mode == 'closes':
+        if chunk[0][4] == VERSION and mode in ('closes', 'folds'):
             chunk = [(5).to_bytes(4, 'big') + chunk[0][4:9]]    # it has no extensions
         while mode in ('shuffle', 'count'):
             try:
