@@ -2708,7 +2708,11 @@ class Entry(collections.namedtuple('Entry', 'path kind size mtime_ns ctime_ns de
         return self.dev, self.ino, self.size, self.mtime_ns, self.ctime_ns
 
     def looks_like(self, info):
-        return (self.size, self.mtime_ns) == (info.st_size, info.st_mtime_ns)
+        return self.size == info.st_size and self.mtime_ns == info.st_mtime_ns
+
+    def is_at(self, info):
+        """Whether this is the same file, whatever its ctime: a link that we make changes that."""
+        return self.ino == info.st_ino and self.dev == info.st_dev and self.looks_like(info)
 
     def same_as(self, info):
         return self.identity == (info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns,
@@ -3169,8 +3173,7 @@ def open_entry(root, entry, any_ctime=False):
             raise StateError('cannot open %s: %s' % (show(entry.path), error.strerror))
         raise ItemError('%s cannot be read: %s' % (show(entry.path), error.strerror),
                         'check its permissions')
-    info = os.fstat(fd)
-    if not (entry._replace(ctime_ns=info.st_ctime_ns) if any_ctime else entry).same_as(info):
+    if not (entry.is_at if any_ctime else entry.same_as)(os.fstat(fd)):
         os.close(fd)
         raise Changed('%s has changed' % show(entry.path))
     return fd
@@ -3282,15 +3285,20 @@ class Leases:
         return self.sentence(refused) if refused else None
 
 
+def check_entry_unused(stream, entry, leases):
+    """Raises Changed if the file is being written, ItemError if it is unreadable."""
+    fd = open_entry(stream.root, entry)
+    try:
+        if leases.take(fd) is False:
+            raise Changed('%s is open for writing' % show(entry.path))
+    finally:
+        os.close(fd)
+
+
 def check_unused(stream, item, leases):
     """Raises Changed if a file of the item is being written, ItemError if unreadable."""
     for entry in item.files:
-        fd = open_entry(stream.root, entry)
-        try:
-            if leases.take(fd) is False:
-                raise Changed('%s is open for writing' % show(entry.path))
-        finally:
-            os.close(fd)
+        check_entry_unused(stream, entry, leases)
 
 
 # ----------------------------------------------------------------------------------------
@@ -3504,6 +3512,7 @@ class Transport:
     modules = ()                # what it imports where it needs it
     overlaps = True             # sending takes so long that the part before is finished meanwhile
     asks_at_once = False        # present() costs nothing
+    sees_writers = False        # send() finds out by itself whether somebody writes a file
     forbidden = b''             # bytes the protocol cannot carry in a name
 
     def __init__(self, stream, stop, progress, lock_fds=()):
@@ -4155,7 +4164,7 @@ class Link:
     gone: meanwhile a writer waits who would show half of it there."""
 
     MOST = 400                      # of the 1,024 descriptors a process usually has
-    FREE = threading.BoundedSemaphore(MOST)
+    FREE = [None] * MOST            # one is taken out for each that is kept
 
     def __init__(self, path, entry):
         self.path = path            # the second name
@@ -4165,16 +4174,17 @@ class Link:
 
     def keep(self, fd):
         """Keep this descriptor, which has the lease, if there are not too many of them already."""
-        if self.FREE.acquire(blocking=False):
+        try:
+            self.FREE.pop()
             self.fd = fd
-        else:
+        except IndexError:
             os.close(fd)
 
     def held(self):
         """Hand the descriptor over, for the release: (descriptor or None, whether it has a lease)."""
         fd, self.fd = self.fd, None
         if fd is not None:
-            self.FREE.release()
+            self.FREE.append(None)
         return fd, fd is not None
 
     def broken(self):
@@ -4204,6 +4214,7 @@ class LocalTransport(Staging):
     takes = 'here chmod'
     target_form = 'here'
     asks_at_once = True
+    sees_writers = True
     # mounts that say of a file that it is written before the server has it: davfs2 is plain
     # "fuse" with a URL for a source
     UPLOADS_LATER = (b'davfs', b'fuse.davfs', b'fuse.rclone', b'fuse.geesefs', b'fuse.onedriver')
@@ -4345,6 +4356,17 @@ class LocalTransport(Staging):
             for job in jobs:
                 self.stop.check()
                 self.stage_one(batch, job, together)
+        self.hold_back(batch)
+
+    def hold_back(self, batch):
+        """An item of which a file is being written, or has changed, waits as a whole."""
+        jobs = iter(batch.jobs)
+        for parcel in batch.parcels:
+            mine = [next(jobs) for entry in parcel.entries if entry.kind == 'f']
+            why = next((job.error for job in mine if isinstance(job.error, Changed)), None)
+            for job in mine if why else ():
+                job.error = job.error or why
+                self.delete([job.staged] if job.staged else ())
 
     def stage_one(self, batch, job, together):
         job.equal = self.stream.mirror and self.looks_like(job.entry, job.final, True)
@@ -4357,6 +4379,8 @@ class LocalTransport(Staging):
                 self.progress.sent(job.entry.size)
             else:
                 self.overlaps = True
+                if batch.root == self.stream.root:
+                    check_entry_unused(self.stream, job.entry, self.leases)
                 if parent_of(job.final) in self.beyond:
                     job.staged = self.beside(job)
                 self.copy(batch, job, not together or parent_of(job.final) in self.beyond)
@@ -9242,18 +9266,19 @@ class Releaser:
         """link: the Link of a file that has its second name at the target, which is taken back
         before a writer who waits goes on.  in_tree: it lies in a tree that was set aside."""
         head, _, name = entry.path.rpartition(b'/')
-        reason = 'could not be looked at'
+        reason, any_ctime = 'could not be looked at', any_ctime or link is not None
         fd, leased = link.held() if link else (None, None)
         try:
             place = self.directory(head, in_tree) + (name,)
-            if fd is None:
+            held = fd is not None       # since it was looked at before it got its second name
+            if not held:
                 fd, leased = self.hold(place)
-            what = fd, leased, entry, place, any_ctime or link is not None
-            try:
-                reason = self.release_open(*what)
-            except PermissionError:
-                with made_writable(place[0]):
-                    reason = self.release_open(*what)
+            if leased is False:
+                reason = 'is open for writing'
+            elif not held and not self.as_expected(entry, os.fstat(fd), any_ctime):
+                reason = 'changed after it was sent'
+            else:
+                reason = self.release_open(fd, leased, entry, place, any_ctime)
             if reason and link:
                 link.take_back()
             return reason
@@ -9279,12 +9304,8 @@ class Releaser:
         """None when it is gone, else the reason why it stays.  any_ctime: it has another one
         since, by our doing."""
         parent, aside, name = place
-        if leased is False:
-            return 'is open for writing'
-        if not self.as_expected(entry, os.fstat(fd), any_ctime):
-            return 'changed after it was sent'
         try:
-            os.rename(name, name, src_dir_fd=parent, dst_dir_fd=aside)
+            self.move_aside(place)
         except OSError as error:
             if error.errno != errno.EXDEV or self.stream.keep_delivered:
                 raise
@@ -9292,9 +9313,9 @@ class Releaser:
                 return 'changed while it was released'
             os.unlink(name, dir_fd=parent)      # a mount point: without the very last look
             return None
-        here, there = os.fstat(fd), os.stat(name, dir_fd=aside, follow_symlinks=False)
-        if not os.path.samestat(here, there) and self.inodes_stay(aside) or \
-                not entry.looks_like(here) or not entry.looks_like(there) or leased and lease_broken(fd):
+        there = os.stat(name, dir_fd=aside, follow_symlinks=False)
+        if not (entry.is_at(there) or self.is_elsewhere(fd, entry, there, aside)) or \
+                leased and lease_broken(fd):
             self.put_back(name, aside, parent)
             return 'changed while it was released'
         try:
@@ -9302,9 +9323,22 @@ class Releaser:
         except OSError:
             self.put_back(name, aside, parent)
             raise
-        if here.st_nlink > 1 and not any_ctime:
-            self.changed[(here.st_dev, here.st_ino)] = os.fstat(fd).st_ctime_ns
+        if there.st_nlink > 1 and not any_ctime:
+            self.changed[(there.st_dev, there.st_ino)] = os.fstat(fd).st_ctime_ns
         return None
+
+    @staticmethod
+    def move_aside(place):
+        parent, aside, name = place
+        try:
+            os.rename(name, name, src_dir_fd=parent, dst_dir_fd=aside)
+        except PermissionError:
+            with made_writable(parent):
+                os.rename(name, name, src_dir_fd=parent, dst_dir_fd=aside)
+
+    def is_elsewhere(self, fd, entry, there, aside):
+        """Whether it is the file that is held, with the inode number of its new path."""
+        return entry.looks_like(there) and entry.looks_like(os.fstat(fd)) and not self.inodes_stay(aside)
 
     def inodes_stay(self, aside):
         """Whether a file of ours keeps its inode number when it is renamed; the kernel may have
@@ -9342,8 +9376,8 @@ class Releaser:
 
     def as_expected(self, entry, info, any_ctime):
         """Whether this is what the snapshot says, but for the ctime that we gave it."""
-        ctime = info.st_ctime_ns if any_ctime else self.changed.get((entry.dev, entry.ino))
-        return entry.same_as(info) or ctime is not None and entry._replace(ctime_ns=ctime).same_as(info)
+        return entry.same_as(info) or entry.is_at(info) and (
+            any_ctime or self.changed.get((entry.dev, entry.ino)) == info.st_ctime_ns)
 
     @staticmethod
     def put_back(name, aside, parent):
@@ -9965,7 +9999,8 @@ class Delivery:
             refusal = self.transport.refusal(item.entries[:1] if self.stream.zips else item.entries)
             if refusal:
                 raise refusal
-            check_unused(self.stream, item, self.releaser.leases)
+            if not self.transport.sees_writers or self.stream.zips and item.is_directory:
+                check_unused(self.stream, item, self.releaser.leases)
             return True
         except Changed as error:
             log.debug('%s: %s' % (self.stream.name, error))

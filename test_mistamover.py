@@ -2198,9 +2198,7 @@ mm.%s = interrupted
         world = self.world('local')
         write(os.path.join(world.source, 'f'), b'first')
         done, target, source = self.half_written(world, """
-import threading
-mm.Link.FREE = threading.BoundedSemaphore(1)
-mm.Link.FREE.acquire()
+mm.Link.FREE.clear()
 real = mm.Delivery.record
 def record(self, *args):
     real(self, *args)
@@ -2210,6 +2208,19 @@ mm.Delivery.record = record
 """)
         self.assertEqual((target, source), ({}, {b'f': b'half and whole'}), str(done))
         self.assertEqual([r['outcome'] for r in world.ledger()], ['delivered', 'withdrawn'])
+
+    def test_a_directory_waits_as_a_whole(self):
+        for options in ({}, {'target_chmod': '644'}, {'transfer_mode': 'mirror'}):
+            world = self.world('local', **options)
+            for name in ('day/a', 'day/b', 'day/c', 'z'):
+                write(os.path.join(world.source, name), name.encode())
+            with open(os.path.join(world.source, 'day', 'b'), 'r+b'):
+                done = self.assert_run(world, 0)
+            self.assertEqual(held_at_target(world), {b'z': b'z'}, str(done))
+            self.assertIn('left for the next run: day', done.output)
+            self.assert_run(world, 0)
+            self.assertEqual(len(held_at_target(world)), 4)
+            self.assertEqual(world.leftovers(), [])
 
     def test_files_of_another_account_are_warned_about(self):
         if os.geteuid() or not find_program('setpriv'):
