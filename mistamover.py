@@ -1648,8 +1648,8 @@ def check_stream(config, stream, protocols):
     protocol = stream.protocol
     if stream.mirror and not protocol.mirrors:
         fail('transfer_mode', 'mirror does not work with %s' % stream.transfer_protocol,
-             'use %s, or transfer_mode = move'
-             % ' or '.join(n for n, p in sorted(protocols.items()) if p.mirrors))
+             'use %s, or transfer_mode = move%s' % (
+                 ' or '.join(n for n, p in sorted(protocols.items()) if p.mirrors), protocol.mirror_hint))
     if 'host' in protocol.takes.split() and not stream.target_host:
         fail('target_host', 'is missing', '%s needs one' % stream.transfer_protocol)
     if stream.directories not in protocol.directories + ('auto',):
@@ -3504,6 +3504,7 @@ class Transport:
     """
 
     mirrors = False             # mirror mode works
+    mirror_hint = ''            # what else would do
     stages = False              # a crash may leave temporary files for tidy()
     directories = 'zip',        # what it can do with them; the first is what `auto` means
     target_form = 'path'        # what target_dir is: one of TARGET_FORMS
@@ -5940,6 +5941,7 @@ class Report:
         self.errors = {}            # name -> what went wrong with it
         self.trouble = ''           # the last error of all
         self.hashes = {}            # name -> 'md5:...', compared and found equal
+        self.sent = set()           # names
         self.seen, self.since = None, time.monotonic()
         self.rest = b''
 
@@ -5964,6 +5966,7 @@ class Report:
             if name:
                 self.errors[to_bytes(name)] = self.trouble
         elif name and self.COPIED.match(text):
+            self.sent.add(to_bytes(name))
             if self.copied:
                 self.copied(to_bytes(name))
         elif name and self.HASHED.match(text):
@@ -5994,6 +5997,7 @@ class RcloneTransport(Transport):
     an object in parts, and where another has put the object there.
     """
 
+    mirror_hint = '; for a mirror in a bucket there is rclone sync'
     directories = 'keep',
     target_form = 'remote'
     takes = 'network rclone parallel'
@@ -6005,8 +6009,7 @@ class RcloneTransport(Transport):
     PARTIAL = 1, 63             # from here on a file that is under way has another name
     CONDITION = 1, 64           # from here on `If-None-Match` reaches the store
     ONE_PIECE = 5 << 30         # the largest object that S3 takes in one request
-    NO_SUCH_DIRECTORY = 3       # exit codes: rclone.org/docs, List of exit codes
-    USAGE = 2
+    USAGE, NOTHING_THERE = 2, (3, 4)        # exit codes: rclone.org/docs, List of exit codes
     # what rclone writes for characters that a store cannot hold, and what its lists lose
     QUOTING = re.compile(rb'\xe2\x80\x9b|\xe2\x90[\x80-\xa1]|\r\Z')
     ODD = re.compile(rb'[\\\x01-\x1f\x7f]')
@@ -6042,16 +6045,20 @@ class RcloneTransport(Transport):
         """Run an rclone that answers; (exit code, output, why it failed).  names: for its list."""
         done = run(self.words(verb, options, places), self.stop, self.stream.stall_timeout,
                    b''.join(name + b'\n' for name in names), keep_fds=self.lock_fds)
-        return done.code, done.output, plain_reason(done.errors) or 'rclone gives no reason'
+        reason = plain_reason(done.errors) or 'rclone gives no reason'
+        self.check_usage(done.code, reason)
+        return done.code, done.output, reason
+
+    def check_usage(self, code, reason):
+        if code == self.USAGE:
+            raise TargetError('rclone does not know one of its options: %s' % reason, 'see rclone_options')
 
     def work(self, verb, options, places, paths, report):
         """Run an rclone that reports while it works on a list of paths; the exit code."""
         options = options + ['--use-json-log', '--stats=1s', '--stats-log-level=NOTICE', '--files-from-raw=-']
         done = run(self.words(verb, options, places), self.stop, report.limit + KILL_GRACE,
                    b''.join(path + b'\n' for path in paths), report.hear, keep_fds=self.lock_fds, merged=True)
-        if done.code == self.USAGE:
-            raise TargetError('rclone does not know one of its options: %s' % report.trouble,
-                              'see rclone_options')
+        self.check_usage(done.code, report.trouble)
         return done.code
 
     # -- what the remote is
@@ -6122,7 +6129,7 @@ class RcloneTransport(Transport):
         has no directories: what is asked for is one of ours, which takes no time to list."""
         code, _, reason = self.answer('lsjson', ['--stat', '--no-modtime'],
                                       self.remote(self.area + b'/' if self.bucket else b''))
-        if code == self.NO_SUCH_DIRECTORY:
+        if code in self.NOTHING_THERE:
             if not self.stream.create_directories:
                 raise TargetError('%s is missing' % target_of(self.stream),
                                   'create it or mount it, or set create_directories = yes')
@@ -6135,10 +6142,18 @@ class RcloneTransport(Transport):
         code, output, reason = self.answer(
             'lsjson', ['--recursive', '--no-modtime', '--no-mimetype', '--no-traverse', '--files-from-raw=-'],
             self.remote(), names=names)
+        if code and not self.bucket:        # a directory of such a name is an error to that question
+            return {name for name in names if self.is_there(name)}
         if code:
             raise TargetError('cannot look at %s: %s' % (target_of(self.stream), reason))
         found = {to_bytes(entry['Path']) for entry in from_json(output.decode('utf-8', 'replace'))}
         return found & set(names)
+
+    def is_there(self, name):
+        code, _, reason = self.answer('lsjson', ['--stat', '--no-modtime'], self.remote(name))
+        if code not in (0,) + self.NOTHING_THERE:
+            raise TargetError('cannot look at %s: %s' % (target_of(self.stream), reason))
+        return code == 0
 
     # -- sending
 
@@ -6171,6 +6186,8 @@ class RcloneTransport(Transport):
         _, output, _ = self.answer('lsf', ['--recursive', '--files-only'], area)
         found = set(re.sub(rb'\xe2\x90([\x80-\x9f\xa1])', self.unquoted, output).split(b'\n'))
         self.carried.update((odd, name in found) for odd, name in names.items())
+        # by their names first: a store may list one that it does not know when asked for it
+        self.answer('delete', ['--no-traverse', '--files-from-raw=-'], area, names=names.values())
         self.answer('purge', [], area)
 
     @staticmethod
@@ -6303,35 +6320,35 @@ class RcloneTransport(Transport):
         paths = paths - set(problems)
         backup = paths if self.stream.on_conflict == 'backup' else batch.twins(paths)
         before = self.keep_old(batch, backup, problems)
-        self.overwrite(batch, paths - set(problems) - set(before), {})
-        self.overwrite(batch, set(before), before)
         left = paths - set(problems)
+        for path in sorted(left - set(before)):
+            log.info('%s: %s had other content at the target and is overwritten' % (
+                self.stream.name, show(batch.final(path))))
+        sent = self.overwrite(batch, left - set(before), {}) | self.overwrite(batch, set(before), before)
         if left:
             proven, rest, report = self.prove(batch, left, left)
             changed = {path for path in rest if path in before}
             if changed and self.sums(batch, changed) == {path: before[path] for path in changed}:
                 # nobody else's: the store's ETag is not the MD5, as of an object in parts
-                self.overwrite(batch, changed, {})
+                sent |= self.overwrite(batch, changed, {})
                 again, rest, report = self.prove(batch, set(rest), set(rest))
                 proven.update(again)
             equal.update(proven)
             for path in rest:
                 problems[path] = IntegrityError('%s arrived damaged' % show(path)) \
-                    if push.get(path) == b'<' else ItemError(
+                    if path in sent or push.get(path) == b'<' else ItemError(
                         '%s is at the target with other content and cannot be replaced: %s' % (
                             show(path), report.why(path) or 'no reason given'))
         return problems
 
     def overwrite(self, batch, paths, before):
-        """Send these over what is there.  before: {path: MD5 of what must still be there}."""
-        if self.s3 and before:
-            for path in sorted(paths):
-                self.copy(batch, [path], ['--ignore-times'], 'If-Match: "%s"' % before[path])
-        else:
-            self.copy(batch, sorted(paths), ['--ignore-times'])
-        for path in sorted(paths - set(before)):
-            log.info('%s: %s had other content at the target and is overwritten' % (
-                self.stream.name, show(batch.final(path))))
+        """Send these over what is there; those that went.  before: {path: MD5 of what must still be
+        there}."""
+        if not (self.s3 and before):
+            return self.copy(batch, sorted(paths), ['--ignore-times']).sent
+        reports = [self.copy(batch, [path], ['--ignore-times'], 'If-Match: "%s"' % before[path])
+                   for path in sorted(paths)]
+        return set().union(*(report.sent for report in reports))
 
     def keep_old(self, batch, paths, problems):
         """Copy what has these names to stamped ones, within the store: {path: its MD5}."""

@@ -895,6 +895,100 @@ class RcloneSftp(SshServer):
                 '--dir-cache-time', '100ms']    # the tests put files there behind its back
 
 
+class Rclone(Server):
+    """No server: rclone's configuration, with this machine as a remote."""
+
+    needs = (('venv/bin/rclone', None),)
+    remotes = '[here]\ntype = local\n[crypt]\ntype = crypt\nremote = %(base)s\n' \
+        'password = ZELhz55kV-xt71_KngCtjQL-ke_HOw\n' \
+        '[dav]\ntype = webdav\nvendor = other\nurl = http://127.0.0.1:%(port)d\n'    # obscured: secret
+
+    def prepare(self):
+        self.config = self.file('rclone.conf', self.remotes % {'base': BASE, 'port': self.port})
+
+    def start(self):
+        pass
+
+    def end(self):
+        pass
+
+    def rclone(self, *words, **more):
+        """The output of an rclone that looks for itself, as bytes."""
+        return subprocess.check_output([installed('venv/bin/rclone'), '--config', self.config] + list(words),
+                                       stderr=subprocess.DEVNULL, **more)
+
+
+class SeaweedFs(Rclone):
+    """An object store that speaks S3."""
+
+    needs = Rclone.needs + (('venv/bin/weed', None),)
+    user, password = 'AKFULL', 'SKFULL'
+    s3 = '[%s]\ntype = s3\nprovider = SeaweedFS\naccess_key_id = %s\nsecret_access_key = %s\n' \
+        'endpoint = http://127.0.0.1:%%(port)d\nforce_path_style = true\n'
+    remotes = s3 % ('weed', 'AKFULL', 'SKFULL') + s3 % ('reads', 'AKREAD', 'SKREAD') + \
+        s3 % ('wrong', 'AKFULL', 'NOKEY') + '[crypt]\ntype = crypt\nremote = weed:bucket/crypt\n' \
+        'password = ZELhz55kV-xt71_KngCtjQL-ke_HOw\n'
+
+    def prepare(self):
+        Rclone.prepare(self)
+        self.keys = self.file('keys', json.dumps({'identities': [
+            {'name': name, 'credentials': [{'accessKey': 'AK' + name, 'secretKey': 'SK' + name}],
+             'actions': actions} for name, actions in (
+                 ('FULL', ['Admin', 'Read', 'Write', 'List', 'Tagging']), ('READ', ['Read', 'List']))]}))
+        self.ports = [free_port() for _ in range(7)]
+
+    def command(self):
+        names = ['s3.port.grpc'] + [
+            kind + end for kind in ('master', 'volume', 'filer') for end in ('.port', '.port.grpc')]
+        return [installed('venv/bin/weed'), 'server', '-dir=' + self.top, '-ip=127.0.0.1',
+                '-ip.bind=127.0.0.1', '-filer', '-s3', '-s3.config=' + self.keys, '-s3.port=%d' % self.port,
+                '-s3.port.iceberg=0', '-s3.port.lance=0', '-volume.max=20', '-master.volumeSizeLimitMB=64'] + [
+                    '-%s=%d' % pair for pair in zip(names, self.ports)]
+
+    def start(self):
+        Server.start(self)
+        wait_for(self.works, 'the object store')
+
+    def works(self):
+        with contextlib.suppress(subprocess.CalledProcessError):
+            self.rclone('mkdir', 'weed:bucket', '--retries=1', '--low-level-retries=1')
+            return True
+        self.answers()          # raises when the store has ended
+        return False
+
+    def end(self):
+        """By SIGKILL: its own end can take long, and a store must survive it."""
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        for port in self.ports:
+            for path in glob.glob('/tmp/seaweedfs-*-grpc-%d.sock' % port):
+                os.unlink(path)
+
+
+class Moto(SeaweedFs):
+    needs = Rclone.needs + (('venv/bin/moto_server', None),)
+    remotes = '[moto]\n' + SeaweedFs.remotes.split('\n', 1)[1].split('[')[0]
+
+    def command(self):
+        return [installed('venv/bin/moto_server'), '-H', '127.0.0.1', '-p', '%d' % self.port]
+
+    def start(self):
+        Server.start(self)
+        self.rclone('mkdir', self.remotes[1:].split(']')[0] + ':bucket')
+
+    def end(self):
+        Server.end(self)
+
+
+class ServeS3(Moto):
+    needs = Rclone.needs
+    remotes = Moto.remotes.replace('moto', 'served')
+
+    def command(self):
+        return [installed('venv/bin/rclone'), 'serve', 's3', self.top, '--addr', '127.0.0.1:%d' % self.port,
+                '--auth-key', 'AKFULL,SKFULL', '--config', '/dev/null']
+
+
 class PyFtpdLib(Script):
     needs = (('venv/lib/python3*/site-packages/pyftpdlib', None),)
     program = 'ftp_pyftpdlib.py'
@@ -933,6 +1027,8 @@ CLASSES = {
     'dropbear': Dropbear, 'nas': Nas, 'tinysshd': TinySshd, 'asyncssh': AsyncSsh, 'paramiko': Paramiko,
     'between': SftpBetween, 'password': AsyncSshPassword, 'question': AsyncSshQuestion, 'code': AsyncSshCode,
     'conch': Conch, 'npm_ssh2': NpmSsh2, 'rclone_sftp': RcloneSftp,
+    # rclone's remotes
+    'rclone': Rclone, 'seaweedfs': SeaweedFs, 'moto': Moto, 'serve_s3': ServeS3,
 }
 
 
@@ -1160,6 +1256,17 @@ class Native(Site):
                 'target_dir': self.module + '/' + os.path.relpath(world.target, BASE)}
 
 
+class OverRclone(Site):
+    """rclone to a directory of this machine, so that the tests can look."""
+
+    mirrors = False
+    carries_newline = False
+
+    def options(self, world):
+        return {'transfer_protocol': 'rclone', 'target_dir': 'here:' + world.target,
+                'rclone_command': installed('venv/bin/rclone'), 'rclone_config': server('rclone').config}
+
+
 class Ftp(Site):
     mirrors = False
     zips = True
@@ -1197,7 +1304,7 @@ SITES.update((site.name, site) for site in (
     OverSsh('paramiko', 'paramiko', 'sftp'), OverSsh('conch', 'conch', 'sftp'),
     OverSsh('npm_ssh2', 'npm_ssh2', 'sftp'), OverSsh('rclone_sftp', 'rclone_sftp', 'sftp', below=BASE),
     OverSsh('dropbear_scp', 'dropbear', 'scp'), OverSsh('dropbear_rsync', 'dropbear', 'rsync_ssh'),
-    OverSsh('nas', 'nas', 'scp'),
+    OverSsh('nas', 'nas', 'scp'), OverRclone('rclone', 'rclone'),
 ) + tuple(Local(kind, kind) for kind in MOUNTS))
 
 
@@ -4826,6 +4933,326 @@ mm.FtpTransport.staged_name = lambda self, entry: (
         self.assertEqual(done.code, 0, str(done))
         self.assertEqual(contents(tree(world.target)), {n.encode(): n.encode() * 1000 for n in names})
         self.assertEqual((tree(world.source), world.leftovers()), ({}, []))
+
+
+class ObjectStores(Invariants):
+    """rclone to a store that speaks S3, and the remotes that it may and may not be used with."""
+
+    ODD = [b'plain.dat', b'with  space', b' lead', b'trail ', b"quote'and\"double", b'$(x)', b'semi;colon',
+           b'-dash', b'#hash', 'caf\u00e9 \u65e5\u672c'.encode(), b'raw\xff\xfebytes', b'star*[a]?', b'{1,2}',
+           b'100%41', b'a+b&c=d', b'x' * 200, b'.dot', b'tab\there']
+
+    def world(self, site='rclone', remote='weed:bucket', store='seaweedfs', **options):
+        store = server(store)
+        world = Case.world(self, site)
+        # by its number: no two tests meet in one store
+        target = '%s/%s' % (remote, os.path.basename(world.top))
+        world.configure(**dict({'rclone_config': store.config, 'target_dir': target, 'retry_count': '1'},
+                               **options))
+        world.place = re.sub('/%.*', '', world.options['target_dir'])
+        return world
+
+    def stored(self, world, store='seaweedfs', place=None):
+        """{key: content} of what is in the store, by another rclone."""
+        copy = tempfile.mkdtemp(dir=world.top)
+        server(store).rclone('copy', place or world.place, copy)
+        return {name: content for name, content in contents(tree(copy)).items() if content != 'directory'}
+
+    def put(self, world, content, name, *more, store='seaweedfs'):
+        path = os.path.join(world.top, 'put')
+        write(path, content)
+        server(store).rclone('copyto', path, world.place + '/' + name, '--s3-no-head',
+                             '--ignore-checksum', *more)
+
+    @staticmethod
+    def md5chksum(content):
+        """What rclone keeps as an object's hash by its uploader."""
+        return base64.b64encode(hashlib.md5(content).digest()).decode()
+
+    def test_names_and_trees(self):
+        world = self.world(target_dir='weed:bucket/odd/%Y', batch_files='10')
+        for name in self.ODD:
+            write(os.path.join(mm.to_bytes(world.source), name), b'content of ' + name)
+            write(os.path.join(mm.to_bytes(world.source), b'tree', b'sub', name), b'tree ' + name)
+        write(os.path.join(world.source, 'empty'))
+        os.makedirs(os.path.join(world.source, 'hollow', 'deeper'))
+        os.utime(os.path.join(world.source, 'hollow', 'deeper'), (OLD, OLD))
+        os.utime(os.path.join(world.source, 'hollow'), (OLD, OLD))
+        done = self.assert_run(world, 0)
+        year = b'%d/' % time.localtime(OLD).tm_year
+        expected = {year + name: b'content of ' + name for name in self.ODD}
+        expected.update({year + b'tree/sub/' + name: b'tree ' + name for name in self.ODD})
+        expected[year + b'empty'] = b''
+        self.assertEqual(self.stored(world), expected)
+        self.assertEqual((tree(world.source), world.leftovers()), ({}, []))
+        self.assertIn('hollow/deeper is empty, and weed:bucket/odd/%Y holds no empty directories',
+                      done.output)
+        sums = {record['item']: record['checksum'] for record in world.ledger()}
+        self.assertEqual(sums['plain.dat'], 'md5:' + hashlib.md5(b'content of plain.dat').hexdigest())
+
+    def test_names_that_the_store_changes_stay_here(self):
+        world = self.world()
+        bad = [b'back\\slash', b'bell\x07', b'cr\r', b'new\nline', 'pic\u2409ture'.encode(),
+               'q\u201bx'.encode()]
+        for name in bad + [b'good']:
+            write(os.path.join(mm.to_bytes(world.source), name), name)
+        self.put(world, b'somebody\'s', 'back/slash')
+        done = self.assert_run(world, 1)
+        self.assertEqual(contents(tree(world.source)), {name: name for name in bad})
+        self.assertEqual(self.stored(world), {b'good': b'good', b'back/slash': b'somebody\'s'})
+        for name in bad:
+            self.assertIn(mm.show(name), done.output)
+
+    def test_on_conflict(self):
+        for policy, code, there in (('backup', 0, [b'new', b'old']), ('overwrite', 0, [b'new']),
+                                    ('refuse', 1, [b'old'])):
+            with self.subTest(policy):
+                world = self.world(on_conflict=policy)
+                for name in ('tree/run', 'run001', 'same'):
+                    self.put(world, b'same' if name == 'same' else b'old', name)
+                for name in ('tree/run', 'tree/more', 'run001', 'same', 'other'):
+                    write(os.path.join(world.source, name), b'same' if name == 'same' else b'new')
+                self.assert_run(world, code)
+                held = self.stored(world)
+                self.assertEqual((held.pop(b'same'), held.pop(b'other'), held.pop(b'tree/more')),
+                                 (b'same', b'new', b'new'))
+                for name in (b'tree/run', b'run001'):
+                    self.assertEqual(held[name], there[0])
+                    self.assertEqual([held[n] for n in held if n.startswith(name + b'.~')], there[1:])
+                self.assertEqual(len(held), 2 * len(there))
+                left = {n: c for n, c in contents(tree(world.source)).items() if c != 'directory'}
+                self.assertEqual(left, {} if not code else {
+                    b'run001': b'new', b'tree/more': b'new', b'tree/run': b'new'})
+
+    def test_only_what_the_store_computed_counts(self):
+        """Objects of other bytes whose metadata hold the right sum, of one piece and of several."""
+        world = self.world()
+        small, large = b'right bytes', random.Random(1).getrandbits(8 * 6000000).to_bytes(6000000, 'little')
+        lies = {'small': b'wrong bytes', 'large': large[:-1] + b'!'}
+        for name, content in (('small', small), ('large', large)):
+            write(os.path.join(world.source, name), content)
+            self.put(world, lies[name], name, '--s3-upload-cutoff=5Mi', '--s3-chunk-size=5Mi',
+                     '--header-upload', 'X-Amz-Meta-Md5chksum: ' + self.md5chksum(content))
+        told = server('seaweedfs').rclone('md5sum', world.place + '/large').decode().split()[0]
+        self.assertEqual(told, hashlib.md5(large).hexdigest())      # as a check without reading sees it
+        self.assert_run(world, 0)
+        held = self.stored(world)
+        self.assertEqual((held.pop(b'small'), held.pop(b'large')), (small, large))
+        self.assertEqual(sorted(held.values()), sorted(lies.values()))
+        self.assertEqual(tree(world.source), {})
+
+    def test_an_object_in_parts_is_read_back(self):
+        world = self.world()
+        large = random.Random(2).getrandbits(8 * 12000000).to_bytes(12000000, 'little')
+        write(os.path.join(world.source, 'large'), large)
+        done = self.doctored(world, 'mm.RcloneTransport.ONE_PIECE = 5 << 20')
+        self.assertEqual(done.code, 0, str(done))
+        self.assertEqual((self.stored(world), tree(world.source)), ({b'large': large}, {}))
+        record, = world.ledger()
+        self.assertIsNone(record['checksum'])       # nobody has a hash of the whole
+        told = server('seaweedfs').rclone('lsf', '--format=h', '--hash=md5', world.place)
+        self.assertEqual(told.strip().decode(), hashlib.md5(large).hexdigest())     # its uploader's word
+
+    def test_damage_in_the_store_is_never_released(self):
+        world = self.world()
+        write(os.path.join(world.source, 'precious'), b'exists once')
+        done = self.doctored(world, """
+import subprocess
+real = mm.RcloneTransport.copy
+def copy(self, *args):
+    report = real(self, *args)
+    subprocess.run([self.stream.rclone_command, '--config', self.stream.rclone_config, 'rcat',
+                    self.remote(b'precious')], input=b'exists 0nce', check=True)
+    return report
+mm.RcloneTransport.copy = copy
+""")
+        self.assertEqual(done.code, 1, str(done))
+        self.assertIn('precious arrived damaged', done.output)
+        self.assertEqual(contents(tree(world.source)), {b'precious': b'exists once'})
+        self.assertEqual(world.ledger(), [])
+        self.assert_run(world, 0)
+        self.assertEqual(self.stored(world)[b'precious'], b'exists once')
+        self.assertEqual(tree(world.source), {})
+
+    def test_what_cannot_work_is_said_at_the_start(self):
+        world = self.world()
+        write(os.path.join(world.source, 'run'), b'run')
+        store = server('seaweedfs')
+        for words, options in (
+                ('is missing (create it', {'target_dir': 'weed:nowhere/x'}),
+                ('403', {'target_dir': 'wrong:bucket/x'}),
+                ('AccessDenied', {'target_dir': 'reads:bucket/x'}),
+                ('names no bucket', {'target_dir': 'weed:'}),
+                ("didn't find section", {'target_dir': 'nosuch:bucket/x'}),
+                ('cannot start rclone', {'rclone_command': os.path.join(world.top, 'rclone')}),
+                ('is no rclone that', {'rclone_command': '/bin/true'}),
+                ('does not know one of its options', {'rclone_options': '--s3-magic=yes'}),
+                ('lie in each other', {'target_dir': 'here:%s/sub' % world.source,
+                                       'rclone_config': server('rclone').config}),
+                ('target_marker', {'target_marker': 'the-archive', 'args': '--check'})):
+            with self.subTest(words):
+                args = options.pop('args', None)
+                world.configure(**dict({'rclone_config': store.config, 'target_dir': world.place,
+                                        'retry_count': '1'}, **options))
+                done = self.assert_run(world, 1, *[args] if args else [])
+                self.assertIn(words, done.output)
+                self.assertNotIn('Traceback', done.output)
+                self.assertNotIn('SKFULL', done.output)
+                self.assertEqual(contents(tree(world.source)), {b'run': b'run'})
+        self.assertNotIn(b'nowhere', store.rclone('lsd', 'weed:'))
+        world.configure(rclone_config=store.config, target_dir='weed:somewhere-new/x',
+                        create_directories='yes')
+        self.assert_run(world, 0)
+        self.assertEqual(self.stored(world, place='weed:somewhere-new'), {b'x/run': b'run'})
+
+    def test_check_stop_file_and_marker(self):
+        world = self.world(target_marker='the-archive')
+        write(os.path.join(world.source, 'run'), b'run')
+        self.put(world, b'', 'the-archive')
+        done = self.assert_run(world, 0, '--check')
+        self.assertIn('write, hash, rename, remove: done', done.output)
+        self.assertEqual(self.stored(world), {b'the-archive': b''})
+        self.put(world, b'', '.stop')
+        done = self.assert_run(world, 0)
+        self.assertIn('suspended: .stop in ' + world.place, done.output)
+        self.assertEqual(self.stored(world), {b'the-archive': b'', b'.stop': b''})
+        server('seaweedfs').rclone('deletefile', world.place + '/.stop')
+        self.assert_run(world, 0)
+        self.assertEqual(self.stored(world), {b'the-archive': b'', b'run': b'run'})
+
+    def test_killed_and_run_again(self):
+        world = self.world(bandwidth_limit='1M')
+        originals = {b'large': random.Random(3).getrandbits(8 * 4000000).to_bytes(4000000, 'little'),
+                     b'tree/small': b'small'}
+        for name, content in originals.items():
+            write(os.path.join(mm.to_bytes(world.source), name), content)
+        process = world.start('--once')
+        wait_for(lambda: process.poll() is not None or [
+            pid for pid in children_of(process.pid) if ' copy ' in command_line(pid)], 'the copy to begin')
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        done = self.assert_run(world, 3)            # the orphan still counts as one of ours
+        self.assertIn('still runs', done.output)
+        done = wait_for(lambda: Kills.undisturbed(world), 'the stream to be free', 60)
+        self.assertEqual(done.code, 0, str(done))
+        self.assertEqual((self.stored(world), tree(world.source), world.leftovers()), (originals, {}, []))
+
+    def test_the_store_ends_and_comes_back(self):
+        world = self.world()
+        store = server('seaweedfs')
+        daemon = self.daemon(world)
+        write(os.path.join(world.source, 'first'), b'first')
+        wait_for(lambda: not tree(world.source), 'the first to go')
+        store.end()
+        write(os.path.join(world.source, 'second'), b'second')
+        try:
+            wait_for(lambda: 'cannot look at' in world.said(), 'the outage to be seen', 60)
+            self.assertEqual(contents(tree(world.source)), {b'second': b'second'})
+        finally:
+            store.start()
+        wait_for(lambda: not tree(world.source), 'the second to go', 60)
+        daemon.terminate()
+        self.ended(daemon)
+        self.assertEqual(self.stored(world), {b'first': b'first', b'second': b'second'})
+
+    def test_two_senders_at_once(self):
+        """Each name of each sender is in the store at the end, one of the two under a stamp."""
+        one = self.world()
+        other = self.world(target_dir=one.place)
+        for world, word in ((one, b'one'), (other, b'other')):
+            for number in range(8):
+                write(os.path.join(world.source, 'run%d' % number), word)
+        ends = [self.ended(process) for process in [world.start('--once') for world in (one, other)]]
+        for world in (one, other):
+            if tree(world.source):      # what was replaced meanwhile is sent again
+                self.assert_run(world, 0)
+        held = self.stored(one)
+        self.assertEqual(sorted(held.values()), [b'one'] * 8 + [b'other'] * 8, (ends, one.said(), other.said()))
+
+    def test_other_remotes(self):
+        """What wraps a store has no hashes: all is read back.  webdav shows half files: refused."""
+        for store, remote in (('seaweedfs', 'crypt:'), ('moto', 'moto:bucket'), ('serve_s3', 'served:bucket'),
+                              ('rclone', 'crypt:')):
+            with self.subTest((store, remote)):
+                world = self.world(remote=remote, store=store, create_directories='yes')
+                self.put(world, b'old', 'run', store=store)
+                for name in ('run', 'tree/a', "odd $(x) 'y'"):
+                    write(os.path.join(world.source, name), b'new ' + name.encode())
+                self.assert_run(world, 0)
+                held = self.stored(world, store)
+                self.assertEqual([held.pop(n) for n in list(held) if b'~' in n], [b'old'])
+                self.assertEqual(held, {name: b'new ' + name for name in (
+                    b'run', b'tree/a', b"odd $(x) 'y'")})
+                self.assertEqual((tree(world.source), world.leftovers()), ({}, []))
+        world = self.world(remote='dav:', store='rclone', target_dir='dav:')
+        write(os.path.join(world.source, 'run'), b'run')
+        done = self.assert_run(world, 1)
+        self.assertIn('under their names before they are whole', done.output)
+        self.assertEqual(contents(tree(world.source)), {b'run': b'run'})
+
+    def test_an_old_rclone(self):
+        """Debian 12 has 1.60: buckets only, and for S3 only one sender."""
+        if not installed('rclone') or b'v1.60' not in subprocess.check_output(['rclone', 'version']):
+            self.skipTest('no rclone 1.60 (apt-get install rclone, Debian 12)')
+        bundle = os.environ.pop('AWS_CA_BUNDLE', None)      # makes it fail, whatever the file holds
+        self.addCleanup(lambda: bundle and os.environ.update(AWS_CA_BUNDLE=bundle))
+        world = self.world(rclone_command='rclone')
+        write(os.path.join(world.source, 'tree', 'run'), b'run')
+        self.put(world, b'old', 'tree/run')
+        self.assert_run(world, 0)
+        self.assertEqual(sorted(self.stored(world).values()), [b'old', b'run'])
+        write(os.path.join(world.source, 'run'), b'run')
+        with open(world.ini, 'a') as handle:
+            handle.write('[stream:t]\ndirectory = other\ntransfer_protocol = rclone\ntarget_dir = %s/tree\n'
+                         'rclone_config = %s\n' % (world.place, server('seaweedfs').config))
+        done = self.assert_run(world, 1, '-s', 's')
+        self.assertIn('would overwrite what stream t sends to the same place', done.output)
+        world.configure(rclone_command='rclone', rclone_config=server('rclone').config, retry_count='1',
+                        target_dir='here:' + world.target)
+        done = self.assert_run(world, 1)
+        self.assertIn('rclone 1.60 shows files', done.output)
+        self.assertEqual((contents(tree(world.source)), tree(world.target)), ({b'run': b'run'}, {}))
+
+    def test_progress_and_its_end(self):
+        """A Report counts bytes, and gives up an rclone that only repeats itself."""
+        progress = mock.Mock(sent_bytes=5)
+        copied = []
+        report = mm.Report(0.05, progress, copied.append)
+        lines = [{'level': 'notice', 'stats': {'bytes': 10, 'transfers': 0}},
+                 {'level': 'info', 'msg': 'Copied (new)', 'object': 'caf\u00e9'},
+                 {'level': 'debug', 'msg': 'md5 = 0123456789abcdef OK', 'object': 'x'},
+                 {'level': 'debug', 'msg': 'OK - could not check hash', 'object': 'y'},
+                 {'level': 'error', 'msg': 'Failed to copy:\n no', 'object': 'z'}]
+        text = b''.join(json.dumps(line).encode() + b'\n' for line in lines)
+        report.hear(text[:40])
+        report.hear(text[40:] + b'2026/11/28 06:27:40 Failed to lsjson: no such thing\n')
+        self.assertEqual((progress.sent_bytes, copied), (15, ['caf\u00e9'.encode()]))
+        self.assertEqual((report.hashes, report.errors),
+                         ({b'x': 'md5:0123456789abcdef'}, {b'z': 'Failed to copy: no'}))
+        self.assertEqual((report.why(b'z'), report.why(b'x')),
+                         ('Failed to copy: no', 'Failed to lsjson: no such thing'))
+        with self.assertRaisesRegex(mm.TargetError, 'made no progress'):
+            wait_for(lambda: report.watch({'bytes': 10}), 'never')
+
+    def test_configuration(self):
+        world = self.world()
+        for line, words in (('rclone_options = --inplace', 'rclone_options: --inplace is refused'),
+                            ('rclone_options = --s3-storage-class GLACIER', 'GLACIER is refused'),
+                            ('rclone_options = -n', '-n is refused'),
+                            ('rclone_options = --exclude=*.dat', 'is refused'),
+                            ('target_dir = :s3,secret_access_key=x:bucket', 'REMOTE:path'),
+                            ('target_dir = weed,secret_access_key=x:bucket', 'REMOTE:path'),
+                            ('target_dir = bucket/x', 'REMOTE:path'),
+                            ('target_host = example.org', 'means nothing'),
+                            ('directories = zip', 'does not zip'),
+                            ('transfer_mode = mirror', 'rclone sync')):
+            with self.subTest(line):
+                world.configure(**dict([line.split(' = ')], rclone_config=server('seaweedfs').config))
+                self.assertIn(words, self.assert_run(world, 2).output)
+        os.chmod(server('seaweedfs').config, 0o644)
+        self.addCleanup(os.chmod, server('seaweedfs').config, 0o600)
+        self.assertIn('can be read by others', self.assert_run(world.configure(
+            rclone_config=server('seaweedfs').config), 2).output)
 
 
 @spread
