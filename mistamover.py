@@ -5256,6 +5256,10 @@ class Push(Rows):
     def end(self, done):
         self.done = done
         self.said += done.lines
+        return self.remainder()
+
+    def remainder(self):
+        """The last part: all that was not handed on."""
         untold = {id(parcel): parcel for parcel in self.awaited.values()}
         self.last = self.batch.part(self.gone + list(untold.values()))
         return self.last
@@ -6216,7 +6220,7 @@ class RcloneTransport(Transport):
         parts = [e.path for e in files if self.in_parts(e)]
         for paths, condition in ((whole, 'If-None-Match: *'), (parts, None)):
             self.copy(batch, paths, ['--immutable', '--checksum'], condition, push.report)
-        ready(push.end(None), False)
+        ready(push.remainder(), False)
 
     def in_parts(self, entry):
         """Whether S3 makes an object of several: then it has no hash of the whole, and no condition."""
@@ -6270,16 +6274,17 @@ class RcloneTransport(Transport):
                 return {}, report
 
     def prove(self, batch, paths, copied):
-        """({path: checksum or None} of what is there as it is here, {path: what the check says} of the
-        rest, its Report).  copied: those that this run has sent."""
-        equal = dict.fromkeys(paths & copied) if self.stream.verify == 'accepted' else {}
+        """({path: (checksum or None, proof)} of what is there as it is here, {path: what the check says}
+        of the rest, its Report).  copied: those that this run has sent."""
+        equal = dict.fromkeys(paths & copied, (None, 'accepted')) if self.stream.verify == 'accepted' else {}
         by_size = self.stream.verify == 'size'
         vague = {entry.path for entry in batch.entries if self.in_parts(entry)}
         # with a listing, never without: then the uploader's word would count as the store's
         if paths & copied - set(equal) and (by_size or self.hashes_itself):
             marks, report = self.check(batch, paths, ['--size-only'] if by_size else [])
-            equal = {path: report.hashes.get(path) for path in paths & copied if marks.get(path) == b'=' and (
-                by_size or path in report.hashes and path not in vague)}
+            proof = 'size' if by_size else 'hashed there'
+            equal = {path: (report.hashes.get(path), proof) for path in paths & copied
+                     if marks.get(path) == b'=' and (by_size or path in report.hashes and path not in vague)}
         rest = paths - set(equal)
         if not rest:
             return equal, {}, None
@@ -6287,7 +6292,7 @@ class RcloneTransport(Transport):
         marks, report = self.check(batch, rest, ['--download', '--no-traverse'])
         if any(marks.get(path) in (b'+', None) for path in rest):
             self.look()         # else the store was not there to be asked
-        equal.update((path, None) for path in rest if marks.get(path) == b'=')
+        equal.update((path, (None, 'read back')) for path in rest if marks.get(path) == b'=')
         return equal, {path: marks.get(path) for path in rest - set(equal)}, report
 
     def finish(self, batch):
@@ -6395,14 +6400,20 @@ class RcloneTransport(Transport):
     def outcome(self, batch, parcel, equal, problems):
         error = next((problems[entry.path] for entry in parcel.entries if entry.path in problems), None)
         single = parcel.entries[0] if len(parcel.entries) == 1 else None
-        return Outcome(error, equal.get(single.path) if single else None,
-                       batch.final(single.path) if single else None, {}, True,
-                       proof='rclone check')
+        checksum, _ = equal.get(single.path, (None, None)) if single else (None, None)
+        proofs = sorted({equal[entry.path][1] for entry in parcel.entries if entry.path in equal})
+        return Outcome(error, checksum, batch.final(single.path) if single else None, {}, True,
+                       proof=', '.join(proofs))
 
     # -- the rest
 
     def remove(self, name):
         self.answer('deletefile', [], self.remote(name))
+
+    def learned(self):
+        yield 'hashes', 'made by the target of what it holds%s' % (
+            '; objects in parts are read back' if self.s3 else '') if self.hashes_itself else \
+            'none that prove anything: all is read back'
 
     def free_space(self):
         if not self.features.get('About'):
