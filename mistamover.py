@@ -6331,12 +6331,12 @@ class RcloneTransport(Transport):
                 self.stream.name, show(batch.final(path))))
         sent = self.overwrite(batch, left - set(before), {}) | self.overwrite(batch, set(before), before)
         if left:
-            proven, rest, report = self.prove(batch, left, left)
+            proven, rest, report = self.prove(batch, left, sent)
             changed = {path for path in rest if path in before}
             if changed and self.sums(batch, changed) == {path: before[path] for path in changed}:
                 # nobody else's: the store's ETag is not the MD5, as of an object in parts
                 sent |= self.overwrite(batch, changed, {})
-                again, rest, report = self.prove(batch, set(rest), set(rest))
+                again, rest, report = self.prove(batch, set(rest), sent)
                 proven.update(again)
             equal.update(proven)
             for path in rest:
