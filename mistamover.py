@@ -8309,6 +8309,7 @@ class FtpTransport(Staging):
             if not stream.tls and b'AUTH TLS' in b' '.join(line.command(b'FEAT').lines).upper():
                 hint += ' the server offers TLS and may ask for it: tls = yes'
             raise TargetError('%s: %s' % (what, reply), '' if reply.code == 421 else hint)
+        line.command(b'OPTS UTF8 ON')           # or ProFTPD may take names for Latin-1 and change them
         for command in ([b'PBSZ 0', b'PROT P'] if stream.tls else []) + [b'TYPE I']:
             reply = line.command(command)
             if not reply.done:
@@ -8853,9 +8854,10 @@ class FtpTransport(Staging):
         Changed, ItemError, TargetError."""
         start = self.part_there(line, job)
         reply, digest = self.transfer(line, batch, job, start)
-        if start and reply.code // 100 in (4, 5) and reply.code not in (421, 425, 426, 452, 552):
-            self.resumes = False        # not here: anew, once
-            self.answers(line, [b'DELE ' + self.name(job.staged)])
+        if not reply.done and reply.code not in (421, 425, 426, 452, 552) and \
+                self.answers(line, [b'DELE ' + self.name(job.staged)])[0].done:
+            # what was there could not be gone on with, nor replaced: anew, once
+            self.resumes = self.resumes and not start
             reply, digest = self.transfer(line, batch, job, 0)
         if not reply.done:
             error = self.fault('STOR %s' % show(job.entry.path), reply, True)
@@ -9002,6 +9004,12 @@ class FtpTransport(Staging):
         if size is None and not self.looker:
             return None
         raise self.fault('RETR %s' % show(path), reply)
+
+    def same_content(self, batch, job):
+        with self.connection() as line:
+            if self.is_directory(line, job.final):      # some tell the size of one
+                return None
+        return Staging.same_content(self, batch, job)
 
     # -- names
 

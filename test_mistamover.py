@@ -1341,13 +1341,14 @@ SITES.update((site.name, site) for site in (
     ByPassword('question', 'question', 'sftp'), ByPassword('code', 'code', 'sftp')))
 FOLDING = ('exfat', 'ntfs_folds')
 CANNOT_HOLD = {                 # site: the odd names that cannot be had there
-    'pureftpd': (b' lead.dat', b'trail ', b'back\\slash'), 'inetutils': (b'raw\xff\xfe\x80.dat',),
+    'pureftpd': (b'trail ', b'back\\slash'), 'inetutils': (b'raw\xff\xfe\x80.dat',),
     'proftpd': (b'raw\xff\xfe\x80.dat',), 'proftpd_upstream': (b'raw\xff\xfe\x80.dat',),
     'proftpd_limit': (b'raw\xff\xfe\x80.dat',),
-    'proftpd_encoding': (b'raw\xff\xfe\x80.dat', 'caf\u00e9'.encode()),
+    'proftpd_encoding': (b'raw\xff\xfe\x80.dat',), 'twisted': (b'raw\xff\xfe\x80.dat', 'caf\u00e9'.encode()),
+    'aioftp': (b'raw\xff\xfe\x80.dat', b'trail '), 'npm_ftpd': (b'raw\xff\xfe\x80.dat', b'trail '),
     'pyftpdlib': (b'raw\xff\xfe\x80.dat',), 'npm_ssh2': (b'raw\xff\xfe\x80.dat',),
     'paramiko': (b'raw\xff\xfe\x80.dat',), 'conch': (b'raw\xff\xfe\x80.dat', 'caf\u00e9'.encode()),
-    'ftp_srv': (b'raw\xff\xfe\x80.dat', b'"quote".dat', b'trail ', b'back\\slash'),
+    'ftp_srv': (b'raw\xff\xfe\x80.dat', b'"quote".dat', b'back\\slash'),
     'ntfs': (b'raw\xff\xfe\x80.dat',), 'ntfs_folds': (b'raw\xff\xfe\x80.dat',),
     'exfat': (b'raw\xff\xfe\x80.dat', b'"quote".dat', b'back\\slash', b'new\nline'),
     'ntfs_windows_names': (b'raw\xff\xfe\x80.dat', b'"quote".dat', b'back\\slash', b'new\nline', b'trail '),
@@ -3924,21 +3925,7 @@ class Contract(Invariants):
 
     # What fails today, by test.  It must be empty at release: whoever mends one takes it out (one that
     # passes and is still in here fails the run).
-    NOT_YET = {
-        'test_backup': 'aioftp npm_ftpd proftpd proftpd_encoding proftpd_limit'
-                       ' proftpd_upstream twisted',
-        'test_refuse': 'aioftp npm_ftpd proftpd proftpd_encoding proftpd_limit'
-                       ' twisted',
-        'test_twins_of_case': 'aioftp npm_ftpd twisted',
-        'test_odd_names': 'aioftp davfs ftp_srv inetutils npm_ftpd proftpd'
-                          ' proftpd_encoding proftpd_limit proftpd_upstream pureftpd pyftpdlib '
-                          ' twisted',
-        'test_kill_and_again': 'aioftp npm_ftpd twisted',
-        'test_stop_file': 'aioftp npm_ftpd twisted',
-        'test_one_poison_item_among_twenty': 'aioftp npm_ftpd proftpd'
-                                             ' proftpd_encoding proftpd_limit proftpd_upstream '
-                                             ' twisted',
-    }
+    NOT_YET = {'test_odd_names': 'davfs'}
 
     def asked(self, site, **options):
         if SITES[site].remote:
