@@ -5424,7 +5424,7 @@ class RsyncTransport(Transport):
         stream = self.stream
         argv = [stream.rsync_command] + stream.rsync_options + [
             '--times', '--no-recursive', '--dirs', '--no-implied-dirs', '--from0',
-            '--files-from=-', '--out-format=%i|%C|%n',
+            '--files-from=-', '--out-format=' + ('%i|%C|%n' if '--checksum' in options else '%i||%n'),
             '--timeout=%d' % max(2 * stream.stall_timeout, 2 * (quiet_limit or 0), 1)]
         if stream.symlinks == 'keep':
             argv += ['--links']
@@ -5443,7 +5443,7 @@ class RsyncTransport(Transport):
         feed = b''.join(b'./' + path + b'\0' for path in paths)
         rows = Rows() if rows is None else rows
         for _ in range(self.ASK_AGAIN):
-            done = self.run_rsync(argv, feed, quiet_limit, rows)
+            done = self.run_rsync(argv, feed, quiet_limit, rows, '--checksum' in options)
             if done.code != self.REFUSED or self.active or not self.served:
                 break
             self.stop.wait(1)       # `max connections` counts the one that has just ended
@@ -5452,10 +5452,11 @@ class RsyncTransport(Transport):
             self.overlaps = False       # rrsync's lock, or max connections: one at a time there
         return done, rows
 
-    def run_rsync(self, argv, feed, quiet_limit, rows):
-        # MD5 by whatever the two agree on (--checksum-choice is told to the target, which may not
-        # know it): it has a name that the ledger can hold, and people can check it
-        secret = dict(self.secret(), RSYNC_CHECKSUM_LIST='md5 md4')
+    def run_rsync(self, argv, feed, quiet_limit, rows, hashed):
+        # a proof by MD5 (--checksum-choice would be told to the target, which may not know it): it
+        # has a name that the ledger can hold, and people can check it; while they send, the two
+        # agree on what is quickest
+        secret = dict(self.secret(), **{'RSYNC_CHECKSUM_LIST': 'md5 md4'} if hashed else {})
         # a SIGTERM makes rsync flush what it has just sent once more, if --bwlimit let it sleep
         # there: then files take the content of others (seen with 3.5.0 and a daemon)
         me = threading.get_ident()
@@ -5549,6 +5550,11 @@ class RsyncTransport(Transport):
             batch.biggest / self.stream.bandwidth_limit if self.stream.bandwidth_limit else 0)
 
     @staticmethod
+    def resuming(batch):
+        """A large file that breaks off is resumed; for small ones to ask costs more than it saves."""
+        return ['--partial-dir=' + PARTIAL_DIR] if batch.biggest >= RESUME_FROM else []
+
+    @staticmethod
     def reporting(batch):
         """Large files report while they are under way."""
         return ['--outbuf=L', '--info=progress2', '--no-human-readable'] if batch.biggest >= SMALL else []
@@ -5557,7 +5563,7 @@ class RsyncTransport(Transport):
         if self.stream.bandwidth_limit:
             options = options + ['--bwlimit=%d' % max(1, self.stream.bandwidth_limit // 1024)]
         done, rows = self.rsync(
-            batch.root, paths, ['--partial-dir=' + PARTIAL_DIR] + self.reporting(batch) + options,
+            batch.root, paths, self.resuming(batch) + self.reporting(batch) + options,
             self.top(batch), self.patience(batch), Rows(self.progress) if rows is None else rows)
         if done.code not in self.ENDED + (self.NO_ROOM,):
             self.fail(done, 'the transfer to %s broke off' % target_of(self.stream))
