@@ -2377,6 +2377,70 @@ class Failures:
         self.shared.update(self.stream.name, self.items)
 
 
+class Waits:
+    """Names that could not be sent yet, why, and since when: nothing waits unseen for ever.
+
+    Kept in waiting.json, for cron starts a new process each time.  Time under a stop file or
+    outside of the transfer window is left out.
+    """
+
+    MOST = 1000                         # names; what is beyond is only counted
+    SAVE_EVERY = 60                     # seconds, in a daemon
+    TELL_EVERY = 86400                  # seconds between two alerts while something waits
+
+    def __init__(self, shared, stream):
+        self.shared, self.stream = shared, stream
+        known = shared.read().get(stream.name, {})
+        self.held, self.told = (value if isinstance(value, (int, float)) else None
+                                for value in (known.get('held'), known.get('told')))
+        names = known.get('names')
+        self.names = {name: entry for name, entry in names.items() if isinstance(entry, dict) and
+                      isinstance(entry.get('since'), (int, float))} if isinstance(names, dict) else {}
+        self.saved_at, self.saved = 0, self.content()
+
+    def content(self):
+        return dict(names={name: dict(entry) for name, entry in self.names.items()},
+                    held=self.held, told=self.told)
+
+    def update(self, reasons, now, age):
+        """reasons: {name: why it waits} of a whole pass at the wall clock's time `now`."""
+        pause = 0 if self.held is None else max(0, age(self.held))
+        self.held = None
+        before, self.names = self.names, {}
+        for name in [n for n in before if n in reasons] + [n for n in reasons if n not in before]:
+            entry = before.get(name) or dict(since=now - pause)
+            self.names[name] = dict(entry, why=reasons[name], since=entry['since'] + pause)
+            if len(self.names) == self.MOST:
+                break
+
+    def hold(self, now):
+        """The stream is suspended from now on."""
+        if self.held is None:
+            self.held = now
+
+    def oldest(self):
+        """The time since when something waits, or None."""
+        return min((entry['since'] for entry in self.names.values()), default=None)
+
+    def to_tell(self, now, age, limit):
+        """Names that wait for longer than `limit` seconds and that somebody should hear of now."""
+        old = [name for name, entry in self.names.items() if limit and age(entry['since']) >= limit]
+        new = [name for name in old if not self.names[name].get('told')]
+        if not new or len(new) < len(old) and self.told is not None and age(self.told) < self.TELL_EVERY:
+            return []
+        for name in new:
+            self.names[name]['told'] = True
+        self.told = now
+        return sorted(new)
+
+    def save(self, at_once):
+        """Raises StateError."""
+        content = self.content()
+        if content != self.saved and (at_once or time.monotonic() - self.saved_at > self.SAVE_EVERY):
+            self.saved_at, self.saved = time.monotonic(), content
+            self.shared.update(self.stream.name, content)
+
+
 class Spent:
     """Ready files whose item was delivered and that are still here: they say nothing of a later
     item of that name.  Kept in spent.json, on disk before the item is released.
@@ -2681,6 +2745,7 @@ class State:
         self.failures = SharedJson(directory, 'failures.json')
         self.spent = SharedJson(directory, 'spent.json')
         self.staying = SharedJson(directory, 'staying.json')
+        self.waiting = SharedJson(directory, 'waiting.json')
         self.ages = Ages(directory)
         self.alerts = Alerts(directory, config)
 
@@ -2907,6 +2972,8 @@ class Scanner:
         self.spent = None           # the Spent of a Worker
         self.staying = {}           # emptied directories that something keeps -> what, in the last scan
         self.unready = 0            # items without their ready file, in the last scan
+        self.lacking = []           # the names of some of them
+        self.passed = 0             # names that matched `ignore`, in the last scan
         self.ready_pattern = None
         if stream.ready_file:
             before, after = to_bytes(stream.ready_file).split(b'{name}', 1)
@@ -2929,11 +2996,18 @@ class Scanner:
                 except FileNotFoundError:
                     continue
 
+    def lacks(self, path):
+        """An item has no ready file, or one of another that went."""
+        self.unready += 1
+        if len(self.lacking) < Waits.MOST:
+            self.lacking.append(path)
+
     def walk(self, relative, entries, left):
         """Append the entries below a directory to `entries`; raises OSError."""
         self.stop.check()
         for name, info in sorted(self.listing(relative), key=lambda pair: pair[0]):
             if self.skip(name, False):
+                self.passed += 1
                 left.append((os.path.join(relative, name), 'ignored'))
                 continue
             entry = Entry.of(os.path.join(relative, name), info)
@@ -3003,7 +3077,7 @@ class Scanner:
 
     def found(self):
         found = self.flat() if self.stream.items == 'files' else self.listing(b'')
-        self.staying = {}
+        self.staying, self.lacking, self.passed = {}, [], 0
         ready = {}
         if self.ready_pattern:
             found = list(found)
@@ -3017,9 +3091,11 @@ class Scanner:
                     '%s cannot be read' % show(path), 'check its permissions and its depth'))
                 continue
             if self.skip(name, top) or not self.wanted(name):
+                self.passed += bool(self.ignored and self.ignored(name))
                 continue
             if self.ready_pattern and path not in ready:
-                self.unready += not self.is_ready_name(name)
+                if not self.is_ready_name(name):
+                    self.lacks(path)
                 continue
             item = self.item(path, info)
             if item is None or self.stays(item):
@@ -3027,7 +3103,7 @@ class Scanner:
             item.ready = ready.get(path)
             if item.ready and self.spent and self.spent.covers(item):
                 self.orphans.append(item.ready)
-                self.unready += 1
+                self.lacks(path)
                 continue
             yield item
 
@@ -10772,6 +10848,11 @@ def row_notes(row, now):
         notes.append(row['note'])
     if row.get('rate') and row['state'] == 'transferring':
         notes.append(format_size(row['rate']) + '/s')
+    waits = ['%d %s' % (row[key], text) for key, text in (
+        ('settling', 'settling or in use'), ('unready', 'without a ready file')) if row.get(key)]
+    if waits and row.get('unsettled_since'):
+        waits[-1] += ', the first for %s' % age_of(row['unsettled_since'], now)
+    notes += waits
     if row.get('failing'):
         notes.append('%s failing' % count_of(row['failing'], 'item'))
     if row.get('quarantine'):
@@ -10899,6 +10980,10 @@ METRICS = (     # name, type, help, how to read it from a row: None where it is 
      lambda row: epoch(row['oldest']) if row.get('oldest') else None),
     ('settling_items', 'gauge', 'Items that are still changing or too fresh',
      lambda row: row.get('settling', 0)),
+    ('unready_items', 'gauge', 'Items without their ready file', lambda row: row.get('unready', 0)),
+    ('ignored_names', 'gauge', 'Names that match ignore', lambda row: row.get('ignored', 0)),
+    ('unsettled_timestamp_seconds', 'gauge', 'Time since which an item settles, is in use or unready',
+     lambda row: epoch(row['unsettled_since']) if row.get('unsettled_since') else None),
     ('failing_items', 'gauge', 'Items that failed by their own fault and are tried again',
      lambda row: row['failing']),
     ('retries_total', 'counter', 'Passes that ended because the target was in trouble',
@@ -11062,6 +11147,7 @@ class Worker:
         self.progress = Progress(stream, state.status)
         self.failures = Failures(state.failures, stream)
         self.spent = Spent(state.spent, stream)
+        self.waits = Waits(state.waiting, stream)
         self.scanner = Scanner(stream, self.stop)
         self.scanner.spent = self.spent
         self.watch = None               # a daemon's, from the start of a pass to the next
@@ -11196,6 +11282,8 @@ class Worker:
         try:
             result = delivery.run(patient)
         except Suspended:
+            self.waits.hold(self.wall())
+            self.waits.save(True)
             for case in delivery.suspects:
                 log.error('%s: %s' % (self.stream.name, case.error))
             if delivery.suspects or delivery.result.failed:
@@ -11208,7 +11296,7 @@ class Worker:
             self.asked = -STOP_FILE_AGE
             raise
         self.progress.last['last_pass'] = utc_stamp()
-        self.progress.last['settling'] = len(result.settling) + len(result.busy)
+        self.note_waiting(result)
         if not (result.failed or result.waiting):
             self.progress.mended()
         if delivery.connected:
@@ -11218,6 +11306,28 @@ class Worker:
         if result.items or result.failed or result.kept or not patient:
             log.info('%s: %s' % (self.stream.name, result.line()))
         return result
+
+    def note_waiting(self, result):
+        """What waits is counted, and told when it waits for long.  What fails is told by itself."""
+        reasons = {to_text(name): 'has no ready file' for name in self.scanner.lacking}
+        reasons.update((to_text(name), 'is in use') for name in result.busy)
+        reasons.update((to_text(name), 'keeps changing') for name in result.settling)
+        now = self.wall()
+        self.waits.update(reasons, now, self.age)
+        oldest, limit = self.waits.oldest(), self.stream.stale_after
+        self.progress.last.update(
+            settling=len(result.settling) + len(result.busy), unready=result.unready,
+            ignored=self.scanner.passed, unsettled_since=utc_stamp(max(0, oldest)) if oldest else None)
+        names = self.waits.to_tell(now, self.age, limit)
+        if names:
+            said = ', '.join('%s (%s)' % (show(to_bytes(name)), reasons[name]) for name in names[:3])
+            message = '%s not sent for more than %s: %s%s' % (
+                'one item was' if len(names) == 1 else '%d items were' % len(names),
+                format_duration(limit), said, ' and more' if len(names) > 3 else '')
+            log.warning('%s: %s' % (self.stream.name, message))
+            self.state.alerts.tell('warning', 'Stream %s: %s.  To see why, type: %s --explain PATH' % (
+                self.stream.name, message, os.path.basename(__file__)))
+        self.waits.save(not self.daemonic)
 
     def pause_after(self, failures):
         """Seconds: doubled with each failure, with jitter, so that streams do not march in step."""

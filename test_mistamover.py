@@ -2920,6 +2920,70 @@ mm.Ledger.read = lambda self, *months: print('READ') or read(self, *months)
         self.assert_run(world, 0)
         self.assertEqual(sorted(tree(world.target)), [b'item'])
 
+    def test_what_waits_for_long_is_told(self):
+        top = tempfile.mkdtemp(dir=BASE)
+        shared, stream = mm.SharedJson(top, 'waiting.json'), mm.Settings('s', {})
+        day, told = 86400, []
+
+        def run(now, *names, **more):
+            waits = mm.Waits(shared, stream)
+            waits.update({name: 'keeps changing' for name in names}, now, lambda moment: now - moment)
+            told.append(waits.to_tell(now, lambda moment: now - moment, more.get('limit', day)))
+            waits.save(True)
+            return waits.oldest()
+        self.assertEqual(run(0, 'a', 'b'), 0)
+        self.assertEqual(run(day - 1, 'a', 'b', 'c'), 0)
+        run(day, 'a', 'b', 'c')             # the set becomes non-empty
+        run(day + 9, 'a', 'b', 'c')
+        run(2 * day - 1, 'a', 'c')          # a new name, but within the day
+        run(2 * day, 'a', 'c')
+        self.assertEqual(told, [[], [], ['a', 'b'], [], [], ['c']])
+        self.assertIsNone(run(2 * day + 1))
+        waits = mm.Waits(shared, stream)    # suspended for ten days
+        waits.update({'d': 'x'}, 3 * day, None)
+        waits.hold(3 * day + 10)
+        waits.hold(3 * day + 20)
+        waits.save(True)
+        run(13 * day + 10, 'd')
+        self.assertEqual(told[-1], [])
+        run(14 * day, 'd', limit=0)
+        self.assertEqual(told[-1], [])
+        run(14 * day, 'd')
+        self.assertEqual(told[-1], ['d'])
+        write(os.path.join(top, 'waiting.json'),
+              b'{"s": {"names": {"x": 5, "y": {"since": "z"}}, "held": []}}')
+        self.assertEqual(mm.Waits(shared, stream).names, {})
+
+    def test_a_file_that_is_always_replaced_is_counted_and_told(self):
+        world = self.world('local', settle_time='2s')
+        world.configure("alert_command = sh -c 'cat >> %s/alerts'\n[email]\ndigest_time = 1s\n" % world.top,
+                        settle_time='2s', stale_after='4s', ready_file=None)
+        write(os.path.join(world.source, '.hidden.tmp'), b'x')
+        process = self.daemon(world)
+        alerts = os.path.join(world.top, 'alerts')
+        picture = os.path.join(world.source, 'latest.jpg')
+
+        over = threading.Event()
+
+        def replace():
+            while not over.wait(0.3):
+                write(picture + '.tmp', os.urandom(100), time.time())
+                os.rename(picture + '.tmp', picture)
+        camera = threading.Thread(target=replace)
+        camera.start()
+        self.addCleanup(camera.join)
+        self.addCleanup(over.set)
+        said = wait_for(lambda: os.path.exists(alerts) and text_of(alerts), 'an alert', 60)
+        self.assertIn('one item was not sent for more than 4.0 s: latest.jpg (keeps changing)', said)
+        status = json.loads(self.assert_run(world, 0, '--status', '--json').output)
+        row = status.get('streams', status)
+        row = row['s'] if isinstance(row, dict) else row[0]
+        self.assertEqual((row['settling'], row['unready'], row['ignored']), (1, 0, 1))
+        self.assertIn('1 settling or in use, the first for', self.assert_run(world, 0, '--status').output)
+        process.terminate()
+        self.assertEqual(self.ended(process), 143)
+        self.assertEqual((list(tree(world.target)), text_of(alerts).count('latest.jpg')), ([], 2))
+
     def test_what_keeps_an_emptied_directory_is_told_once_ever(self):
         world = self.world('local', ignore='.*, Thumbs.db')
         for day in ('mon', 'tue'):
@@ -7666,6 +7730,7 @@ class Looking(Case):
             'mistamover_stream_waiting_bytes': 4, 'mistamover_stream_delivered_items_total': 1,
             'mistamover_stream_delivered_bytes_total': 4, 'mistamover_stream_quarantined_items': 1,
             'mistamover_stream_settling_items': 0, 'mistamover_stream_failing_items': 1,
+            'mistamover_stream_unready_items': 0, 'mistamover_stream_ignored_names': 0,
             'mistamover_stream_retries_total': 0,
             'mistamover_stream_free_bytes': found['mistamover_stream_free_bytes']})
         self.assertGreater(found['mistamover_stream_free_bytes'], 0)
