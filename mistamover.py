@@ -6749,7 +6749,8 @@ put() { place "$1" "$2" && rm -f -- "$1" && echo 1 || echo 0; }
 
     @property
     def base(self):
-        return shell_quote(to_bytes(self.stream.target_base))
+        path = to_bytes(self.stream.target_base)
+        return shell_quote(path if path.startswith(b'/') else b'./' + path)     # or CDPATH leads elsewhere
 
     def check_base(self):
         """Go to target_dir, and learn what this machine has."""

@@ -5870,7 +5870,12 @@ class ScpTargets(Invariants):
                 self.assert_delivers(self.box(sh=path))
 
     def test_a_login_script_that_prints(self):
-        world = self.box(login='echo "Welcome!"; echo tar; printf "no line feed"')
+        world = self.box()
+        target, decoy = os.path.relpath(world.target, BASE), os.path.join(world.top, 'decoy')
+        os.makedirs(os.path.join(decoy, target))
+        server('box').holds(login='echo "Welcome!"; echo tar; printf "no line feed"\n'
+                            'cd %s; export CDPATH=%s' % (BASE, decoy))
+        world.configure(target_dir=target)
         self.assert_delivers(world)
 
     def test_accounts_without_a_shell(self):
@@ -5904,8 +5909,8 @@ class ScpTargets(Invariants):
     def test_receivers_of_tar(self):
         for name, path in self.here('tar', 'bsdtar:libarchive-tools', 'busybox', 'toybox'):
             with self.subTest(name):
-                self.assert_delivers(self.box(tar='exec %s%s "$@"' % (
-                    path, ' tar' if name.endswith('box') else '')), tuple(NAMES))
+                world = self.box(tar='exec %s%s "$@"' % (path, ' tar' if name.endswith('box') else ''))
+                self.assert_delivers(world, tuple(NAMES) + (('\u00e9' * 127).encode(),))
 
     def refused_one(self, world):
         """73 good files and one whose name the target's file system cannot hold, in the middle."""
