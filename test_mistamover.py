@@ -105,6 +105,7 @@ import mistamover as mm
 HERE = os.path.dirname(os.path.abspath(__file__))
 PROGRAM = os.path.join(HERE, 'mistamover.py')
 TEST_ALL = os.environ.get('MISTAMOVER_TEST_ALL') == '1'
+FORK = os.environ.get('MISTAMOVER_TEST_FORK', '1') == '1'   # each run of the program: see forked()
 QUICK = os.environ.get('MISTAMOVER_TEST_QUICK') == '1'      # what --quick tells its workers
 PATIENCE = 30           # seconds a condition may take before a test gives up
 OLD = 1500000000        # an mtime long past (July 2017)
@@ -192,13 +193,16 @@ class Finished:
         return 'exit code %s, output:\n%s' % (self.code, self.output)
 
 
-def forked(argv, environment, limit=120):
-    """The program in a copy of this process, which is quicker than an interpreter of its own."""
+def forked(argv, environment, limit=120, before=lambda: None):
+    """The program in a copy of this process, which is quicker than an interpreter of its own.
+
+    before: called in the copy, before main(); what it changes in there is gone with it.
+    """
     with tempfile.TemporaryFile() as output, warnings.catch_warnings():
         warnings.simplefilter('ignore', DeprecationWarning)     # of the thread that dumps hung tests
         pid = os.fork()
         if not pid:
-            be_the_program(argv, environment, output.fileno())
+            be_the_program(argv, environment, output.fileno(), before)
         end = time.monotonic() + limit
         done, status = os.waitpid(pid, os.WNOHANG)
         while not done and time.monotonic() < end:
@@ -213,7 +217,7 @@ def forked(argv, environment, limit=120):
                         output.read().decode('utf-8', 'replace'))
 
 
-def be_the_program(argv, environment, output):
+def be_the_program(argv, environment, output, before):
     """Never returns; what an interpreter does around main()."""
     code = 1
     try:
@@ -222,7 +226,12 @@ def be_the_program(argv, environment, output):
         os.dup2(output, 2)
         os.environ.clear()
         os.environ.update(environment)
+        sys.argv = [PROGRAM] + argv
+        before()
         code = mm.main(argv)
+        for thread in threading.enumerate():        # as an interpreter does at its end
+            if thread is not threading.current_thread() and not thread.daemon:
+                thread.join()
     except SystemExit as end:
         code = end.code
     except BaseException:
@@ -273,7 +282,7 @@ class World:
             if 'ftps' in SERVERS else dict(os.environ)
 
     def run(self, *args, limit=120):
-        if QUICK:
+        if FORK and '--background' not in args:
             return forked(['--config', self.ini] + list(args), self.environment(), limit)
         done = subprocess.run(self.command(*args), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                               stderr=subprocess.STDOUT, timeout=limit, env=self.environment())
@@ -571,8 +580,9 @@ class RsyncDaemon(Server):
         secrets = self.file('secrets', 'mover:%s\n' % self.password)
         module = '[%s]\npath = %s\nread only = no\nwrite only = %s\nauth users = mover\n' \
             'secrets file = %s\n'
-        head = 'use chroot = no\nmunge symlinks = no\nmax connections = 0\nuid = %d\ngid = %d\n' % (
-            os.getuid(), os.getgid())
+        head = 'use chroot = no\nmunge symlinks = no\nmax connections = 0\n'
+        if not os.getuid():         # else it works as whoever started it, and may not be told so
+            head += 'uid = 0\ngid = 0\n'
         coarse = os.path.join(self.top, 'coarse')       # a script of a test's, run after each transfer
         self.config = self.file('rsyncd.conf', head + ''.join(
             module % (name, BASE, write_only, secrets) + more for name, write_only, more in (
@@ -599,7 +609,7 @@ class Vsftpd(Server):
                  'secure_email_list_enable=YES', 'email_password_file=' + emails,
                  'allow_writeable_chroot=YES', 'seccomp_sandbox=NO', 'xferlog_enable=NO',
                  'chown_uploads=NO', 'mdtm_write=YES', 'ascii_upload_enable=YES', 'ascii_download_enable=YES',
-                 'chmod_enable=YES',
+                 'chmod_enable=YES', 'run_as_launching_user=' + ('YES' if os.getuid() else 'NO'),
                  'secure_chroot_dir=' + os.path.join(self.top, 'empty')] + self.more()
         os.makedirs(os.path.join(self.top, 'empty'))
         self.config = self.file('vsftpd.conf', '\n'.join(lines) + '\n')
@@ -1969,13 +1979,12 @@ def flip():
 class Doctored(Case):
     """Runs of the real program in which something happens between two of its steps."""
 
-    def doctored(self, world, code, *args):
-        text = 'import sys\nsys.path.insert(0, %r)\nimport mistamover as mm\nTARGET = %r\nSOURCE = %r\n' \
-            '%s\nsys.exit(mm.main(sys.argv[1:]))\n' % (HERE, world.target, world.source, code)
-        done = subprocess.run([sys.executable, '-c', text, '--config', world.ini] + list(args),
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=120,
-                              env=world.environment())
-        return Finished(done.returncode, done.stdout.decode('utf-8', 'replace'))
+    def doctored(self, world, doctor, *args):
+        """Run the program after doctor() has changed it (or a text that does, with mm, TARGET, SOURCE)."""
+        if isinstance(doctor, str):
+            text, names = doctor, {'mm': mm, 'sys': sys, 'TARGET': world.target, 'SOURCE': world.source}
+            doctor = lambda: exec(text, names)
+        return forked(['--config', world.ini] + list(args), world.environment(), 120, doctor)
 
 
 @spread
@@ -8309,6 +8318,7 @@ def is_quick(test):
 
 def work():
     """A worker: names of tests on standard input, a line a unit; facts on standard output."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     units, facts = os.fdopen(os.dup(0), 'r'), os.fdopen(os.dup(1), 'w')
     with open(os.devnull) as nothing:
         os.dup2(nothing.fileno(), 0)        # what a test starts shall not read the next unit
@@ -8322,9 +8332,15 @@ def work():
         for line in units:
             for test in collected(json.loads(line)):
                 faulthandler.dump_traceback_later(LONGEST, exit=True)
-                test(Recorder(tell))
+                try:
+                    test(Recorder(tell))
+                except KeyboardInterrupt:
+                    test.doCleanups()
+                    raise
                 faulthandler.cancel_dump_traceback_later()
             tell({'missing': MISSING})
+    except (KeyboardInterrupt, BrokenPipeError):
+        pass                            # nobody wants to know any more
     finally:
         tearDownModule()
 
@@ -8456,14 +8472,18 @@ def run_all(words):
         group = list(group)
         for first in range(0, len(group), UNIT):
             units.put(group[first:first + UNIT])
+    for number in signal.SIGINT, signal.SIGTERM:
+        signal.signal(number, signal.default_int_handler)
     workers = [Worker(units, report) for _ in range(min(words.jobs, units.qsize()))]
     try:
         for worker in workers:
             worker.thread.join()
     except KeyboardInterrupt:
-        report.fail_fast = True
         report.failed.append('interrupted')
-        for worker in workers:          # they were interrupted, too
+        report.fail_fast = True
+        for worker in workers:
+            worker.process.send_signal(signal.SIGINT)
+        for worker in workers:
             worker.thread.join()
     finally:
         shutil.rmtree(BASE, ignore_errors=True)
@@ -8477,6 +8497,7 @@ def main():
         epilog='MISTAMOVER_TEST_ALL=1: a missing server is a failure\n'
                'MISTAMOVER_TEST_SERVERS=DIR: what .ci/servers made\n'
                'MISTAMOVER_TEST_SITES=standard: the contract suite asks the usual servers only\n'
+               'MISTAMOVER_TEST_FORK=0: an interpreter of its own for each run of the program\n'
                'MISTAMOVER_TEST_SEED=N: the random tests again as they were')
     parser.add_argument('names', nargs='*', metavar='NAME',
                         help='a class or CLASS.TEST; with --bench workloads of ' + ' '.join(WORKLOADS))
