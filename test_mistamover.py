@@ -64,6 +64,7 @@ Promises and what tries them (python3 test_mistamover.py -k NAME runs one):
         every kind of change, a daemon whose scans are counted: Watching
 """
 import argparse
+import atexit
 import base64
 import collections
 import contextlib
@@ -220,6 +221,7 @@ def forked(argv, environment, limit=120, before=lambda: None):
 def be_the_program(argv, environment, output, before):
     """Never returns; what an interpreter does around main()."""
     code = 1
+    atexit._clear()
     try:
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.dup2(output, 1)
@@ -232,6 +234,7 @@ def be_the_program(argv, environment, output, before):
         for thread in threading.enumerate():        # as an interpreter does at its end
             if thread is not threading.current_thread() and not thread.daemon:
                 thread.join()
+        atexit._run_exitfuncs()
     except SystemExit as end:
         code = end.code
     except BaseException:
