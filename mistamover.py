@@ -5377,10 +5377,15 @@ class Doubts:
             self.pushes[id(push)] = paths
             self.save()
 
+    def dispel(self, proven):
+        """Some of what is under way is proven; on disk that shows when its push has ended."""
+        with self.lock:
+            self.names.difference_update(proven)
+
     def end(self, push, doubted, proven=()):
         """doubted: what this push may have left wrong, and nobody has proven."""
         with self.lock:
-            del self.pushes[id(push)]
+            self.pushes.pop(id(push), None)
             self.names.difference_update(proven)
             self.names.update(doubted)
             self.save()
@@ -5658,13 +5663,19 @@ class RsyncTransport(Transport):
         if self.doubting:
             self.doubts.begin(push, paths)
         try:
-            done, _ = self.push(batch, paths, options, push)
-        except BaseException as error:
+            done = self.send_all(batch, paths, options, push)
+            ready(push.end(done), False)
+        except BaseException:           # or the last part is never proven
             self.settle_doubts(push, paths)
-            if push and isinstance(error, TargetError):
+            raise
+
+    def send_all(self, batch, paths, options, push):
+        try:
+            return self.push(batch, paths, options, push)[0]
+        except TargetError as error:
+            if push:
                 error.path = self.under_way(batch, paths, options)
             raise
-        ready(push.end(done), False)
 
     def under_way(self, batch, paths, options):
         """The file at which a push broke off, or None.  What rsync told had gone may still have
@@ -5699,7 +5710,10 @@ class RsyncTransport(Transport):
             push.late, batch.parcels = batch.parcels, []    # it is proven when the push has ended
             return []
         finally:
-            self.settle_doubts(push, [e.path for e in batch.entries], equal)
+            if batch is push.last:
+                self.settle_doubts(push, [e.path for e in batch.entries], equal)
+            else:
+                self.doubts.dispel(equal)
 
     def fresh_only(self):
         """Options of a first push.  What is there is left alone; what another sender brings while

@@ -4395,7 +4395,7 @@ class Parts(Invariants):
 
     @on_sites('rsync_ssh', 'rsync_native')
     def test_released_while_the_rest_is_sent(self, site):
-        world = self.world(site, bandwidth_limit='1M')
+        world = self.world(site, bandwidth_limit='1M', on_conflict='refuse' if site == 'rsync_ssh' else None)
         originals = self.many(world)
         done = self.doctored(world, """
 import os
