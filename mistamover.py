@@ -6925,6 +6925,8 @@ put() { place "$1" "$2" && rm -f -- "$1" && echo 1 || echo 0; }
     def blame(self, missing, reason, last):
         """The first of some files that did not arrive has an error; returns those to be sent once
         more: what was there of it may have taken their room.  last: all have an error."""
+        if not missing:
+            return []
         self.refuse(missing if last else missing[:1], reason)
         free = self.free_space()
         self.refuse([job for job in missing[1:] if free is not None and job.entry.size > free], 'no room')
@@ -6938,7 +6940,8 @@ put() { place "$1" "$2" && rm -f -- "$1" && echo 1 || echo 0; }
         for job in jobs:
             job.hashed = True
             try:
-                if not job.error and there.get(job.staged, (None, None))[1] != self.digest(batch, job):
+                if not job.error and (job.staged not in there or
+                                      there[job.staged][1] != self.digest(batch, job)):
                     found.append(job)
             except (Changed, ItemError) as error:
                 job.error = error
