@@ -3316,6 +3316,18 @@ class Leases:
         log.once('%s: %s' % (self.stream.name, self.sentence(refused)))
         return None
 
+    def open_quiet(self, root, entry):
+        """Open a file that nobody is writing now.  Raises Changed, ItemError."""
+        fd = open_entry(root, entry)
+        taken = self.take(fd)
+        if taken is False:
+            os.close(fd)
+            raise Changed('%s is open for writing' % show(entry.path))
+        if taken:
+            import fcntl                # nobody shall wait while it is read
+            fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+        return fd
+
     def of_our_own(self):
         """The errno that a file of ours in the incoming directory gets, which nobody writes; None:
         it gets its lease, or nothing can be made there to try."""
@@ -3361,20 +3373,10 @@ class Leases:
         return self.sentence(refused) if refused else None
 
 
-def check_entry_unused(stream, entry, leases):
-    """Raises Changed if the file is being written, ItemError if it is unreadable."""
-    fd = open_entry(stream.root, entry)
-    try:
-        if leases.take(fd) is False:
-            raise Changed('%s is open for writing' % show(entry.path))
-    finally:
-        os.close(fd)
-
-
 def check_unused(stream, item, leases):
     """Raises Changed if a file of the item is being written, ItemError if unreadable."""
     for entry in item.files:
-        check_entry_unused(stream, entry, leases)
+        os.close(leases.open_quiet(stream.root, entry))
 
 
 # ----------------------------------------------------------------------------------------
@@ -3426,33 +3428,37 @@ def shutil_free(path):
     return usage.free if usage.total else None
 
 
-def read_entry(root, entry, stop, start=0):
+def read_entry(root, entry, stop, start=0, fd=None):
     """Yield a file's bytes from `start` on, and look afterwards that it is still what the
-    snapshot says.  Raises Changed, ItemError, Interrupted."""
-    fd = open_entry(root, entry)
-    left = entry.size - start
+    snapshot says.  fd: it is open already, and stays so.  Raises Changed, ItemError, Interrupted."""
+    opened = open_entry(root, entry) if fd is None else None
+    fd, left = opened if fd is None else fd, entry.size - start
     try:
-        os.lseek(fd, start, os.SEEK_SET)
+        if start:
+            os.lseek(fd, start, os.SEEK_SET)
         while left >= 0:                # what grows is not followed
             stop.check()
+            size = min(BLOCK, left + 1)
             try:
-                block = os.read(fd, BLOCK)
+                block = os.read(fd, size)
             except OSError as error:
                 raise ItemError('%s cannot be read: %s' % (show(entry.path), error.strerror))
-            if not block:
-                break
             left -= len(block)
-            yield block[:left] if left < 0 else block
+            if block:
+                yield block[:left] if left < 0 else block
+            if not block or not left and len(block) < size:
+                break
         if left or not entry.same_as(os.fstat(fd)):
             raise Changed('%s changed while it was read' % show(entry.path))
     finally:
-        os.close(fd)
+        if opened is not None:
+            os.close(opened)
 
 
-def copy_entry(root, entry, write, stop, start=0):
+def copy_entry(root, entry, write, stop, start=0, fd=None):
     """Hand a file's bytes from `start` on to write().  Raises as read_entry(), and what write()
     raises."""
-    with contextlib.closing(read_entry(root, entry, stop, start)) as blocks:
+    with contextlib.closing(read_entry(root, entry, stop, start, fd)) as blocks:
         for block in blocks:
             write(block)
 
@@ -4216,12 +4222,10 @@ SPARSE_FROM = 64 << 10      # below that size nobody misses a hole
 HOLE = 4096                 # bytes, and where one begins and ends
 
 
-def has_holes(path):
+def has_holes(fd):
     """Whether a file takes less room than its size: stat(2) counts blocks of 512 bytes."""
-    with contextlib.suppress(OSError, AttributeError):
-        info = os.lstat(path)
-        return info.st_blocks * 512 < info.st_size
-    return False
+    info = os.fstat(fd)
+    return getattr(info, 'st_blocks', info.st_size) * 512 < info.st_size
 
 
 def pieces(block):
@@ -4456,8 +4460,6 @@ class LocalTransport(Staging):
                 self.progress.sent(job.entry.size)
             else:
                 self.overlaps = True
-                if batch.root == self.stream.root:
-                    check_entry_unused(self.stream, job.entry, self.leases)
                 if parent_of(job.final) in self.beyond:
                     job.staged = self.beside(job)
                 self.copy(batch, job, not together or parent_of(job.final) in self.beyond)
@@ -4591,29 +4593,36 @@ class LocalTransport(Staging):
         Raises ItemError, Changed; what was begun is removed then."""
         import hashlib
         digest = hashlib.sha256() if job.hashed else None
-        path = self.path(job.staged)
-        with contextlib.suppress(OSError):
-            os.unlink(path)
+        fd = open_entry(batch.root, job.entry) if batch.root != self.stream.root else \
+            self.leases.open_quiet(batch.root, job.entry)
         try:
-            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, 'O_NOFOLLOW', 0) |
-                         getattr(os, 'O_BINARY', 0), job.entry.mode & 0o777 | 0o600)
-            try:
-                with os.fdopen(fd, 'wb', 0) as handle:
-                    self.copy_into(batch, job, handle, digest)
-                    if durable:
-                        os.fsync(handle.fileno())
-                self.dress(job)
-            except (MoverError, OSError):
-                with contextlib.suppress(OSError):
-                    os.unlink(path)
-                raise
-        except OSError as error:
-            raise self.cannot_write(job, error)
+            with self.create(job) as handle:
+                self.copy_into(job, fd, handle, digest)
+                if durable:
+                    os.fsync(handle.fileno())
+            self.dress(job)
+        except (MoverError, OSError) as error:
+            with contextlib.suppress(OSError):
+                os.unlink(self.path(job.staged))
+            raise self.cannot_write(job, error) if isinstance(error, OSError) else error
+        finally:
+            os.close(fd)
         job.digest = digest and digest.hexdigest()
 
-    def copy_into(self, batch, job, handle, digest):
+    def create(self, job):
+        """The staged file, new and empty.  Raises OSError."""
+        path, mode = self.path(job.staged), job.entry.mode & 0o777 | 0o600
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, 'O_NOFOLLOW', 0) | \
+            getattr(os, 'O_BINARY', 0) | getattr(os, 'O_CLOEXEC', 0)
+        try:
+            return os.fdopen(os.open(path, flags, mode), 'wb', 0)
+        except FileExistsError:         # a crash left it
+            os.unlink(path)
+            return os.fdopen(os.open(path, flags, mode), 'wb', 0)
+
+    def copy_into(self, job, fd, handle, digest):
         size = job.entry.size
-        holes = size >= SPARSE_FROM and has_holes(os.path.join(batch.root, job.entry.path))
+        holes = size >= SPARSE_FROM and has_holes(fd)
 
         def write(block):
             if digest:
@@ -4626,8 +4635,8 @@ class LocalTransport(Staging):
             self.progress.sent(len(block))
             self.throttle.spend(len(block))
 
-        if digest or holes or self.throttle.limit or not self.copy_inside(batch, job, handle):
-            copy_entry(batch.root, job.entry, write, self.stop)
+        if digest or holes or self.throttle.limit or not self.copy_inside(job, fd, handle):
+            copy_entry(b'', job.entry, write, self.stop, 0, fd)
             if holes:
                 handle.truncate(size)
 
@@ -4640,12 +4649,11 @@ class LocalTransport(Staging):
             return ItemError('%s: %s' % (show(job.final), error.strerror))
         return self.trouble('cannot write', error)
 
-    def copy_inside(self, batch, job, handle):
+    def copy_inside(self, job, fd, handle):
         """Let the kernel copy (copy_file_range(2)), which may only have to share the blocks.
         False if it would not; then the plain way finds out whose fault that is."""
         if not hasattr(os, 'copy_file_range'):
             return False
-        fd = open_entry(batch.root, job.entry)
         try:
             left, count = job.entry.size, True
             while left and count:
@@ -4659,8 +4667,7 @@ class LocalTransport(Staging):
                 return True
         except OSError as error:
             log.debug('%s: copy_file_range: %s' % (self.stream.name, error.strerror))
-        finally:
-            os.close(fd)
+        os.lseek(fd, 0, os.SEEK_SET)
         handle.truncate(0)
         handle.seek(0)
         return False
@@ -4707,19 +4714,19 @@ class LocalTransport(Staging):
             return None
         try:
             info = os.fstat(fd)
-            return (info.st_size, self.read_back(fd)) if stat.S_ISREG(info.st_mode) else None
+            return (info.st_size, self.read_back(fd, info.st_size)) if stat.S_ISREG(info.st_mode) else None
         except OSError as error:
             raise self.trouble('cannot read back', error)
         finally:
             os.close(fd)
 
-    def read_back(self, fd):
+    def read_back(self, fd, size):
         """SHA-256 of what the disk holds: the cache is dropped first where that can be asked."""
         import hashlib
         if hasattr(os, 'posix_fadvise'):
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
         digest = hashlib.sha256()
-        for block in iter(lambda: os.read(fd, BLOCK), b''):
+        for block in iter(lambda: os.read(fd, min(BLOCK, size + 1)), b''):
             self.stop.check()
             digest.update(block)
         return digest.hexdigest()
@@ -9336,7 +9343,7 @@ class Releaser:
     its files go in the same way one after the other, for who works in it still reaches them.
     """
 
-    CLOSERS, CLOSED_TOGETHER = 4, 16    # threads; descriptors for each at a time
+    CLOSERS, CLOSED_TOGETHER = 4, 32    # threads; descriptors for each at a time
 
     def __init__(self, stream, state_dir):
         self.stream = stream
