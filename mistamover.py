@@ -7567,7 +7567,7 @@ class SftpTransport(Staging):
 
     directories = 'zip', 'keep'
     lists = True
-    takes = 'network host ssh sftp password_file chmod staging'
+    takes = 'network host ssh password_file chmod staging'
     PIECE = 32 << 10                    # bytes a request carries: every server takes as many
     ROUND = 32                          # requests of one file that are read back together
     WINDOW = SftpSession.AHEAD * PIECE  # bytes that may be missing behind what arrived
@@ -7811,7 +7811,9 @@ class SftpTransport(Staging):
         self.resumed.update(starts)
         self.sources.update((path, job.entry.path) for job in jobs for path in (job.staged, job.final))
         tasks = [(job.entry.path, self.put(batch, job, starts.get(job, 0))) for job in jobs]
-        if self.publish_by is None and jobs:        # while the first bytes go
+        if self.stream.staging != 'area':
+            self.publish_by = 'look'
+        elif self.publish_by is None and jobs:      # while the first bytes go
             tasks[:0] = [(None, self.learn_to_publish()), (None, self.learn_absence())] + \
                 [(None, self.open_mark())] * self.can_sync
         self.session.run(tasks)
@@ -7820,22 +7822,28 @@ class SftpTransport(Staging):
         """One file under its staged name: the answers to its bytes come before its time is set
         (some servers work out of order), and any that is no OK condemns it."""
         try:
-            handle, start = yield from self.open_staged(job, start)
+            handle, start = yield from self.open_staged(batch, job, start)
             try:
-                bad = yield self.writes(batch, job, handle, start)
-                if bad:
-                    raise self.trouble('cannot write %s' % show(job.final), bad[0])
-                yield from self.dress(job, handle)
+                yield from self.fill(batch, job, handle, start)
             except (ItemError, Changed):
-                yield [(Fxp.CLOSE, handle)]
+                yield [(Fxp.REMOVE, self.path(job.staged))]
                 raise
-            answer, seen = yield [(Fxp.CLOSE, handle), (Fxp.LSTAT, self.path(job.staged))]
-            if not Fxp.good(answer):
-                raise self.trouble('cannot write %s' % show(job.final), answer)
-            self.note_size(job.staged, job.entry.size, seen)
         except (ItemError, Changed) as error:
             job.error = error
-            yield [(Fxp.REMOVE, self.path(job.staged))]
+
+    def fill(self, batch, job, handle, start):
+        try:
+            bad = yield self.writes(batch, job, handle, start)
+            if bad:
+                raise self.trouble('cannot write %s' % show(job.final), bad[0])
+            yield from self.dress(job, handle)
+        except (ItemError, Changed):
+            yield [(Fxp.CLOSE, handle)]
+            raise
+        answer, seen = yield [(Fxp.CLOSE, handle), (Fxp.LSTAT, self.path(job.staged))]
+        if not Fxp.good(answer):
+            raise self.trouble('cannot write %s' % show(job.final), answer)
+        self.note_size(job.staged, job.entry.size, seen)
 
     def note_size(self, path, size, answer):
         """If an answer to LSTAT tells of a file of the right size, measure() need not ask: one that
@@ -7855,7 +7863,7 @@ class SftpTransport(Staging):
             self.session.run((job.entry.path, self.put(batch, job, 0)) for job in again)
             Staging.verify(self, batch, [job for job in again if not job.error])
 
-    def open_staged(self, job, start):
+    def open_staged(self, batch, job, start):
         """A handle to write with, and where to go on: a part that cannot be continued is begun
         anew."""
         path = self.path(job.staged)
@@ -7864,15 +7872,27 @@ class SftpTransport(Staging):
             if answer[0] == Fxp.HANDLE:
                 return answer[1], start
         answer, = yield [self.to_create(job.staged)]
-        if answer[0] != Fxp.HANDLE:             # an earlier run may have left it,
+        if answer[0] != Fxp.HANDLE and (yield from self.is_ours(batch, job)):
             yield [(Fxp.REMOVE, path)]
             answer, = yield [self.to_create(job.staged)]
-        if answer[0] != Fxp.HANDLE:             # or its dead connection still holds it there
+        if answer[0] != Fxp.HANDLE and self.stream.staging == 'area':   # a dead connection may hold it
             job.staged += b'-' + random_hex(4)
             answer, = yield [self.to_create(job.staged)]
         if answer[0] != Fxp.HANDLE:
             raise self.trouble('cannot write %s' % show(job.final), answer)
         return answer[1], 0
+
+    def is_ours(self, batch, job):
+        """Whether what has the staged name is from an earlier run; under a final name only the
+        beginning of our file is."""
+        import hashlib
+        if self.stream.staging != 'none':
+            return True
+        found, digest = (yield from self.measured(job.staged, True)), hashlib.sha256()
+        if not isinstance(found, tuple) or found[0] is None or found[0] > job.entry.size:
+            return False
+        copy_prefix(batch.root, job.entry, digest, found[0], self.stop)
+        return digest.hexdigest() == found[1]
 
     def writes(self, batch, job, handle, start):
         """The requests that carry a file's bytes, as they are read; job.digest is theirs."""
@@ -7931,7 +7951,7 @@ class SftpTransport(Staging):
 
     def sync(self):
         """The fsync of one more file commits the journal that the new names are in."""
-        if self.can_sync:
+        if self.can_sync and self.stream.staging == 'area':
             self.run(self.sync_names())
 
     def open_mark(self):
@@ -8086,7 +8106,7 @@ class SftpTransport(Staging):
         if Fxp.good(answer):
             return
         aside = os.path.join(self.area, b'aside-' + random_hex(8))
-        info = yield from self.stat(new)
+        info = (yield from self.stat(new)) if self.stream.staging == 'area' else None
         if info and info.mode is not None and stat.S_ISREG(info.mode):
             moved, = yield [self.to_rename(new, aside)]
             if Fxp.good(moved):
@@ -8158,7 +8178,10 @@ class SftpTransport(Staging):
     def remove_area(self):
         mark, self.mark = self.mark, None
         if mark is not None:
-            yield [(Fxp.CLOSE, mark), (Fxp.REMOVE, self.path(os.path.join(self.area, b'sync')))]
+            answers = yield [(Fxp.CLOSE, mark), (Fxp.REMOVE, self.path(os.path.join(self.area, b'sync'))),
+                             (Fxp.RMDIR, self.path(self.area))]
+            if Fxp.good(answers[-1]):
+                return True
         return (yield from self.remove_tree(self.area))
 
     def remove_tree(self, directory):
