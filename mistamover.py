@@ -1152,7 +1152,8 @@ OPTIONS = [Option(*row) for row in (
     ('stream', 'settle_time', kind_duration, '60s', '',
      'an item must have been unchanged for this long before it is sent'),
     ('stream', 'settle_max', kind_duration, '', '',
-     'a file that never rests for settle_time is copied after this time and never released'),
+     'a file that never rests for settle_time is copied after this time, again each time it is over, '
+     'and not released; each copy replaces the one before'),
     ('stream', 'stale_after', kind_duration, '1d', '',
      'an alert names what has waited for this long, whatever the reason; 0: none'),
     ('stream', 'ready_file', kind_ready, '', '',
@@ -1631,6 +1632,11 @@ def finish_stream(config, stream, protocols, state_dir):
 
 
 def check_settle_max(stream, fail):
+    known = stream.protocol.knows_own_copies and stream.verify == 'checksum'
+    if stream.on_conflict == 'refuse' or stream.on_conflict == 'backup' and not known:
+        fail('settle_max', 'needs on_conflict = overwrite here: each copy replaces the one before, which '
+             'is known by its hash (not with rsync, rclone, or without verify = checksum)',
+             'set on_conflict = overwrite')
     if stream.settle_max <= stream.settle_time:
         fail('settle_max', 'must be longer than settle_time')
     if stream.ready_file or stream.check_file or stream.directories == 'zip':
@@ -3593,6 +3599,7 @@ class Transport:
     littered = False            # an earlier run ended in the middle: more for tidy() to look for
     takes = 'network'           # words of the option table's column `need` that it fulfils
     modules = ()                # what it imports where it needs it
+    knows_own_copies = False    # replaces what settle_max sent before without a backup, by its hash
     overlaps = True             # sending takes so long that the part before is finished meanwhile
     asks_at_once = False        # present() costs nothing
     sees_writers = False        # send() finds out by itself whether somebody writes a file
@@ -3603,6 +3610,7 @@ class Transport:
         self.stop = stop
         self.progress = progress
         self.lock_fds = tuple(lock_fds)
+        self.own_copies = {}        # settle_max: path -> (SHA-256, wall time) of what was sent last
 
     def open(self):
         """Make the connection ready; called again, it checks that it still is."""
@@ -3739,6 +3747,7 @@ class Staging(Transport):
     """
 
     stages = True
+    knows_own_copies = True
     PART_FILES = 1000           # one part is verified, published and released while the next is staged
     PART_SIZE = 1 << 30         # or as many bytes
 
@@ -4103,10 +4112,11 @@ class Staging(Transport):
                 raise ItemError('%s cannot be placed' % show(job.final))
         elif there is False and (self.stream.on_conflict == 'backup' or twin and self.stream.move):
             backup = self.make_backup(job)
-            log.info('%s: %s stood at the target with other content and is %s now' % (
-                self.stream.name, show(job.final), show(backup)))
             if job not in self.place([job]):
                 raise ItemError('%s cannot be placed' % show(job.final))
+            if not self.drop_own_copy(job, backup):
+                log.info('%s: %s stood at the target with other content and is %s now' % (
+                    self.stream.name, show(job.final), show(backup)))
         elif there is False:
             self.overwrite(job)
             log.info('%s: %s stood at the target with other content and was overwritten' % (
@@ -4117,6 +4127,15 @@ class Staging(Transport):
         else:
             raise ItemError('%s cannot be placed' % show(job.final),
                             'may this account write there? is another file system mounted below target_dir?')
+
+    def drop_own_copy(self, job, backup):
+        """settle_max: the copy that we sent before, known by its hash, needs no backup."""
+        own = self.own_copies.get(job.entry.path)
+        there = self.measure([backup], True).get(backup) if own else None
+        if not isinstance(there, tuple) or there[1] != own[0]:
+            return False
+        self.delete([backup])
+        return True
 
     def same_content(self, batch, job):
         """Whether the file under the final name is what we send; None if no file is there."""
@@ -5827,7 +5846,8 @@ class RsyncTransport(Transport):
         foreign = differing - sent - damaged
         problems = self.refused(foreign)
         foreign -= set(problems)
-        foreign -= set() if batch.root == self.stream.root else self.send_renamed(batch, foreign, equal)
+        foreign -= self.send_renamed(batch, foreign, equal) \
+            if self.stream.zips and batch.root != self.stream.root else set()
         backup = self.backup_options(batch, foreign, damaged)
         problems.update(self.in_the_way(batch, missing - set(rows)))
         again = foreign | damaged | self.make_way(problems)
@@ -9906,6 +9926,7 @@ class Result:
 
     def __init__(self):
         self.items = self.bytes = 0         # delivered
+        self.copied = 0                     # of those that never rest
         self.kept = 0                       # delivered, but changed and so not released
         self.failed = 0
         self.settling = []                  # names that are still changing, or too fresh
@@ -9933,7 +9954,7 @@ class Result:
                              (len(self.settling) + len(self.busy), 'still settling'),
                              (self.waiting, 'waiting to be tried again'),
                              (self.unready, 'waiting for the ready file'),
-                             (self.quarantined, 'quarantined')):
+                             (self.quarantined, 'quarantined'), (self.copied, 'copied')):
             if number:
                 parts.append('%d %s' % (number, text))
         return ', '.join(parts)
@@ -9976,6 +9997,8 @@ class Delivery:
         self.delivered = 0
         self.largest = 0                # bytes of the largest item that went
         self.hopeless = {}              # name -> its entry of failures.json
+        self.restless = []              # names that never settle and are due to be copied
+        self.copying = set()            # those under way
         self.stood = False              # mirror: whether anything stood at the target already
 
     def run(self, patient):
@@ -9997,6 +10020,7 @@ class Delivery:
                     self.send(batch)
                 self.drain()
                 self.send_again()
+            self.send_copies()
             self.judge_suspects()
             self.tell_of_failing()
             self.quarantine_hopeless()
@@ -10083,6 +10107,8 @@ class Delivery:
                 self.fail(item.name, item.fault)
             elif not settler.settled(item, now):
                 self.result.settling.append(item.name)
+                if self.copy_is_due(item):
+                    self.restless.append(item.name)
                 if self.stream.zips:
                     names.add(item.name)
             elif self.stands(item):
@@ -10108,6 +10134,65 @@ class Delivery:
             due = [row for row in due if not self.clash(row, names)]
         self.progress.begin(len(due), size, oldest)
         return due
+
+    # -- settle_max
+
+    def copy_is_due(self, item):
+        """A file that did not rest for settle_max is copied, and again when that time is over."""
+        limit, entry = self.stream.settle_max, self.worker.waits.names.get(to_text(item.name))
+        if limit is None or item.is_directory or not entry:
+            return False
+        since = max(entry['since'], self.transport.own_copies.get(item.name, ('', 0))[1])
+        return self.worker.age(since) >= limit
+
+    def send_copies(self):
+        """Send what was read of such files under one descriptor while it did not change."""
+        busy = filter(None, map(self.scanner.look, self.result.busy))
+        for name in self.restless + [item.name for item in busy if self.copy_is_due(item)]:
+            parcel = self.take_copy(name)
+            if parcel:
+                self.copying.add(name)
+                self.send(Batch(to_bytes(self.stream.spool), self.dated(parcel.item), [parcel]))
+        if self.copying:
+            self.drain()
+            self.send_again()
+
+    TRIES = 5                   # to read a file while nobody changes it
+
+    def take_copy(self, name):
+        """A Parcel with a consistent copy in the spool, or None."""
+        path = os.path.join(to_bytes(self.stream.spool), name)
+        make_private_directory(os.path.dirname(path))
+        for _ in range(self.TRIES):
+            item = self.scanner.look(name)
+            if item is None or item.is_directory or item.fault:
+                return None
+            entry = item.entries[0]
+            refusal = self.transport.refusal([entry])
+            if refusal:
+                self.fail(name, refusal)
+                return None
+            try:
+                with open(path, 'wb') as copy:
+                    copy_entry(self.stream.root, entry, copy.write, self.stop)
+                os.utime(path, ns=(entry.mtime_ns, entry.mtime_ns))
+                return Parcel(item, [Entry.of(name, os.lstat(path))._replace(mode=entry.mode)])
+            except Changed as error:
+                log.debug('%s: %s' % (self.stream.name, error))
+            except ItemError as error:
+                self.fail(name, error)
+                return None
+        return None
+
+    def note_copy(self, parcel, outcome):
+        """It is never released; what is known of the copy lets a later one replace it."""
+        name, digest = parcel.item.name, (outcome.checksum or '').partition(':')[2]
+        self.transport.own_copies[name] = digest, self.worker.wall()
+        self.failures.forget(name)
+        self.result.copied += 1
+        log.info('%s: copied %s, which never rests; it stays' % (self.stream.name, show(name)))
+        with contextlib.suppress(OSError):
+            os.unlink(os.path.join(to_bytes(self.stream.spool), name))
 
     def stands(self, item):
         """Mirror: nothing is to be done for it, as a look at the target tells."""
@@ -10449,6 +10534,10 @@ class Delivery:
         batch, outcomes = proven
         good = [pair for pair in outcomes if pair[1].error is None]
         self.record(good)
+        for parcel, outcome in good:
+            if parcel.item.name in self.copying:
+                self.note_copy(parcel, outcome)
+        good = [pair for pair in good if pair[0].item.name not in self.copying]
         self.spend_ready(good)
         released = sum(self.release(batch, parcel, outcome) for parcel, outcome in good)
         self.releaser.forget_directory()
@@ -10493,7 +10582,10 @@ class Delivery:
 
     def record(self, good):
         """One ledger line an item, on disk before anything is released."""
-        self.worker.ledger.append(self.lines([pair for pair in good if pair[1].sent], 'delivered'))
+        sent = [pair for pair in good if pair[1].sent]
+        copies = [pair for pair in sent if pair[0].item.name in self.copying]
+        self.worker.ledger.append(self.lines([pair for pair in sent if pair not in copies], 'delivered'))
+        self.worker.ledger.append(self.lines(copies, 'copied'))
         for parcel, _ in good if log.detailed else ():
             log.debug('%s: delivered %s' % (self.stream.name, show(parcel.item.name)))
 
@@ -11293,6 +11385,15 @@ class Worker:
         self.sweep()
         self.transport = self.stream.protocol(self.stream, self.stop, self.progress, self.lock.fds)
         self.transport.littered = self.dirty()
+        if self.stream.settle_max is not None:
+            self.transport.own_copies.update(self.copies())
+
+    def copies(self):
+        """{path: (SHA-256, wall time)} of what settle_max sent last.  Raises StateError."""
+        return {to_bytes(record['item']): (record['checksum'][7:], epoch(record['time']))
+                for record in self.ledger.read(2)
+                if record.get('stream') == self.stream.name and record['outcome'] == 'copied' and
+                (record.get('checksum') or '').startswith('sha256:')}
 
     def delivered_trees(self):
         """{name: snapshot} of what was delivered as a zip and perhaps not released, by the ledger;

@@ -1574,6 +1574,8 @@ class Configuration(Case):
         for lines, parts in (
                 ('verify = accepted', ('verify', 'keep_delivered')),
                 ('settle_max = 10s', ('settle_max', 'longer than settle_time')),
+                ('settle_max = 1h\non_conflict = refuse', ('settle_max', 'overwrite')),
+                ('settle_max = 1h\nverify = size', ('settle_max', 'overwrite')),
                 ('settle_max = 1h\nready_file = {name}.done', ('settle_max', 'ready_file')),
                 ('settle_max = 1h\ndirectories = zip', ('settle_max', 'zip')),
                 ('check_file = {name}.sum', ('check_file', 'sha256')),
@@ -1586,7 +1588,7 @@ class Configuration(Case):
             self.refused(self.stream('ftp', 'x', 'target_host = h\nstaging_suffix = ' + name), 'suffix')
         self.refused(self.stream('scp', 'x', 'target_host = h\ndirectories = keep'), 'directories', 'use zip')
         stream = self.loaded(self.stream('sftp', 'x', 'target_host = h\ndirectories = keep\n'
-                                         'verify = accepted\nkeep_delivered = 30d\n'
+                                         'verify = accepted\nkeep_delivered = 30d\non_conflict = overwrite\n'
                                          'settle_max = 1h\nstaging = none\n'
                                          'send_checksum = {name}.MD5\nstale_after = 0'))
         self.assertEqual((stream.zips, stream.verify, stream.settle_max, stream.staging, stream.stale_after,
@@ -2966,15 +2968,8 @@ mm.Ledger.read = lambda self, *months: print('READ') or read(self, *months)
               b'{"s": {"names": {"x": 5, "y": {"since": "z"}}, "held": []}}')
         self.assertEqual(mm.Waits(shared, stream).names, {})
 
-    def test_a_file_that_is_always_replaced_is_counted_and_told(self):
-        world = self.world('local', settle_time='2s')
-        world.configure("alert_command = sh -c 'cat >> %s/alerts'\n[email]\ndigest_time = 1s\n" % world.top,
-                        settle_time='2s', stale_after='4s', ready_file=None)
-        write(os.path.join(world.source, '.hidden.tmp'), b'x')
-        process = self.daemon(world)
-        alerts = os.path.join(world.top, 'alerts')
-        picture = os.path.join(world.source, 'latest.jpg')
-
+    def camera(self, picture):
+        """Replace a file again and again; the Event returned ends it."""
         over = threading.Event()
 
         def replace():
@@ -2985,6 +2980,51 @@ mm.Ledger.read = lambda self, *months: print('READ') or read(self, *months)
         camera.start()
         self.addCleanup(camera.join)
         self.addCleanup(over.set)
+        return over
+
+    @on_sites(*ONE_EACH)
+    def test_settle_max_sends_copies_of_what_never_rests(self, site):
+        world = self.world(site)
+        options = dict(settle_time='2s', settle_max='3s')
+        if site.startswith('rsync'):
+            options['on_conflict'] = 'overwrite'
+        world.configure(**options)
+        write(os.path.join(world.target, 'latest.jpg'), b'of somebody else')
+        over = self.camera(os.path.join(world.source, 'latest.jpg'))
+        logbook = open(os.path.join(world.source, 'logbook'), 'wb')
+        self.addCleanup(logbook.close)
+        logbook.write(b'an old line')
+        logbook.flush()
+        process = self.daemon(world)
+
+        def copies(name):
+            return [r for r in world.ledger() if (r['item'], r['outcome']) == (name, 'copied')] \
+                if os.path.isdir(world.state) else []
+        wait_for(lambda: len(copies('latest.jpg')) >= 3 and copies('logbook'), 'three copies', 60)
+        over.set()
+        logbook.close()
+        wait_for(lambda: tree(world.source) == {}, 'the delivery of what rests at last', 60)
+        process.terminate()
+        self.assertEqual(self.ended(process), 143)
+        found = contents(tree(world.target))
+        backups = [found.pop(name) for name in sorted(found) if b'.~' in name]
+        self.assertEqual(backups, [] if site.startswith('rsync') else [b'of somebody else'])
+        self.assertEqual((sorted(found), found[b'logbook']), ([b'latest.jpg', b'logbook'], b'an old line'))
+        self.assertEqual(len(found[b'latest.jpg']), 100)
+        outcomes = [r['outcome'] for r in world.ledger() if r['item'] == 'latest.jpg']
+        self.assertEqual(outcomes, ['copied'] * (len(outcomes) - 1) + ['delivered'])
+        self.assertEqual(world.leftovers(), [])
+
+    def test_a_file_that_is_always_replaced_is_counted_and_told(self):
+        world = self.world('local', settle_time='2s')
+        world.configure("alert_command = sh -c 'cat >> %s/alerts'\n[email]\ndigest_time = 1s\n" % world.top,
+                        settle_time='2s', stale_after='4s', ready_file=None)
+        write(os.path.join(world.source, '.hidden.tmp'), b'x')
+        process = self.daemon(world)
+        alerts = os.path.join(world.top, 'alerts')
+        picture = os.path.join(world.source, 'latest.jpg')
+
+        self.camera(picture)
         said = wait_for(lambda: os.path.exists(alerts) and text_of(alerts), 'an alert', 60)
         self.assertIn('one item was not sent for more than 4.0 s: latest.jpg (keeps changing)', said)
         status = json.loads(self.assert_run(world, 0, '--status', '--json').output)
