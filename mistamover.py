@@ -3770,6 +3770,7 @@ class Staging(Transport):
         self.throttle = Throttle(self.stream.bandwidth_limit, self.stop)
         self.made = set()           # directories known to exist at the target
         self.apart = set()          # (directory here, there) known to be two
+        self.sending = None         # names outside of the area that a run began to write
 
     # -- what a protocol provides
 
@@ -3835,13 +3836,15 @@ class Staging(Transport):
 
     def send(self, batch, ready):
         try:
-            self.ensure([self.area])
+            self.ensure([self.area] if self.stream.staging == 'area' else [])
         except ItemError as error:
             raise TargetError(error.message, error.hint)
         parts = list(batch.parts(self.PART_FILES, self.PART_SIZE))
         for part in parts:
             part.jobs = self.make_jobs(part)
-            self.stage(part, [job for job in part.jobs if not job.error])
+            if self.stream.staging != 'area':
+                self.clear_places(part)
+            self.stage(part, [job for job in part.jobs if not job.error and not job.equal])
             ready(part, part is not parts[-1])
 
     def make_jobs(self, batch):
@@ -3854,9 +3857,103 @@ class Staging(Transport):
                     job.error = refusal
                     job.linked = not refusal and self.can_link(batch, entry)
                     if not job.linked:
-                        job.staged = self.staged_name(entry)
+                        job.staged = self.staged_at(job)
                     jobs.append(job)
         return jobs
+
+    def staged_at(self, job):
+        """Where a file is while it is sent."""
+        if self.stream.staging == 'none':
+            return job.final
+        if self.stream.staging == 'beside':
+            return job.final + to_bytes(self.stream.staging_suffix)
+        return self.staged_name(job.entry)
+
+    # -- without a staging area (section 20, 4)
+
+    def clear_places(self, batch):
+        """What is to be written outside of the area is noted first, on the disk: what a killed run
+        leaves there is ours."""
+        jobs = [job for job in batch.jobs if not job.error]
+        self.ensure_parents(jobs)
+        if self.sending is None:
+            with contextlib.suppress(OSError, ValueError), open(self.sending_path(), 'rb') as handle:
+                self.sending = {to_bytes(name) for name in from_json(handle.read().decode())}
+            self.sending = self.sending or set()
+        for job in jobs if self.stream.staging == 'none' else ():
+            try:
+                if not job.error:
+                    self.clear_way(batch, job)
+            except (ItemError, Changed) as error:
+                job.error = error
+        self.note_sending({job.staged for job in jobs if not job.error and not job.equal}, ())
+
+    def sending_path(self):
+        return self.stream.spool + '.sending'
+
+    def note_sending(self, begun, ended):
+        with self.trying:
+            self.sending = (self.sending | begun).difference(ended)
+            try:
+                make_private_directory(os.path.dirname(self.sending_path()))
+                atomic_write(self.sending_path(), to_json(sorted(map(to_text, self.sending))), bool(begun))
+            except OSError as error:
+                raise StateError('cannot write %s: %s' % (show(self.sending_path()), error.strerror))
+
+    def clear_way(self, batch, job):
+        """Its final name must be free before the first byte: what has it now is ours and half, the
+        same, or somebody else's; where nobody can tell, it gets a name of its own."""
+        if any(oddities(part) for part in job.final.split(b'/')):
+            raise Unfit('%s cannot be sent: nobody can try whether the target keeps such a name'
+                        % show(job.final), 'rename it, or use staging = area')
+        there = self.look([job.final])[job.final]
+        if there is False:
+            return
+        same = self.same_or_unknown(batch, job) if there else False
+        if same:
+            job.equal = True
+        elif there is None or job.final in self.sending and not self.is_prefix(batch, job):
+            job.final = job.staged = stamped(job.final)
+        elif same is None:
+            raise Unfit('%s: something that is no file has its name at the target' % show(job.final),
+                        'rename or remove it at the target')
+        elif job.final not in self.sending:
+            self.backup_or(job.final)
+            if self.stream.on_conflict == 'backup':
+                self.make_backup(job)
+
+    def same_or_unknown(self, batch, job):
+        try:
+            return self.same_content(batch, job)
+        except ItemError:               # it cannot be read there
+            return False
+
+    def is_prefix(self, batch, job):
+        """Whether what has its name is the beginning of it."""
+        import hashlib
+        there, digest = self.measure([job.final], True).get(job.final), hashlib.sha256()
+        if not there or isinstance(there, ItemError) or there[0] is None or there[0] > job.entry.size:
+            return False
+        copy_prefix(batch.root, job.entry, digest, there[0], self.stop)
+        return digest.hexdigest() == there[1]
+
+    def finish_in_place(self, batch):
+        jobs = [job for job in batch.jobs if not job.error and not job.equal]
+        self.verify(batch, jobs)
+        if jobs:
+            self.sync()
+        return self.outcomes(batch)
+
+    def kept_beside(self, job):
+        """Whether an odd name is there as it was sent, as far as the suffix shows it."""
+        head, name = os.path.split(job.final)
+        if not any(oddities(part) for part in job.final.split(b'/')):
+            return True
+        if any(oddities(part) for part in head.split(b'/')) or name[-1:] in (b' ', b'.'):
+            return False
+        return os.path.basename(job.staged) in (self.listing(head) or ())
+
+    # --
 
     def ensure(self, paths):
         """Directories, made once."""
@@ -3866,6 +3963,12 @@ class Staging(Transport):
             self.made.update(missing)
 
     def finish(self, batch):
+        answers = self.finish_in_place(batch) if self.stream.staging == 'none' else self.publish_all(batch)
+        if self.sending:
+            self.note_sending(set(), [job.staged for job in batch.jobs if not job.error])
+        return answers
+
+    def publish_all(self, batch):
         jobs = [job for job in batch.jobs if not job.error and not job.equal]
         self.ensure_parents(jobs)
         self.verify(batch, [job for job in jobs if not job.error and not job.linked])
@@ -3895,6 +3998,8 @@ class Staging(Transport):
         relies on it, once a connection.  Raises TargetError."""
         with self.trying:
             key = (name,) + about
+            if self.stream.staging != 'area':
+                return self.traits.get(key, False)      # nothing is tried: it counts as "not so"
             if key not in self.traits:
                 self.traits[key] = getattr(self, 'try_' + name)(*about)
                 log.debug('%s: %s: %s%s' % (self.stream.name, target_of(self.stream), name,
@@ -3987,7 +4092,8 @@ class Staging(Transport):
     def check_names(self, jobs):
         """A name that the target would change is never published: it may be another's."""
         for job in jobs if self.lists else ():
-            if not job.error and not self.keeps_name(job.final):
+            if not job.error and not (self.kept_beside(job) if self.stream.staging == 'beside' else
+                                      self.keeps_name(job.final)):
                 job.error = Unfit('%s cannot be sent: the target would change its name' % show(job.final),
                                   'rename it')
 
@@ -4019,6 +4125,8 @@ class Staging(Transport):
     def confirm(self, jobs):
         """Every file is there under its name, its size is right: else it was not published.  An odd
         name is looked for in a listing."""
+        if self.stream.verify == 'accepted':
+            return
         sizes = self.measure([job.final for job in jobs], False)
         listed = {}
         for job in jobs:
@@ -4072,6 +4180,8 @@ class Staging(Transport):
 
     def verify(self, batch, jobs):
         """Compare what is staged with what was read; what differs is removed, never placed."""
+        if self.stream.verify == 'accepted':
+            return
         wrong = []
         for hashed in (False, True):
             chosen = [job for job in jobs if job.hashed == hashed]
@@ -4202,16 +4312,25 @@ class Staging(Transport):
     def proof_of(self, jobs):
         if jobs and all(job.linked for job in jobs):
             return 'one inode'
+        if self.stream.verify == 'accepted':
+            return 'accepted'
         return self.hashing if all(job.hashed for job in jobs) else 'size'
 
     def remove(self, name):
         self.delete([name])
 
     def arrived(self, entries):
+        if self.stream.staging != 'area':
+            return None
         staged = self.staged_name(entries[0])
         return (self.measure([staged], False).get(staged) or (0,))[0]
 
     def tidy(self):
+        if self.stream.staging != 'area':
+            if self.sending and self.stream.staging == 'beside':
+                self.delete(sorted(self.sending))
+                self.note_sending(set(), self.sending)
+            return True
         self.made.discard(self.area)
         return self.delete_area()
 
@@ -8358,7 +8477,7 @@ class FtpTransport(Staging):
     """
 
     takes = 'network host password password_file tls chmod parallel staging'
-    modules = 'base64', 'ftplib', 'ssl'
+    modules = ('ssl',)
     forbidden = b'\r\n\0'
     lists = True
     AHEAD = 32                          # questions under way; their answers fit any buffer
@@ -8742,8 +8861,11 @@ class FtpTransport(Staging):
         verb = self.looker
         if not verb:
             return [(None, None)] * len(paths)
-        return [self.seen(verb, reply) for reply in self.answers(
+        found = [self.seen(verb, reply) for reply in self.answers(
             line, [verb + b' ' + self.name(path) for path in paths])]
+        if any(size is not None for _, size in found):
+            self.traits['absence',] = True      # it says something else of what is there
+        return found
 
     def seen(self, verb, reply):
         """One answer to SIZE or MLST (RFC 3659)."""
@@ -8798,6 +8920,9 @@ class FtpTransport(Staging):
                 raise TargetError('the target directory %s is gone' % target_of(self.stream),
                                   'create it or mount it')
             found = {name: self.is_there(line, name) for name in names}
+            if self.stream.staging != 'area' and names and not self.traits.get(('absence',)):
+                for name in set(names) & (self.names_in(line, b'') or set()):
+                    found[name] = True
         for name, there in found.items():
             if there is None:
                 raise TargetError('%s does not say whether %s is there' % (
@@ -8880,7 +9005,8 @@ class FtpTransport(Staging):
                                                                    self.name(step))])
                 if not made and not self.is_directory(line, path):
                     raise ItemError('cannot make %s at %s' % (show(path), target_of(self.stream)),
-                                    'may this account write there?')
+                                    'may this account write there? one that may not make directories '
+                                    'needs staging = beside')
 
     # -- learning, on a small file of ours
 
@@ -8899,22 +9025,33 @@ class FtpTransport(Staging):
         Raises TargetError with what the target would need, before anything is sent."""
         content = random_hex(8)
         probe = os.path.join(self.area, b'.probe')
-        moved = os.path.join(self.area, b'.probe-' + content)
-        self.write_small(probe, content)
-        with self.connection() as line:
-            self.choose_proof(line, probe, content)
-            self.traits['absence',] = bool(self.looker)
-            reply = self.rename_all(line, [(probe, moved)])[0]
-            if not reply.done:
-                raise TargetError('cannot rename at %s: %s' % (target_of(self.stream), reply),
-                                  'for an account that may not: staging = none')
-            if not self.looker and os.path.basename(moved) not in (self.names_in(line, self.area) or ()):
-                raise TargetError('%s does not say what is there' % target_of(self.stream),
-                                  'this account needs SIZE, MLST or NLST')
-            self.deletes = self.answers(line, [b'DELE ' + self.name(moved)])[0].done
+        try:
+            self.write_small(probe, content)
+            with self.connection() as line:
+                self.choose_proof(line, probe, content)
+                self.traits['absence',] = bool(self.looker)
+                moved = self.try_rename(line, probe, content)
+                if not self.looker and os.path.basename(moved) not in (self.names_in(line, self.area) or ()):
+                    raise TargetError('%s does not say what is there' % target_of(self.stream),
+                                      'this account needs SIZE, MLST or NLST')
+                self.deletes = self.answers(line, [b'DELE ' + self.name(moved)])[0].done
+        except TargetError:
+            with contextlib.suppress(MoverError):
+                self.delete_area()
+            raise
         if not self.deletes:
             log.once('%s: this account may not delete at %s: %s stays there' % (
                 self.stream.name, target_of(self.stream), show(self.area)))
+
+    def try_rename(self, line, probe, content):
+        """The name that a file of ours has now; always the same one, for it may have to stay, but
+        where nothing is ever replaced."""
+        for tail in (b'-moved', b'-' + content):
+            reply = self.rename_all(line, [(probe, probe + tail)])[0]
+            if reply.done:
+                return probe + tail
+        raise TargetError('cannot rename at %s: %s' % (target_of(self.stream), reply),
+                          'an account that may not rename needs staging = none')
 
     def write_small(self, path, content):
         """A file of a few bytes, by STOR as all the others.  Raises ItemError, TargetError."""
@@ -8932,16 +9069,40 @@ class FtpTransport(Staging):
                 self.looker = b''
         if self.stream.verify == 'accepted' or self.looker and self.stream.verify == 'size':
             return
-        offered = re.split(rb'[\s;]+', self.features_of(line))
-        for row in self.HASHES:
-            if row[0] in offered and self.asked_hash(line, probe, row) == \
-                    hashlib.new(row[2], content).hexdigest():
-                self.hasher = row
-                return
+        if self.choose_hasher(line, probe, lambda name: hashlib.new(name, content).hexdigest()):
+            return
         reply, data = self.download(line, b'RETR ' + self.name(probe))
         if not reply.done or data != content:
             raise TargetError('nothing can be proven at %s: RETR: %s' % (target_of(self.stream), reply),
-                              'set verify = %s' % ('size' if self.looker else 'accepted'))
+                              self.blind_hint())
+
+    def blind_hint(self):
+        return 'an account that may not read needs verify = %s' % ('size' if self.looker else 'accepted')
+
+    def choose_hasher(self, line, path, expected):
+        """Whether a hash is told there as it should be; expected(hashlib's name): as hex, or None."""
+        offered = re.split(rb'[\s;]+', self.features_of(line))
+        for row in self.HASHES:
+            right = row[0] in offered and expected(row[2])
+            if right and self.asked_hash(line, path, row) == right:
+                self.hasher = row
+                return True
+        return False
+
+    def learn_from(self, line, job):
+        """Without a staging area the first file shows how things are proven."""
+        if self.sizes(line, [job.staged]) != [(True, job.entry.size)]:
+            self.choose_looker(line, self.looker)
+            if self.sizes(line, [job.staged]) != [(True, job.entry.size)]:
+                self.looker = b''
+        if job.hashed:
+            self.choose_hasher(line, job.staged, lambda name: job.digest if name == 'sha256' else None)
+        if not self.looker and not self.hasher and self.stream.verify != 'accepted':
+            reply, _ = self.download(line, b'RETR ' + self.name(job.staged), len)
+            if not reply.done:
+                raise TargetError('nothing can be proven at %s: RETR: %s' % (target_of(self.stream), reply),
+                                  self.blind_hint())
+        self.rehearsed = True
 
     def asked_hash(self, line, path, row):
         """The answer to XSHA256 and the like, or to HASH (draft-bryan-ftp-hash), as hex or None."""
@@ -8985,10 +9146,13 @@ class FtpTransport(Staging):
                 if len(cut) > self.stream.parallel:     # it is not this file
                     raise job.error
         self.each(jobs, store)
-        if cut:
-            self.keep_whole(cut)
+        self.keep_whole(cut)
+        sent = [job for job in jobs if not job.error]
+        if sent and not self.rehearsed:
+            with self.connection() as line:
+                self.learn_from(line, sent[0])
         if self.times or self.stream.target_chmod:
-            self.ask([job for job in jobs if not job.error], self.dress)
+            self.ask(sent, self.dress)
 
     def keep_whole(self, jobs):
         """All of a file may have arrived although the line went before the server said so: some
@@ -9153,7 +9317,14 @@ class FtpTransport(Staging):
             return count[0], digest.hexdigest()
         if size is None and not self.looker:
             return None
-        raise self.fault('RETR %s' % show(path), reply)
+        error = self.fault('RETR %s' % show(path), reply)
+        error.hint = self.blind_hint()
+        raise error
+
+    @property
+    def hashing(self):
+        """How a hash of what is there is had, for the ledger."""
+        return self.hasher[0].decode() if self.hasher else 'read back'
 
     def same_content(self, batch, job):
         with self.connection() as line:
@@ -9201,7 +9372,8 @@ class FtpTransport(Staging):
 
     @staticmethod
     def refused(path, reply):
-        return ItemError('RNTO %s: %s' % (show(path), reply), 'may this account write there?')
+        return ItemError('RNTO %s: %s' % (show(path), reply),
+                         'may this account write there? one that may not rename needs staging = none')
 
     def rename(self, old, new):
         with self.connection() as line:
