@@ -4530,6 +4530,8 @@ class LocalTransport(Staging):
     def close(self):
         links, self.links = self.links, []
         for link in links:
+            if link.broken():           # its release never came, and a writer waits
+                link.take_back()
             link.close()
 
     def trouble(self, what, error):

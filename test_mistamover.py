@@ -2316,6 +2316,20 @@ mm.%s = interrupted
                              outcomes)
             self.assertEqual(world.leftovers(), [])
 
+    def test_a_linked_file_whose_release_never_comes(self):
+        world = self.world('local', retry_count='1')
+        write(os.path.join(world.source, 'f'), b'first')
+        done = self.doctored(world, OPENER + """
+def record(self, *args):
+    opener(SOURCE, 'f')
+    until(lambda: mm.lease_broken(self.transport.links[0].fd))
+    raise mm.StateError('no ledger')
+mm.Delivery.record = record
+""")
+        self.assertEqual((done.code, held_at_target(world), world.ledger()), (1, {}, []), str(done))
+        write(os.path.join(world.top, 'go'))
+        wait_for(lambda: held_at_source(world) == {b'f': b'half and whole'}, 'the writer to end')
+
     def test_a_linked_file_for_which_no_descriptor_is_left(self):
         world = self.world('local')
         write(os.path.join(world.source, 'f'), b'first')
