@@ -91,6 +91,21 @@ CLOCK_TOLERANCE = 2                     # seconds two clocks may drift apart bet
 # 3  errors: one class for each thing the caller does next
 # ----------------------------------------------------------------------------------------
 
+# raised             | scope         | what happens next, and where
+# -------------------|---------------|-----------------------------------------------------------
+# ConfigError        | configuration | exit code 2, nothing was touched: main()
+# LockedError        | -             | exit code 3; a daemon tries again: Worker.run()
+# Interrupted        | -             | leave, children included: Worker.run()
+# Suspended          | -             | wait, no failure: Worker.once(), Worker.daemon()
+# Changed            | -             | the next pass sees to it: Delivery.judge()
+# TargetError, path  | target        | others first, this file alone, judged at the end: Delivery.strike()
+# TargetError        | target        | back off, try again, one alert: Worker.trouble()
+# StateError         | machine       | the same; nothing is released
+# ItemError          | item          | once more alone, then judged: Delivery.suspect(), next_step()
+# IntegrityError     | item          | the same, and an alert
+# NoRoom             | item          | waits; counts only if a larger one went after it: next_step()
+# Unfit              | item          | counts: Delivery.fail(), in time quarantine
+
 class MoverError(Exception):
     """What went wrong and where (message), how to fix it (hint), and at which file (path, bytes
     relative to the root of its batch; None: nobody knows)."""
@@ -2499,6 +2514,30 @@ def target_of(stream, dates=True):
     return '%s%s:%s' % (stream.username + '@' if stream.username else '', stream.target_host, directory)
 
 
+# The states of a stream, as status.json, --status and the page show them.  mood: good, wait (a
+# person may want to know) or bad (a person should look); ends_once, ends_daemon: whether a process
+# that ends in it ended as it should, and did not die.
+StreamState = collections.namedtuple('StreamState', 'mood ends_once ends_daemon')
+STATES = {
+    'starting': StreamState('good', False, False),
+    'scanning': StreamState('good', False, False),
+    'connecting': StreamState('good', False, False),
+    'transferring': StreamState('good', False, False),
+    'settling': StreamState('good', False, False),       # a pass is over, something is too fresh
+    'idle': StreamState('good', False, False),           # a daemon has nothing to do
+    'done': StreamState('good', True, False),            # --once has done what was due
+    'stopped': StreamState('wait', True, False),         # a stop file, a closed window
+    'down': StreamState('bad', True, False),             # the target or this machine is in trouble
+    'ended': StreamState('wait', True, True),            # on request
+    'never run': StreamState('wait', True, True),        # status.json knows nothing of it
+    'died': StreamState('bad', True, True),              # found out by who looks: see died()
+}
+
+
+def mood(state):
+    return STATES[state].mood
+
+
 class Progress:
     """What one stream is doing: the numbers behind the progress line and --status."""
 
@@ -3587,8 +3626,20 @@ class Batch:
 class Transport:
     """The contract.  A protocol is a class with these verbs and a row in TRANSPORTS.
 
-    Each verb raises TargetError when the target or the way to it is in trouble and
-    Interrupted on a stop request; trouble with single files is told by finish().
+    Each verb raises TargetError when the target or the way to it is in trouble (with the path of
+    the file under way, if one was), Interrupted on a stop request, and StateError when this
+    machine is; trouble with single files is told by finish().  Any of them may be called again
+    after an error, once open() was.
+
+    verb            | thread                    | again with the same arguments
+    ----------------|---------------------------|----------------------------------------------
+    open            | connecting, or the pass   | checks that the connection still is there
+    close           | the pass                  | does nothing
+    present, learned, free_space, arrived | the pass, between two batches | asks again
+    stands          | the pass, while it scans  | looks again
+    send            | the pass                  | sends again; what arrived whole may be kept
+    finish          | proving, beside send()    | not: each part is finished once
+    remove, delete_missing, tidy | the pass     | finds nothing to do
     """
 
     mirrors = False             # mirror mode works
@@ -11088,14 +11139,6 @@ class DiskMonitor:
 # 16  status for people and machines
 # ----------------------------------------------------------------------------------------
 
-def mood(state):
-    return 'bad' if state in ('down', 'died') else \
-        'wait' if state in ('stopped', 'never run', 'ended') else 'good'
-
-
-ENDINGS = {True: ('ended',), False: ('ended', 'done', 'stopped', 'down')}   # daemon: what it ends with
-
-
 def started_at():
     """The epoch seconds at which this machine started, 0 where nobody can tell (proc(5), uptime)."""
     with contextlib.suppress(OSError, ValueError), open('/proc/uptime') as handle:
@@ -11106,7 +11149,8 @@ def started_at():
 def died(entry):
     """Whether status.json says that a process works on a stream which is gone.  A number that
     another process has since the machine was started again says nothing."""
-    if not entry.get('state') or entry['state'] in ENDINGS[bool(entry.get('daemon'))]:
+    state = STATES.get(entry.get('state'))
+    if state is None or (state.ends_daemon if entry.get('daemon') else state.ends_once):
         return False
     return not alive(entry.get('pid')) or epoch(entry['updated']) < started_at()
 
@@ -11445,6 +11489,21 @@ class Caretaker:
 # ----------------------------------------------------------------------------------------
 # 17  stream workers: once and daemon
 # ----------------------------------------------------------------------------------------
+
+# Who runs in which thread, and what they share:
+#
+# thread      | runs                                   | shares, under which lock
+# ------------|----------------------------------------|------------------------------------------
+# main        | Supervisor.run(): signals, reload      | StopRequest, which locks itself
+# NAME        | Worker.run(): the passes of one stream | state_dir by Ledger, SharedJson, Alerts
+# pipeline    | Delivery.connect, .prove, .finish      | the Delivery: one value at a time each, and
+#             |                                        | who drains it waits; Transport: see there
+# ssh, rsync, | Program._read: what a child prints     | Program.chunks, a queue
+#   ...       |                                        |
+# ftp         | more connections of one transport      | the pool, FtpTransport.lock
+# closer      | close_all: descriptors of what is gone | nothing
+# care        | Caretaker: page, metrics, disk space   | reads state_dir; Alerts.lock
+# alerts      | Alerts.send_due: a slow mail server    | Alerts.lock
 
 class Worker:
     """One stream: its lock, its transport, its passes.  Runs in a thread of its own."""
