@@ -44,6 +44,7 @@ except KeyboardInterrupt:
 import collections
 import contextlib
 import errno
+import functools
 import os
 import re
 import stat
@@ -2631,6 +2632,22 @@ class Progress:
 # 10  alerts
 # ----------------------------------------------------------------------------------------
 
+@contextlib.contextmanager
+def mail_server(settings):
+    """An smtplib.SMTP that is logged in (RFC 5321, with STARTTLS (RFC 3207) or TLS).  Raises
+    OSError; settings: of [email]."""
+    import smtplib
+    import ssl
+    options = {'context': ssl.create_default_context()} if settings.tls == 'tls' else {}
+    with (smtplib.SMTP_SSL if options else smtplib.SMTP)(
+            settings.smarthost, settings.port, timeout=20, **options) as server:
+        if settings.tls == 'starttls':
+            server.starttls(context=ssl.create_default_context())
+        if settings.username:
+            server.login(settings.username, settings.password or '')
+        yield server
+
+
 class Alerts:
     """What people should hear of, by mail and by alert_command; kept in alerts.json until sent.
 
@@ -2746,11 +2763,9 @@ class Alerts:
         self.failing.discard(name)
 
     def send_mail(self, subject, body):
-        """RFC 5321, with STARTTLS (RFC 3207) or TLS.  Raises OSError, ValueError."""
+        """Raises OSError, ValueError."""
         import email.message
         import email.utils
-        import smtplib
-        import ssl
         settings = self.email
         message = email.message.EmailMessage()
         message['From'], message['To'] = settings.sender, ', '.join(settings.recipient)
@@ -2758,13 +2773,7 @@ class Alerts:
         message['Message-ID'] = email.utils.make_msgid()
         message['Auto-Submitted'] = 'auto-generated'        # RFC 3834: no answering machine answers
         message.set_content(body)
-        options = {'context': ssl.create_default_context()} if settings.tls == 'tls' else {}
-        with (smtplib.SMTP_SSL if options else smtplib.SMTP)(
-                settings.smarthost, settings.port, timeout=20, **options) as server:
-            if settings.tls == 'starttls':
-                server.starttls(context=ssl.create_default_context())
-            if settings.username:
-                server.login(settings.username, settings.password or '')
+        with mail_server(settings) as server:
             server.send_message(message)
 
     def run_command(self, subject, body):
@@ -3711,6 +3720,9 @@ class Transport:
     def tidy(self):
         """Remove our temporary files at the target; whether nothing is left."""
         return True
+
+    def check_listing(self):
+        """Mirrors: raises TargetError if mirror_delete cannot list the target."""
 
     def delete_missing(self, kept):
         """Mirrors: delete what stands at the target and is not in `kept`; returns the names."""
@@ -6124,11 +6136,16 @@ class RsyncTransport(Transport):
                 found.append((unescaped(match.group(2)), match.group(1) == b'd'))
         return found, done
 
-    def delete_missing(self, kept):
-        """List the target, then name what must go; a name that exists here by then is safe."""
+    def check_listing(self):
+        """[(name, whether it is a directory)] of all that is there.  Raises TargetError."""
         listed, done = self.listing(b'')
         if done.code:
             self.fail(done, 'mirror_delete cannot list %s' % target_of(self.stream))
+        return listed
+
+    def delete_missing(self, kept):
+        """List the target, then name what must go; a name that exists here by then is safe."""
+        listed = self.check_listing()
         # a target that folds case or accents may show what is here under another name; else none
         # of these is left, and nothing needs to be folded
         shown = {folded(path) for path in kept.difference(name for name, _ in listed)}
@@ -12210,6 +12227,9 @@ def check_target(worker, transport):
     worker.probe()
     yield 'write, %s, rename, remove' % ('hash' if stream.verify == 'checksum' else 'size'), 'done'
     yield from transport.learned()
+    if stream.mirror and stream.mirror_delete:
+        transport.check_listing()
+        yield 'mirror_delete', 'the target can be listed'
     free = transport.free_space()
     yield 'free space', 'unknown (this protocol cannot tell)' if free is None else format_size(free)
     yield 'our own files at the target', 'removed' if transport.tidy() else \
@@ -12236,30 +12256,88 @@ def check_steps(worker):
         raise
 
 
-def command_check(config, _args, stop):
-    """Try every target; a table of OK and FAILED with the mend."""
+def try_to_write(path):
+    """Raises OSError unless a file can be made in this directory or, while that is missing, in what
+    it will be made in."""
     import tempfile
-    failed = False
+    while not os.path.lexists(path):
+        path = os.path.dirname(path)
+    tempfile.TemporaryFile(dir=path).close()
+
+
+def try_command(words):
+    """Raises OSError unless this command can be started."""
+    import shutil
+    if not shutil.which(words[0]):
+        raise OSError(errno.ENOENT, 'no such program', words[0])
+
+
+def check_program(config):
+    """Yield (what, a function that raises OSError if it does not work) for what is no stream's."""
+    settings, email = config.settings, config.email
+    for option in ('state_dir', 'log_file', 'status_page', 'metrics_file'):
+        path = getattr(settings, option)
+        if path:
+            yield '%s: %s' % (option, show(path)), functools.partial(
+                try_to_write, path if option == 'state_dir' else os.path.dirname(path))
+    if settings.alert_command:
+        yield 'alert_command: ' + show(settings.alert_command[0]), functools.partial(
+            try_command, settings.alert_command)
     for stream in config.streams:
-        with tempfile.TemporaryDirectory(prefix='mistamover-') as scratch:
-            config.settings.state_dir = scratch
-            stream.spool = os.path.join(scratch, 'spool')
-            stream.control_dir = os.path.join(scratch, 'ssh')   # a running daemon keeps its own
-            worker = Worker(stream, State(scratch, config))
-            worker.transport = stream.protocol(stream, stop, worker.progress)
-            worker.transport.area = CHECK_AREA
-            try:
-                for what, answer in check_steps(worker):
-                    say('%-12s OK      %s: %s' % (stream.name, what, answer))
-            except Interrupted:
-                raise
-            except MoverError as error:
-                failed = True
-                say('%-12s FAILED  %s' % (stream.name, error.message))
-                if error.hint:
-                    say('%-12s         -> %s' % ('', error.hint))
-            finally:
-                worker.transport.close()
+        if stream.after_delivery:
+            yield 'after_delivery of %s: %s' % (stream.name, show(stream.after_delivery[0])), \
+                functools.partial(try_command, stream.after_delivery)
+    if email.smarthost:
+        yield 'mail by %s, port %d' % (email.smarthost, email.port), functools.partial(try_mail, email)
+
+
+def try_mail(email):
+    """Log in and send nothing.  Raises OSError."""
+    with mail_server(email):
+        pass
+
+
+def check_one(stream, config, stop):
+    """Try one stream's target, with a state directory of its own; raises MoverError."""
+    import tempfile
+    with tempfile.TemporaryDirectory(prefix='mistamover-') as scratch:
+        config.settings.state_dir = scratch
+        stream.spool = os.path.join(scratch, 'spool')
+        stream.control_dir = os.path.join(scratch, 'ssh')   # a running daemon keeps its own
+        worker = Worker(stream, State(scratch, config))
+        worker.transport = stream.protocol(stream, stop, worker.progress)
+        worker.transport.area = CHECK_AREA
+        try:
+            for what, answer in check_steps(worker):
+                say('%-12s OK      %s: %s' % (stream.name, what, answer))
+        finally:
+            worker.transport.close()
+
+
+def command_check(config, _args, stop):
+    """Try what the program needs and every target; a table of OK and FAILED with what fixes it."""
+    failed = False
+
+    def bad(name, error, hint=''):
+        nonlocal failed
+        failed = True
+        say('%-12s FAILED  %s' % (name, error))
+        if hint:
+            say('%-12s         -> %s' % ('', hint))
+
+    for what, attempt in check_program(config):
+        try:
+            attempt()
+            say('%-12s OK      %s' % ('program', what))
+        except OSError as error:
+            bad('program', '%s: %s' % (what, error.strerror or error))
+    for stream in config.streams:
+        try:
+            check_one(stream, config, stop)
+        except Interrupted:
+            raise
+        except MoverError as error:
+            bad(stream.name, error.message, error.hint)
     return EXIT_FAILED if failed else EXIT_OK
 
 

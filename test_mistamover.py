@@ -7133,6 +7133,30 @@ mm.Ledger.append = append
         self.assertEqual(tree(world.target), {})
 
     @slow
+    def test_check_tries_what_it_says_of_the_program(self):
+        sink = SmtpSink().start()
+        self.addCleanup(sink.listener.close)
+        world = self.world('local')
+        nowhere = os.path.join(world.top, 'file', 'page.html')
+        world.configure('log_file = %s/logs/log\nalert_command = cat\n' % world.top + sink.settings(),
+                        after_delivery='no-such-program')
+        done = self.assert_run(world, 1, '--check')
+        for line in ('OK      state_dir: ' + world.state, 'OK      log_file: %s/logs/log' % world.top,
+                     'OK      alert_command: cat',
+                     'FAILED  after_delivery of s: no-such-program: no such program', 'OK      mail by 127.0.0.1, port '):
+            self.assertIn('program      ' + line, done.output)
+        self.assertEqual(sink.mails, [])
+        self.assertFalse(os.path.exists(world.state))
+        write(os.path.dirname(nowhere), b'no directory')
+        world.configure('status_page = %s\nalert_command = ./missing\n' % nowhere +
+                        sink.settings(port=free_port()),
+                        transfer_mode='mirror', mirror_delete='yes')
+        done = self.assert_run(world, 1, '--check')
+        self.assertIn('FAILED  alert_command: %s/missing' % world.top, done.output)
+        self.assertIn('FAILED  status_page: %s: Not a directory' % nowhere, done.output)
+        self.assertIn('FAILED  mail by 127.0.0.1, port ', done.output)
+        self.assertIn('OK      mirror_delete: the target can be listed', done.output)
+
     def test_a_check_that_fails_leaves_nothing(self):
         world = self.world('local')
         for _ in range(2):
