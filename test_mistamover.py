@@ -7143,7 +7143,8 @@ mm.Ledger.append = append
         done = self.assert_run(world, 1, '--check')
         for line in ('OK      state_dir: ' + world.state, 'OK      log_file: %s/logs/log' % world.top,
                      'OK      alert_command: cat',
-                     'FAILED  after_delivery of s: no-such-program: no such program', 'OK      mail by 127.0.0.1, port '):
+                     'FAILED  after_delivery of s: no-such-program: no such program',
+                     'OK      mail by 127.0.0.1, port '):
             self.assertIn('program      ' + line, done.output)
         self.assertEqual(sink.mails, [])
         self.assertFalse(os.path.exists(world.state))
