@@ -5324,7 +5324,7 @@ def ssh_hint(stream, errors):
 
 
 class SshConnection:
-    """One ssh connection that ssh, scp, sftp and rsync share (ssh_config(5), ControlMaster).
+    """One ssh connection that ssh, scp and rsync share (ssh_config(5), ControlMaster); sftp has its own.
 
     The master goes to the background by itself and ends a minute after its last client,
     so a kill -9 leaves nothing behind; it inherits none of our descriptors.
@@ -5365,7 +5365,7 @@ printf '%%s\n' "${line%%"$(printf '\r')"}"
         return {'SSH_ASKPASS': path, 'SSH_ASKPASS_REQUIRE': 'force', 'DISPLAY': ':0'}
 
     def options(self):
-        """Options that ssh, scp and sftp all understand."""
+        """Options that ssh and scp understand."""
         stream = self.stream
         interval = max(1, min(15, int(stream.stall_timeout / 4)))
         words = list(stream.ssh_options) + (self.BY_PASSWORD if stream.password else ['-oBatchMode=yes']) + [
@@ -7969,6 +7969,11 @@ class SftpTransport(Staging):
     def to_read(self, path):
         return Fxp.OPEN, self.path(path) + Fxp.TO_READ.to_bytes(4, 'big') + Fxp.packed()
 
+    @property
+    def hashing(self):
+        """How a hash of what is there is had, for the ledger."""
+        return 'check-file' if self.can_hash else 'read back'
+
     def ask_hash(self, path, length, size):
         """The SHA-256 of a file's first `length` bytes (0: of all) as the server computes it, or None
         (draft-ietf-secsh-filexfer-extensions-00, section 3)."""
@@ -8030,15 +8035,27 @@ class SftpTransport(Staging):
     def put(self, batch, job, start):
         """One file under its staged name: the answers to its bytes come before its time is set
         (some servers work out of order), and any that is no OK condemns it."""
-        try:
-            handle, start = yield from self.open_staged(batch, job, start)
+        names = [job.staged]
+        if job.entry.size < RESUME_FROM and self.stream.staging == 'area':
+            names.append(job.staged + b'-' + random_hex(4))     # a dead connection may hold the first
+        for job.staged in names:
+            job.error = None
             try:
-                yield from self.fill(batch, job, handle, start)
-            except (ItemError, Changed):
-                yield [(Fxp.REMOVE, self.path(job.staged))]
-                raise
-        except (ItemError, Changed) as error:
-            job.error = error
+                yield from self.put_once(batch, job, start)
+                return
+            except ItemError as error:
+                job.error = error
+            except Changed as error:
+                job.error = error
+                return
+
+    def put_once(self, batch, job, start):
+        handle, start = yield from self.open_staged(batch, job, start)
+        try:
+            yield from self.fill(batch, job, handle, start)
+        except (ItemError, Changed):
+            yield [(Fxp.REMOVE, self.path(job.staged))]
+            raise
 
     def fill(self, batch, job, handle, start):
         try:

@@ -5418,6 +5418,15 @@ class Sftp(Invariants):
         self.assert_run(world, 0)
         self.assert_converged(world, originals)
 
+    def test_a_server_that_hashes_is_believed_after_a_trial(self):
+        world = self.world('mod_sftp')
+        originals = self.many(world, 5)
+        self.assert_run(world, 0)
+        self.assert_converged(world, originals)
+        proofs = {record['proof'] for record in world.ledger()}
+        self.assertIn('check-file', proofs)
+        self.assertLessEqual(proofs, {'check-file', 'read back'})
+
     def test_a_server_that_stops_reading(self):
         world = self.between('deaf:1000000')
         originals = self.many(world)
