@@ -1198,7 +1198,8 @@ OPTIONS = [Option(*row) for row in (
     ('stream', 'target_uploads_later', one_of('no', 'accepted'), 'no', 'here',
      'accepted: move to a mount that uploads later (davfs, rclone), where nothing is proven'),
     ('stream', 'on_conflict', one_of('backup', 'overwrite', 'refuse'), ('backup', 'overwrite'), '',
-     'if other content stands there: rename that to NAME.~TIME~, overwrite it, or report'),
+     'other content has that name at the target: backup renames it to NAME.~TIME~, overwrite replaces '
+     'it, refuse leaves the item here and says so'),
     ('stream', 'directories', one_of('auto', 'keep', 'zip'), 'auto', '',
      'keep them, zip them, or what the protocol can (auto)'),
     ('stream', 'dir_size_limit', kind_size, '', 'move',
