@@ -7917,14 +7917,21 @@ class SftpTransport(Staging):
         return self.run(self.names_in(directory))
 
     def present(self, names):
-        names = list(names)
-        found = self.session.run([(None, self.is_directory(b''))] + [(None, self.is_there(n)) for n in names])
-        if not found[0]:
+        """A name that cannot be there is asked for with the others: the experiment try_absence()
+        without a file."""
+        names, unknown = list(names), OWN_PREFIX + b'-try-' + random_hex(8)
+        base, *found = self.session.run([(None, self.is_directory(b''))] + [
+            (None, self.is_there(name)) for name in names + [unknown]])
+        if not base:
             raise self.missing()
-        if None in found:
+        self.traits['absence',] = found.pop() is False
+        if self.traits['absence',] and None not in found:
+            return {name for name, there in zip(names, found) if there}
+        listed = self.listing(b'')
+        if listed is None:
             raise TargetError('%s does not say whether %s is there' % (
-                target_of(self.stream), show(names[found.index(None) - 1])), 'may this account look there?')
-        return {name for name, there in zip(names, found[1:]) if there}
+                target_of(self.stream), show(names[0])), 'may this account look there?')
+        return listed & set(names)
 
     def measure(self, paths, hashed):
         found = self.session.run((self.sources.get(path), self.measured(path, hashed)) for path in paths)
@@ -8029,8 +8036,7 @@ class SftpTransport(Staging):
         if self.stream.staging != 'area':
             self.publish_by = 'look'
         elif self.publish_by is None and jobs:      # while the first bytes go
-            tasks[:0] = [(None, self.learn_to_publish()), (None, self.learn_absence())] + \
-                [(None, self.open_mark())] * self.can_sync
+            tasks[:0] = [(None, self.learn_to_publish())] + [(None, self.open_mark())] * self.can_sync
         self.session.run(tasks)
 
     def put(self, batch, job, start):
@@ -8264,12 +8270,6 @@ class SftpTransport(Staging):
                 publish_by = 'link'
         yield [(Fxp.REMOVE, self.path(name)) for name in (one, two, three)]
         self.publish_by = publish_by
-
-    def learn_absence(self):
-        """Steps of try_absence(), beside others."""
-        ours = os.path.join(self.area, b'try-' + random_hex(8))
-        area, unknown = yield [(Fxp.LSTAT, self.path(path)) for path in (self.area, ours)]
-        self.traits['absence',] = area[0] == Fxp.ATTRS and Fxp.status(unknown) == Fxp.MISSING
 
     def kept(self, request, sizes, good):
         """Make a request that should go well or not; whether it says so and these have their sizes."""

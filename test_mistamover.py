@@ -5474,6 +5474,26 @@ class Sftp(Invariants):
         self.assertIn('cannot make the directory .mistamover', done.output)
         self.assertIn('permission denied (may this account', done.output)
 
+    def test_accounts_that_may_not_have_a_staging_area(self):
+        """Neither MKDIR nor OPENDIR; then neither RENAME nor REMOVE."""
+        for staging, how in (('beside', 'refuses:11,14'), ('none', 'refuses:11,13,14,18')):
+            for verify in ('checksum', 'size'):
+                world = self.between(how, staging=staging, verify=verify)
+                originals = self.many(world, 30)
+                done = self.assert_run(world, 0)
+                self.assert_converged(world, originals, str(done))
+                self.assertEqual(set(tree(world.target)), set(originals), str(done))
+
+    def test_what_has_the_name_is_not_written_over(self):
+        for staging in ('beside', 'none'):
+            world = self.between('pass', staging=staging, on_conflict='refuse')
+            originals = self.many(world, 5)
+            write(os.path.join(world.target, 'large'), b'old')
+            done = self.assert_run(world, 1)
+            self.assertEqual(contents(tree(world.source)), {b'large': originals.pop(b'large')}, str(done))
+            originals[b'large'] = b'old'
+            self.assertEqual(contents(tree(world.target)), originals, str(done))
+
     def test_names_that_the_server_takes_for_one(self):
         """A rename onto a name that exists is refused or replaces: nothing may be lost."""
         for how in ('folds', 'folds:replaces'):
@@ -5498,6 +5518,16 @@ class Sftp(Invariants):
         self.assertEqual(contents(tree(world.source)), {n: b'content of ' + n for n in names[:2]}, str(done))
         self.assertEqual(contents(tree(world.target)), {n: b'content of ' + n for n in names[2:]}, str(done))
         self.assertEqual(world.leftovers(), [])
+
+    def test_a_server_that_tells_nothing_of_names_is_asked_for_a_listing(self):
+        world = self.between('refuses:7')           # LSTAT
+        write(os.path.join(world.source, 'item'), b'x')
+        write(os.path.join(world.target, '.stop'))
+        self.assertIn('suspended: .stop in', self.assert_run(world, 0).output)
+        self.between_again(world, 'refuses:7,11')   # and no listing
+        done = self.assert_run(world, 1)
+        self.assertIn('does not say whether', done.output)
+        self.assertEqual(contents(tree(world.source)), {b'item': b'x'})
 
     def test_at_most_three_round_trips_more(self):
         """What experiments cost one ordinary file; a round trip: answers that went together."""
