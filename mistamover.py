@@ -4380,6 +4380,10 @@ class Staging(Transport):
             return 'accepted'
         return self.hashing if all(job.hashed for job in jobs) else 'size'
 
+    def missing(self):
+        return TargetError('the target directory %s is missing or no directory' % target_of(self.stream),
+                           'create it or mount it, or set create_directories = yes')
+
     def remove(self, name):
         self.delete([name])
 
@@ -6787,51 +6791,6 @@ class Dialogue:
         self.program.close()
 
 
-class SshStaging(Staging):
-    """What scp and sftp share: a staging area at the other end of one ssh connection."""
-
-    def __init__(self, *args, **kwargs):
-        Staging.__init__(self, *args, **kwargs)
-        self.ssh = SshConnection(self.stream, self.stop)
-        self.talk = None                # the Dialogue for everything but the bytes
-
-    def start_dialogue(self):
-        raise NotImplementedError
-
-    def open(self):
-        self.made.clear()
-        self.ssh.open()
-        if self.talk and self.talk.program.process.poll() is not None:
-            self.end_dialogue()
-        if not self.talk:
-            self.talk = self.start_dialogue()
-            self.check_base()
-
-    def check_base(self):
-        raise NotImplementedError
-
-    def end_dialogue(self):
-        if self.talk:
-            self.talk.close()
-            self.talk = None
-
-    def close(self):
-        self.end_dialogue()
-        self.ssh.close()
-
-    def missing(self):
-        return TargetError('the target directory %s is missing or no directory' % target_of(self.stream),
-                           'create it or mount it, or set create_directories = yes')
-
-    def present(self, names):
-        names = list(names)
-        return {name for name, there in zip(names, self.exist(names)) if there}
-
-    def exist(self, names):
-        """For each name in target_dir whether anything stands there."""
-        raise NotImplementedError
-
-
 def in_chunks(values, size):
     values = list(values)
     return [values[i:i + size] for i in range(0, len(values), size)]
@@ -6924,7 +6883,7 @@ class Feed:
         self.program.close()
 
 
-class ScpTransport(SshStaging):
+class ScpTransport(Staging):
     """A tar stream for the bytes of many files, a plain one for a large file, which can be
     resumed, and one remote POSIX shell for hashing, renaming and the rest.
 
@@ -6959,13 +6918,34 @@ put() { place "$1" "$2" && rm -f -- "$1" && echo 1 || echo 0; }
     FRUITLESS = 2               # streams that brought nothing, after which one more tells
 
     def __init__(self, *args, **kwargs):
-        SshStaging.__init__(self, *args, **kwargs)
+        Staging.__init__(self, *args, **kwargs)
+        self.ssh = SshConnection(self.stream, self.stop)
+        self.talk = None                # the Dialogue for everything but the bytes
         self.prepared = []              # the Feed that is ready for the first bytes
+
+    def open(self):
+        self.made.clear()
+        self.ssh.open()
+        if self.talk and self.talk.program.process.poll() is not None:
+            self.end_dialogue()
+        if not self.talk:
+            self.talk = self.start_dialogue()
+            self.check_base()
 
     def end_dialogue(self):
         while self.prepared:
             self.prepared.pop().close()
-        SshStaging.end_dialogue(self)
+        if self.talk:
+            self.talk.close()
+            self.talk = None
+
+    def close(self):
+        self.end_dialogue()
+        self.ssh.close()
+
+    def present(self, names):
+        names = list(names)
+        return {name for name, there in zip(names, self.exist(names)) if there}
 
     def start_dialogue(self):
         self.prepared = [self.new_feed()]       # its session begins while the first questions are asked
@@ -7063,7 +7043,7 @@ put() { place "$1" "$2" && rm -f -- "$1" && echo 1 || echo 0; }
         """Under its own name in a directory of this batch, so that many can be placed at once; a
         large file under the one name that a later run finds again."""
         if self.resumes(entry):
-            return SshStaging.staged_name(self, entry)
+            return Staging.staged_name(self, entry)
         return os.path.join(self.area, self.batch_name(), entry.path)
 
     @staticmethod
@@ -7075,7 +7055,7 @@ put() { place "$1" "$2" && rm -f -- "$1" && echo 1 || echo 0; }
 
     def make_jobs(self, batch):
         self.batches += 1
-        return SshStaging.make_jobs(self, batch)
+        return Staging.make_jobs(self, batch)
 
     def mode_of(self, entry):
         """As a program at the target would make it: its umask counts; what we cannot read there
@@ -7365,7 +7345,7 @@ put() { place "$1" "$2" && rm -f -- "$1" && echo 1 || echo 0; }
         self.batch_patience = self.stream.stall_timeout + batch.size / CHECK_RATE
         if batch.size >= self.MUCH and self.hash and self.trait('openssl'):
             self.hash = self.OPENSSL
-        SshStaging.verify(self, batch, jobs)
+        Staging.verify(self, batch, jobs)
         self.sync()             # before they have names: what is proven must survive a power cut there
 
     def exists(self, path):
@@ -7843,10 +7823,6 @@ class SftpTransport(Staging):
         cls = NoRoom if Fxp.status(answer) in Fxp.FULL else ItemError
         hint = 'may this account do that there?' if Fxp.status(answer) == Fxp.DENIED else ''
         return cls('%s: %s' % (what, Fxp.words(answer)), hint)
-
-    def missing(self):
-        return TargetError('the target directory %s is missing or no directory' % target_of(self.stream),
-                           'create it or mount it, or set create_directories = yes')
 
     def make_base(self):
         base = to_bytes(self.stream.target_base)
