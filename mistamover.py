@@ -286,9 +286,17 @@ def utc_stamp(now=None):
 
 
 def epoch(stamp):
-    """The seconds since 1970 of what utc_stamp() wrote."""
-    import calendar
-    return calendar.timegm(time.strptime(stamp[:19], '%Y-%m-%dT%H:%M:%S')) + float(stamp[19:23])
+    """The seconds since 1970 of what utc_stamp() wrote.  Raises ValueError."""
+    match = re.match(r'(\d{4})-(\d\d)-(\d\d)T(\d\d):(\d\d):(\d\d)(\.\d+)Z$', stamp)
+    if not match:
+        raise ValueError('%r is no time' % stamp)
+    year, month, day, hour, minute, second = (int(part) for part in match.groups()[:6])
+    if not (0 < month < 13 and 0 < day < 32 and hour < 24 and minute < 60 and second < 62):
+        raise ValueError('%r is no time' % stamp)
+    # not by the calendar module, whose import a short run would notice (datetime, locale)
+    year, month = (year, month - 3) if month > 2 else (year - 1, month + 9)     # March is the first
+    days = 365 * year + year // 4 - year // 100 + year // 400 + (153 * month + 2) // 5 + day - 719469
+    return days * 86400 + hour * 3600 + minute * 60 + second + float(match.group(7))
 
 
 NAME_MAX = 255          # bytes that a file system takes as one name
@@ -1934,7 +1942,6 @@ class Log:
         """Called again, it takes over new settings.  loudness: the terminal's own level.  Raises
         ConfigError when the file cannot be opened."""
         import logging
-        import logging.handlers
         owner = self
         journal = stderr_is_journal()
 
@@ -1952,22 +1959,12 @@ class Log:
                 clock = time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(record.created))
                 return '%s %-7s %s' % (clock, record.levelname, message)
 
-        class PrivateFile(logging.handlers.RotatingFileHandler):
-            def _open(self):
-                return open(self.baseFilename, 'a', encoding='utf-8',
-                            opener=lambda p, flags: os.open(p, flags, 0o600))
-
         class Terminal(logging.StreamHandler):
             def emit(self, record):
                 owner.clear_line()
                 super().emit(record)
 
-        handlers = [Terminal(sys.stderr)]
-        try:
-            if path:
-                handlers.append(PrivateFile(path, maxBytes=size, backupCount=4, encoding='utf-8'))
-        except OSError as error:
-            raise ConfigError('cannot write the log file %s: %s' % (show(path), error.strerror))
+        handlers = [Terminal(sys.stderr)] + ([self.open_file(path, size)] if path else [])
         for handler in handlers:
             handler.setLevel(level.upper())
             handler.setFormatter(LineFormatter())
@@ -1980,6 +1977,20 @@ class Log:
             old.close()
         self.logger.handlers = handlers
         self.logger.setLevel(min(handler.level for handler in handlers))
+
+    @staticmethod
+    def open_file(path, size):
+        """A handler whose file is its owner's alone and rotated at a size.  Raises ConfigError."""
+        import logging.handlers     # which imports much that nothing else needs
+
+        class PrivateFile(logging.handlers.RotatingFileHandler):
+            def _open(self):
+                return open(self.baseFilename, 'a', encoding='utf-8',
+                            opener=lambda p, flags: os.open(p, flags, 0o600))
+        try:
+            return PrivateFile(path, maxBytes=size, backupCount=4, encoding='utf-8')
+        except OSError as error:
+            raise ConfigError('cannot write the log file %s: %s' % (show(path), error.strerror))
 
     def write(self, level, message, trace=None):
         if self.logger:
@@ -12807,11 +12818,15 @@ def detach(config):
 
 def load_modules(config):
     """Import here what the threads will need: an import that a thread begins may meet another."""
-    names = set('calendar fnmatch glob hashlib json queue random select shutil socket subprocess tempfile '
-                '_strptime encodings.ascii encodings.cp437 encodings.idna encodings.latin_1 '
-                'encodings.unicode_escape'.split() + ['msvcrt' if WINDOWS else 'fcntl'])
+    names = {'fnmatch', 'glob', 'hashlib', 'json', 'random', 'select', 'shutil', 'socket',
+             'encodings.ascii', 'encodings.cp437', 'encodings.latin_1', 'encodings.unicode_escape',
+             'unicodedata', 'msvcrt' if WINDOWS else 'fcntl'}
+    protocols = [stream.protocol for stream in config.streams]
+    far = config.email.smarthost or any('network' in protocol.takes.split() for protocol in protocols)
+    if far or config.settings.alert_command or any(stream.after_delivery for stream in config.streams):
+        names.update(('encodings.idna', 'queue', 'subprocess', 'tempfile'))
     for stream in config.streams:
-        names.update(stream.protocol.modules, ['zipfile', 'struct'] if stream.zips else [])
+        names.update(stream.protocol.modules, ('zipfile', 'struct') if stream.zips else ())
     if config.settings.status_page:
         names.add('html')
     if config.email.smarthost:
