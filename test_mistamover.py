@@ -1058,6 +1058,13 @@ def skip_without(name, needs, needs_root):
         raise unittest.SkipTest('%s needs root' % name)
 
 
+def need(*what):
+    """Skip the test where one of these programs and files is not here."""
+    missing = [name for name in what if not installed(name)]
+    if missing:
+        raise unittest.SkipTest('needs ' + ' and '.join(missing))
+
+
 def server(name):
     """The running server of that name, started at first use; skips the test without it."""
     skip_without(name, CLASSES[name].needs, CLASSES[name].needs_root)
@@ -3030,6 +3037,7 @@ mm.Ledger.read = lambda self, *months: print('READ') or read(self, *months)
         self.assertEqual(world.leftovers(), [])
 
     def test_a_file_that_is_always_replaced_is_counted_and_told(self):
+        need('sh')
         world = self.world('local', settle_time='2s')
         world.configure("alert_command = sh -c 'cat >> %s/alerts'\n[email]\ndigest_time = 1s\n" % world.top,
                         settle_time='2s', stale_after='4s', ready_file=None)
@@ -6188,6 +6196,7 @@ atexit.register(lambda: print('ASKED', len(asked)))
 
     def test_a_stop_is_no_trouble_of_the_target(self):
         """Two threads use one dialogue, which the first that sees the request ends."""
+        need('sh')
         stop = mm.StopRequest()
         talk = mm.Dialogue(['sh', '-s'], stop, 20, lambda t: (b'echo %s\n' % t, t + b'\n'))
         self.addCleanup(talk.close)
@@ -6323,6 +6332,7 @@ mm.TRANSPORTS[%r].send = send
 
     @on_sites('local', 'scp', 'sftp', 'ftp')
     def test_a_read_error_is_the_fault_of_its_item_alone(self, site):
+        need('/proc/self/fd')
         world = self.world(site, target_chmod='644' if site == 'local' else None)
         for name in ('bad', 'good', 'day/bad'):
             write(os.path.join(world.source, name), name.encode() * 1000)
@@ -6602,6 +6612,7 @@ os.stat = changing
         self.assertEqual([r['outcome'] for r in world.ledger()], ['delivered'])
 
     def test_a_file_system_that_renames_nothing_that_is_open(self):
+        need('/proc/self/fd')
         world = self.world('local', target_chmod='644')
         for name in ('a', 'day/b'):
             write(os.path.join(world.source, name), name.encode())
@@ -6859,6 +6870,7 @@ shutil.disk_usage = lambda path: collections.namedtuple('usage', 'total used fre
                 self.assertEqual(world.leftovers(), [])
 
     def test_one_syncfs_for_many_files(self):
+        need('/proc/self/fd')
         for trouble in ('', 'error', 'slow'):
             world = self.world('local', target_chmod='644')
             for number in range(30):
@@ -7239,6 +7251,7 @@ mm.LocalTransport.place = refuse
 
     @slow
     def test_progress_on_a_terminal_and_plain_lines_elsewhere(self):
+        need('/dev/ptmx')
         import pty
         world = self.world('local', bandwidth_limit='2M', target_chmod='644')
         write(os.path.join(world.source, 'item'), b'x' * (3 << 20))
@@ -7331,6 +7344,9 @@ def body_of(mail):
 
 
 class Alerting(Doctored):
+    def setUp(self):
+        need('sh')
+
     def test_an_outage_is_one_mail_and_its_end_another(self):
         sink = SmtpSink().start()
         self.addCleanup(sink.listener.close)
@@ -7542,6 +7558,9 @@ threading.Thread(target=watch, daemon=True).start()
 
 
 class Hooks(Case):
+    def setUp(self):
+        need('sh')
+
     @slow
     def test_a_child_that_a_hook_leaves_behind_holds_nothing_up(self):
         world = self.world('local', stall_timeout='30s')
@@ -8087,6 +8106,7 @@ class Explaining(Case):
             self.assertIn(flag.encode(), done.stdout)
 
     def test_the_unit_names_what_may_be_written(self):
+        need('/etc/passwd')
         world = self.world('local')
         unit = self.assert_run(world, 0, '--print-unit', '--stream', 's').output
         self.assertIn('Type=notify', unit)
@@ -8386,6 +8406,8 @@ class Recorder(unittest.TestResult):
         self.text += text
 
     def addError(self, test, err):
+        if missing_here(err[1]):
+            return self.addSkip(test, 'needs ' + missing_here(err[1]))
         unittest.TestResult.addError(self, test, err)
         self.note('failed', self.errors[-1][1])
 
@@ -8405,6 +8427,15 @@ class Recorder(unittest.TestResult):
 
     def addUnexpectedSuccess(self, test):
         self.note('failed', 'passes, but its class has it in NOT_YET: take it out\n')
+
+
+def missing_here(error):
+    """What a test itself wanted to run or read and a bare machine does not have, if that ended it."""
+    if not isinstance(error, FileNotFoundError) or not isinstance(error.filename, (str, bytes)):
+        return None
+    name = os.fsdecode(error.filename)
+    wanted = name.startswith('/proc') or '/' not in name
+    return name if wanted and name and not installed(name.split('/self')[0]) else None
 
 
 def short_name(test):
