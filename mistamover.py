@@ -8649,10 +8649,9 @@ class FtpTransport(Staging):
         if reply.code == 331:
             reply = line.command(b'PASS ' + to_bytes(stream.password or ''))
         if not reply.done:
-            hint = 'are username and password right?'
-            if not stream.tls and b'AUTH TLS' in b' '.join(line.command(b'FEAT').lines).upper():
-                hint += ' the server offers TLS and may ask for it: tls = yes'
-            raise TargetError('%s: %s' % (what, reply), '' if reply.code == 421 else hint)
+            raise TargetError('%s: %s' % (what, reply), '' if reply.code == 421 else
+                              'are username and password right?%s' % (
+                                  '' if stream.tls else ' does the server ask for TLS (tls = yes)?'))
         line.command(b'OPTS UTF8 ON')           # or ProFTPD may take names for Latin-1 and change them
         for command in ([b'PBSZ 0', b'PROT P'] if stream.tls else []) + [b'TYPE I']:
             reply = line.command(command)
@@ -8757,9 +8756,9 @@ class FtpTransport(Staging):
             self.given.notify()
 
     @contextlib.contextmanager
-    def connection(self):
+    def connection(self, line=None):
         """A connection for one thread; after an error that leaves it unclear it is thrown away."""
-        line = self.take()
+        line = line or self.take()
         try:
             with self.stop.on_stop(lambda: self.hang_up(line.sock)):
                 yield line
@@ -8870,34 +8869,34 @@ class FtpTransport(Staging):
         failures, hands, ended = [], [], threading.Event()
         busy = threading.Lock()         # guards hands: nobody joins in when it has ended
 
-        def labour():
-            try:
-                while not failures:
-                    self.stop.check()
-                    try:
-                        value = work.popleft()
-                    except IndexError:
-                        return
-                    with self.connection() as line:
-                        action(line, value)
-            except BaseException as error:
-                failures.append(error)
+        def labour(line):
+            while work and not failures:
+                try:
+                    with self.connection(line) as line:
+                        while line.sock and self.work_on(line, work, action) and not failures:
+                            pass
+                except BaseException as error:
+                    failures.append(error)
+                line = None
 
         def help_out():
-            if self.another(ended):
+            line = self.another(ended)
+            if line:
                 with busy:
-                    if ended.is_set():
-                        return
-                    hands.append(threading.current_thread())
-                labour()
+                    late = ended.is_set()
+                    if not late:
+                        hands.append(threading.current_thread())
+                self.give(line) if late else labour(line)
 
+        if not work:
+            return
+        line = self.take()
         self.helpers = [thread for thread in self.helpers if thread.is_alive()]
         for _ in range(min(self.stream.parallel, len(work)) - 1):
             thread = threading.Thread(target=help_out, name='ftp', daemon=True)
             self.helpers.append(thread)
             thread.start()
-        if work:
-            labour()
+        labour(line)
         with busy:
             ended.set()
         for thread in hands:
@@ -8905,19 +8904,28 @@ class FtpTransport(Staging):
         if failures:
             raise failures[0]
 
-    def another(self, ended):
-        """Whether there is a connection for one more thread, opened if need be."""
-        if self.idle:
-            return True
-        if ended.wait(self.login_time):
-            return False
+    def work_on(self, line, work, action):
+        """One piece of the work; False if there is none left."""
+        self.stop.check()
         try:
-            line = self.open_line(self.allowed)
-        except MoverError:              # then the others do it
+            value = work.popleft()
+        except IndexError:
             return False
-        if line:
-            self.give(line)
-        return line is not None
+        action(line, value)
+        return True
+
+    def another(self, ended):
+        """A connection for one more thread, or None: one that nobody uses, but the last, which the
+        part before is proven by; or a new one, if the work takes longer than a login."""
+        with self.lock:
+            if len(self.idle) > 1:
+                return self.idle.pop()
+        if ended.wait(self.login_time):
+            return None
+        try:
+            return self.open_line(self.allowed)
+        except MoverError:              # then the others do it
+            return None
 
     # -- what is there
 
@@ -8965,12 +8973,14 @@ class FtpTransport(Staging):
         self.looker = b''
 
     def is_there(self, line, path):
-        """Whether something has this name: True, False, None for doubt."""
+        """Whether something has this name: True, False, None for doubt.  Without a staging area
+        a no is believed once the verb has shown that it can say yes."""
         there = self.sizes(line, [path])[0][0]
-        if there is None:
+        blind = self.stream.staging != 'area' and not self.traits.get(('absence',))
+        if there is None or there is False and blind:
             names = self.names_in(line, parent_of(path))
             there = None if names is None else os.path.basename(path) in names
-        if there is False and self.looker == b'SIZE':
+        if there is False and self.looker == b'SIZE' and not path.startswith(OWN_PREFIX):
             return self.is_directory(line, path)        # which has no size
         return there
 
@@ -8995,14 +9005,14 @@ class FtpTransport(Staging):
                 raise TargetError('the target directory %s is gone' % target_of(self.stream),
                                   'create it or mount it')
             found = {name: self.is_there(line, name) for name in names}
-            if self.stream.staging != 'area' and names and not self.traits.get(('absence',)):
-                for name in set(names) & (self.names_in(line, b'') or set()):
-                    found[name] = True
         for name, there in found.items():
-            if there is None:
+            if there is None and self.stream.verify == 'accepted':
+                log.once('%s: this account may not ask whether %s is in %s' % (
+                    self.stream.name, show(name), target_of(self.stream)))
+            elif there is None:
                 raise TargetError('%s does not say whether %s is there' % (
                     target_of(self.stream), show(name)),
-                    'may this account use SIZE, MLST or NLST?')
+                    'an account that may use neither SIZE, MLST nor NLST needs verify = accepted')
         return {name for name in names if found[name]}
 
     def listing(self, directory):
@@ -9376,6 +9386,8 @@ class FtpTransport(Staging):
         """(size, SHA-256) of a file there, by its hash or by its bytes; None if it is not there.
         Raises ItemError."""
         import hashlib
+        if size == 0:
+            return 0, hashlib.sha256().hexdigest()
         if self.hasher and size is not None:
             line.sock.settimeout(self.stream.stall_timeout + size / CHECK_RATE)     # it is silent meanwhile
             answer = self.asked_hash(line, path, self.hasher)
@@ -9405,7 +9417,14 @@ class FtpTransport(Staging):
         with self.connection() as line:
             if self.is_directory(line, job.final):      # some tell the size of one
                 return None
-        return Staging.same_content(self, batch, job)
+        try:
+            same = Staging.same_content(self, batch, job)
+        except ItemError:
+            if self.stream.verify == 'checksum':
+                raise
+            return False                # what may not be read may be anything
+        blind = not self.traits.get(('absence',))
+        return False if same is None and blind and self.exists(job.final) else same
 
     # -- names
 
@@ -9480,6 +9499,8 @@ class FtpTransport(Staging):
 
     def delete_tree(self, line, path):
         """Remove a directory of ours and what is in it; whether it is gone."""
+        if self.answers(line, [b'RMD ' + self.name(path)])[0].done:
+            return True
         for name in self.names_in(line, path) or ():
             inner = os.path.join(path, name)
             if not self.answers(line, [b'DELE ' + self.name(inner)])[0].done:

@@ -5060,6 +5060,315 @@ mm.FtpTransport.staged_name = lambda self, entry: (
         self.assertEqual((tree(world.source), world.leftovers()), ({}, []))
 
 
+class VsftpdWithout(Vsftpd):
+    """An account that may not say all commands, given for one test."""
+
+    denied = ''
+
+    def more(self):
+        return ['cmds_denied=' + self.denied] if self.denied else []
+
+
+class VsftpdImplicit(VsftpdTls):
+    def more(self):
+        return VsftpdTls.more(self) + ['implicit_ssl=YES']
+
+
+class ProFtpdDigest(ProFtpd):
+    """It tells hashes, and nothing may be read."""
+
+    algorithms = 'md5'
+
+    @property
+    def lines(self):
+        return ('AllowOverwrite on', 'LoadModule mod_digest.c', 'DigestAlgorithms ' + self.algorithms,
+                '<Limit RETR>', 'DenyAll', '</Limit>')
+
+
+@spread
+class FtpTargets(Invariants):
+    """What the accounts of other people's FTP servers may and can."""
+
+    def own_server(self, cls, **values):
+        """A server of a test's own, with some of its class's values changed, as options of a stream."""
+        skip_without(cls.__name__, cls.needs, cls.needs_root)
+        running = type(cls.__name__, (cls,), values)()
+        self.addCleanup(running.end)
+        return running
+
+    def world_at(self, running, **options):
+        world = self.world('local')
+        return world.configure(**dict({
+            'transfer_protocol': 'ftp', 'target_host': '127.0.0.1', 'target_port': running.port,
+            'username': running.user, 'password': running.password, 'retry_count': '2',
+            'target_dir': os.path.relpath(world.target, BASE)}, **options))
+
+    def arriving(self, world, **files):
+        for name, content in files.items():
+            write(os.path.join(world.source, name), content)
+
+    # what must be said, in order, until everything goes
+    FORBIDDEN = (
+        ('RETR', ['verify = size']), ('SIZE', []), ('MKD', ['staging = beside']),
+        ('RNFR', ['staging = none']), ('DELE', []), ('RETR,SIZE', ['verify = accepted']),
+        ('SIZE,MKD', ['staging = beside']),
+        ('RETR,SIZE,MKD,RNFR', ['staging = beside', 'verify = accepted', 'staging = none']),
+        ('RETR,SIZE,MKD,RNFR,DELE', ['staging = beside', 'verify = accepted', 'staging = none']))
+
+    def test_what_is_forbidden(self):
+        for denied, needed in self.FORBIDDEN:
+            world = self.world_at(self.own_server(VsftpdWithout, denied=denied), on_conflict='refuse')
+            large = os.urandom(100000)
+            self.arriving(world, one=b'one', empty=b'', large=large, taken=b'other')
+            write(os.path.join(world.target, 'taken'), b'was there')
+            before, options = tree(world.source), {}
+            for need in needed:
+                done = self.assert_run(world, 1)
+                self.assertIn(need, done.output, denied)
+                self.assertEqual((tree(world.source), world.ledger()), (before, []))
+                name, value = need.split(' = ')
+                options.update({name: value}, keep_delivered='1d' if value == 'accepted' else None)
+                world.configure(**dict(world.options, **{k: v for k, v in options.items() if v}))
+            done = self.assert_run(world, 1)
+            self.assertIn('at the target with other content', done.output, denied)
+            held = {name: value for name, value in contents(tree(world.target)).items() if not (
+                'DELE' in denied and (b'.part' in name or b'.mistamover' in name))}
+            self.assertEqual(held, {b'one': b'one', b'empty': b'', b'large': large, b'taken': b'was there'},
+                             denied)
+            source = {name: value for name, value in contents(tree(world.source)).items()
+                      if not name.startswith(b'.delivered')}
+            self.assertEqual(source, {b'taken': b'other'}, denied)
+            self.assertEqual({record['item'] for record in world.ledger()}, {'one', 'empty', 'large'}, denied)
+
+    def test_only_epsv(self):
+        world = self.world_at(self.own_server(VsftpdWithout, denied='PASV'))
+        self.arriving(world, one=b'one', two=b'two')
+        self.assert_run(world, 0)
+        self.assertEqual((tree(world.source), contents(tree(world.target))),
+                         ({}, {b'one': b'one', b'two': b'two'}))
+
+    def test_implicit_tls_and_a_certificate_of_its_own(self):
+        running = self.own_server(VsftpdImplicit)
+        world = self.world_at(running, tls='implicit', tls_ca_file=running.certificate)
+        world.environment = lambda: dict(os.environ, SSL_CERT_FILE='/dev/null')
+        self.arriving(world, one=b'one', large=os.urandom(300000))
+        before = contents(tree(world.source))
+        self.assert_run(world, 0)
+        self.assertEqual((tree(world.source), contents(tree(world.target))), ({}, before))
+        self.arriving(world, three=b'three')
+        for options, hint in (
+                ({'tls_ca_file': None}, 'tls_ca_file may name a file that holds it'),
+                ({'tls': 'yes', 'connect_timeout': '1s'}, 'timed out'),
+                ({'tls': None, 'tls_ca_file': None, 'connect_timeout': '1s'}, 'set tls = implicit')):
+            world.configure(**dict(world.options, **options))
+            self.assertIn(hint, self.assert_run(world, 1).output)
+            world.configure(**dict(world.options, tls='implicit', tls_ca_file=running.certificate))
+        self.assertEqual(contents(tree(world.source)), {b'three': b'three'})
+
+    def test_tls_on_one_side_only(self):
+        plain, secure = server('ftp'), server('ftps')
+        for running, options, hint in (
+                (plain, {'tls': 'yes'}, 'it refuses TLS'),
+                (plain, {'tls': 'implicit'}, 'does this port begin with TLS'),
+                (secure, {}, 'does the server ask for TLS (tls = yes)?')):
+            world = self.world_at(running, **options)
+            self.arriving(world, one=b'one')
+            self.assertIn(hint, self.assert_run(world, 1).output)
+            self.assertEqual((contents(tree(world.source)), tree(world.target)), ({b'one': b'one'}, {}))
+
+    def test_hashes_that_a_server_tells(self):
+        files = {'one': b'one', 'empty': b'', 'same': b'the same'}
+        for algorithms, proof in (('md5', 'XMD5'), ('sha512', 'XSHA512'), ('sha256', 'XSHA256'),
+                                  ('all', 'XSHA256')):
+            world = self.world_at(self.own_server(ProFtpdDigest, algorithms=algorithms))
+            self.arriving(world, **files)
+            write(os.path.join(world.target, 'same'), b'the same')
+            os.chown(os.path.join(world.target, 'same'), *ftp_ids())
+            self.assert_run(world, 0)
+            self.assertEqual((tree(world.source), contents(tree(world.target))), (
+                {}, {name.encode(): content for name, content in files.items()}))
+            self.assertEqual(
+                {(record['item'], record['checksum'], record['proof']) for record in world.ledger()},
+                {(name, 'sha256:' + hashlib.sha256(content).hexdigest(), proof)
+                 for name, content in files.items()})
+
+    def test_what_one_ordinary_file_costs(self):
+        """At most eight commands more than it takes to believe the server (section 20, 7)."""
+        login, goal, end = 'USER PASS OPTS TYPE CWD PWD', 'RNFR RNTO SIZE', 'RMD QUIT'
+        stop_file, tried = 'CWD SIZE CWD SIZE', 'PASV STOR SIZE PASV RETR RNFR RNTO DELE'
+        sent = 'PASV STOR FEAT MDTM SIZE PASV RETR SIZE'
+        plain = ' '.join((login, stop_file, 'MKD', sent, goal, end)).split()
+        extra = tried.split()
+        world = self.world('ftp')
+        self.arriving(world, one=b'one')
+        done = self.doctored(world, """
+real = mm.FtpLine.tell
+def tell(self, commands):
+    print(*['#' + command.split()[0].decode() for command in commands])
+    real(self, commands)
+mm.FtpLine.tell = tell""")
+        said = re.findall('#([A-Z]+)', done.output)
+        self.assertEqual(contents(tree(world.target)), {b'one': b'one'})
+        for command in plain + extra + ['SIZE']:            # the last is of a name that cannot exist
+            self.assertIn(command, said, done.output)
+            said.remove(command)
+        self.assertEqual((len(extra), said), (8, []))
+
+    @on_sites('proftpd', 'proftpd_upstream', 'aioftp', 'ftp_srv')
+    def test_a_part_that_cannot_be_gone_on_with(self, site):
+        """ProFTPD's REST is refused at the STOR, ftp-srv's mixes the bytes: anew, without a word."""
+        world = self.world(site, bandwidth_limit='20M')
+        large = os.urandom(24 << 20)
+        self.arriving(world, large=large, small=b'small')
+        process = world.start('--once')
+        wait_for(lambda: any(isinstance(v, tuple) and len(v[0]) > (10 << 20)
+                             for v in tree(world.target).values()), 'a part of it')
+        process.kill()
+        process.wait()
+        world.configure(bandwidth_limit=None)
+        done = wait_for(lambda: Kills.undisturbed(world), 'the stream to be free', 60)
+        self.assertEqual(done.code, 0, str(done))
+        self.assertNotIn('ERROR', done.output)
+        self.assertEqual((tree(world.source), contents(tree(world.target)), world.leftovers()),
+                         ({}, {b'large': large, b'small': b'small'}, []))
+
+    def test_a_read_error_in_the_part_that_is_resumed(self):
+        world = self.world('ftp', retry_count='1')
+        self.arriving(world, bad=b'x' * (9 << 20), good=b'good')
+        done = self.doctored(world, """
+mm.FtpTransport.part_there = lambda self, line, job: 7 if job.entry.path == b'bad' else 0
+real = mm.os.read
+def read(fd, count):
+    if count == 7:
+        raise OSError(5, 'Input/output error')
+    return real(fd, count)
+mm.os.read = read""")
+        self.assertEqual(done.code, 1, str(done))
+        self.assertIn('bad cannot be read: Input/output error', done.output)
+        self.assertEqual((contents(tree(world.target)), list(tree(world.source))),
+                         ({b'good': b'good'}, [b'bad']), str(done))
+
+    def test_a_file_above_the_limit_of_the_server(self):
+        world = self.world('proftpd_limit')
+        files = {'run%02d' % number: b'%d' % number for number in range(20)}
+        self.arriving(world, big=b'x' * 300000, **files)
+        for _ in range(2):
+            done = self.assert_run(world, 1)
+            self.assertRegex(done.output, 'STOR big: 5.*or the file above a limit')
+            self.assertEqual(contents(tree(world.target)), {n.encode(): c for n, c in files.items()})
+            self.assertEqual(contents(tree(world.source)), {b'big': b'x' * 300000})
+
+    def test_a_server_that_hangs_up_after_each_large_file(self):
+        world = self.world('ftp')
+        files = {'large %d' % number: os.urandom(1 << 20) for number in range(3)}
+        files.update(('small %d' % number, b'small') for number in range(10))
+        self.arriving(world, **files)
+        done = self.doctored(world, """
+real = mm.FtpTransport.hear_out
+def hear_out(line, trouble):
+    reply = real(line, trouble)
+    if mm.sizes.pop(line, 0) > 100000:
+        print('hung up')
+        raise EOFError('the server hung up')
+    return reply
+mm.sizes = {}
+upload = mm.FtpTransport.upload_now
+def upload_now(self, line, path, content, start, size):
+    mm.sizes[line] = size
+    return upload(self, line, path, content, start, size)
+mm.FtpTransport.upload_now = upload_now
+mm.FtpTransport.hear_out = staticmethod(hear_out)""")
+        self.assertEqual(done.output.count('hung up'), 3, str(done))
+        self.assertEqual(done.code, 0, str(done))
+        self.assertEqual((tree(world.source), contents(tree(world.target)), world.leftovers()),
+                         ({}, {name.encode(): content for name, content in files.items()}, []))
+
+    @on_sites('ftp', 'sftp')
+    def test_beside_and_none(self, site):
+        for staging in ('beside', 'none'):
+            world = self.world(site, staging=staging, on_conflict='backup',
+                               staging_suffix='.sending' if staging == 'beside' else None)
+            for name in ('run001', 'same'):
+                write(os.path.join(world.target, name), b'yesterday')
+                os.chown(os.path.join(world.target, name), *ftp_ids())
+            self.arriving(world, run001=b'today', same=b'yesterday', other=b'other')
+            write(os.path.join(world.source, 'day', 'file'), b'zipped')
+            self.assert_run(world, 0)
+            target = contents(tree(world.target))
+            backup, = [name for name in target if b'~' in name]
+            self.assertRegex(backup, rb'^run001\.~\d{8}T\d{6}\.\d{3}Z~$')
+            self.assertEqual(target.pop(backup), b'yesterday')
+            self.assertIsNotNone(target.pop(b'day.zip'))
+            self.assertEqual(target, {b'run001': b'today', b'same': b'yesterday', b'other': b'other'})
+            self.assertEqual((tree(world.source), world.leftovers()), ({}, []))
+
+    @on_sites('ftp', 'sftp')
+    def test_a_kill_without_a_staging_area(self, site):
+        for staging, name in (('beside', b'large.part'), ('none', b'large')):
+            world = self.world(site, staging=staging, bandwidth_limit='20M', on_conflict='refuse')
+            large = os.urandom(20 << 20)
+            self.arriving(world, large=large)
+            process = world.start('--once')
+            wait_for(lambda: len(contents(tree(world.target)).get(name, b'')) > (4 << 20), 'a part of it')
+            process.kill()
+            process.wait()
+            self.assertEqual(list(tree(world.target)), [name])
+            world.configure(**dict(world.options, bandwidth_limit=None))
+            done = wait_for(lambda: Kills.undisturbed(world), 'the stream to be free', 60)
+            self.assertEqual(done.code, 0, str(done))
+            self.assertEqual((tree(world.source), contents(tree(world.target))), ({}, {b'large': large}))
+
+    def test_where_nobody_can_tell_what_is_there(self):
+        """Straight under its final name, and no question is answered: a name of its own."""
+        world = self.world_at(self.own_server(VsftpdWithout, denied='SIZE,RETR,NLST,LIST'),
+                              staging='none', verify='accepted', keep_delivered='1d')
+        write(os.path.join(world.target, 'run001'), b'yesterday')
+        os.chown(os.path.join(world.target, 'run001'), *ftp_ids())
+        self.arriving(world, run001=b'today')
+        self.assert_run(world, 0)
+        target = contents(tree(world.target))
+        self.assertEqual(target.pop(b'run001'), b'yesterday')
+        (name, content), = target.items()
+        self.assertRegex(name, rb'^run001\.~\d{8}T\d{6}\.\d{3}Z~$')
+        self.assertEqual(content, b'today')
+
+    def test_a_login_is_not_waited_for(self):
+        """A dozen small files and a login of a second: as few as do, while the first works."""
+        world = self.world('ftp')
+        self.arriving(world, **{'file %d' % number: b'small' for number in range(12)})
+        done = self.doctored(world, """
+real = mm.FtpTransport.log_in
+def log_in(self, line, what):
+    print('a login')
+    mm.time.sleep(1)
+    real(self, line, what)
+mm.FtpTransport.log_in = log_in""")
+        self.assertEqual(done.code, 0, str(done))
+        self.assertLessEqual(done.output.count('a login'), 2, str(done))
+        self.assertEqual((tree(world.source), len(tree(world.target))), ({}, 12))
+
+    def test_replies(self):
+        """Lines of one reply, telnet commands before it (RFC 854), what is no reply, one without end."""
+        def read(data):
+            line = mm.FtpLine('h', None)
+            ours, theirs = socket.socketpair()
+            line.sock = ours
+            theirs.sendall(data)
+            theirs.close()
+            try:
+                return [tuple(line.reply()) for _ in range(2)]
+            except (OSError, EOFError) as error:
+                return str(error)
+            finally:
+                line.close()
+        found = read(b'211-Features:\r\n 211 no end\r\n211-nor this\r\n211 End\r\n'
+                     b'\xff\xfc\x80550 raw\xff\xfe: no\n')
+        self.assertEqual(found, [(211, [b'211-Features:', b' 211 no end', b'211-nor this', b'211 End']),
+                                 (550, [b'550 raw\xff\xfe: no'])])
+        self.assertIn('no FTP reply: SSH-2.0', read(b'SSH-2.0-OpenSSH\r\n'))
+        self.assertIn('hung up', read(b'211-Features:\r\n'))
+
+
 class ObjectStores(Invariants):
     """rclone to a store that speaks S3, and the remotes that it may and may not be used with."""
 
