@@ -5716,7 +5716,7 @@ class Sftp(Invariants):
     def test_servers_with_ways_of_their_own(self, how):
         """Answers out of order, short reads, packets of 34,000 bytes at most, an end at the first
         extended request."""
-        for verify in ('checksum', 'size'):
+        for verify in ('checksum', 'size') if how == 'shuffle' else ('checksum',):
             world = self.between(how, verify=verify)
             originals = self.many(world)
             write(os.path.join(world.target, 'large'), b'old')
@@ -5745,10 +5745,10 @@ class Sftp(Invariants):
         self.assertLessEqual(proofs, {'check-file', 'read back'})
 
     def test_a_server_that_stops_reading(self):
-        world = self.between('deaf:1000000')
-        originals = self.many(world)
+        world = self.between('deaf:1000000', stall_timeout='2s')
+        originals = self.many(world, 50)
         done = self.assert_run(world, 1)
-        self.assertIn('gave no sign of life for 4.0 s', done.output)
+        self.assertIn('gave no sign of life for 2.0 s', done.output)
         self.assert_nothing_lost(world, originals, str(done))
         self.between_again(world, 'pass')
         self.assert_run(world, 0)
@@ -5793,13 +5793,14 @@ class Sftp(Invariants):
 
     def test_accounts_that_may_not_have_a_staging_area(self):
         """Neither MKDIR nor OPENDIR; then neither RENAME nor REMOVE."""
-        for staging, how in (('beside', 'refuses:11,14'), ('none', 'refuses:11,13,14,18')):
-            for verify in ('checksum', 'size'):
-                world = self.between(how, staging=staging, verify=verify)
-                originals = self.many(world, 30)
-                done = self.assert_run(world, 0)
-                self.assert_converged(world, originals, str(done))
-                self.assertEqual(set(tree(world.target)), set(originals), str(done))
+        for staging, how, verify in (('beside', 'refuses:11,14', 'checksum'),
+                                     ('none', 'refuses:11,13,14,18', 'checksum'),
+                                     ('none', 'refuses:11,13,14,18', 'size')):
+            world = self.between(how, staging=staging, verify=verify)
+            originals = self.many(world, 30)
+            done = self.assert_run(world, 0)
+            self.assert_converged(world, originals, str(done))
+            self.assertEqual(set(tree(world.target)), set(originals), str(done))
 
     def test_what_has_the_name_is_not_written_over(self):
         for staging in ('beside', 'none'):
@@ -5899,7 +5900,7 @@ mm.SftpTransport.begin = begin
         world = self.world(site, log_level=None)
         world.configure('log_level = debug')
         secret = text_of(world.options['password_file']).strip()
-        originals = self.many(world, 300)
+        originals = self.many(world, 30)
         process = world.start('--once', '-v')
         seen = ''
         while process.poll() is None:
