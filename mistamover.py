@@ -11734,9 +11734,12 @@ class Worker:
 
     def note_waiting(self, result):
         """What waits is counted, and told when it waits for long.  What fails is told by itself."""
-        reasons = {to_text(name): 'has no ready file' for name in self.scanner.lacking}
-        reasons.update((to_text(name), 'is in use') for name in result.busy)
-        reasons.update((to_text(name), 'keeps changing') for name in result.settling)
+        reasons = {}
+        for why, names in (('has no ready file', self.scanner.lacking), ('is in use', result.busy),
+                           ('keeps changing', result.settling)):
+            for name in map(to_text, names):            # of a million, those that are remembered
+                if len(reasons) < Waits.MOST or name in self.waits.names:
+                    reasons[name] = why
         now = self.wall()
         self.waits.update(reasons, now, self.age)
         oldest, limit = self.waits.oldest(), self.stream.stale_after
