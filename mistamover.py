@@ -1009,6 +1009,14 @@ def kind_ready(text, base):
     return kind_name(text, base)
 
 
+def kind_marker(text, base):
+    """{name}.done, or a file inside of a directory like {name}/CopyComplete.txt."""
+    if text.startswith('{name}/'):
+        kind_name(text[7:], base)
+        return text
+    return kind_ready(text, base)
+
+
 HASH_NAMES = ('sha256', 'sha512', 'sha1', 'md5')
 
 
@@ -1180,8 +1188,9 @@ OPTIONS = [Option(*row) for row in (
      'and not released; each copy replaces the one before'),
     ('stream', 'stale_after', kind_duration, '1d', '',
      'an alert names what has waited for this long, whatever the reason; 0: none'),
-    ('stream', 'ready_file', kind_ready, '', '',
-     'e.g. {name}.done: an item is complete only when this exists'),
+    ('stream', 'ready_file', kind_marker, '', '',
+     'e.g. {name}.done, or {name}/CopyComplete.txt inside of a directory: an item is complete only '
+     'when this exists'),
     ('stream', 'ready_file_send', kind_flag, 'yes', '', 'send the ready file too, after its item'),
     ('stream', 'check_file', kind_check_file, '', '',
      'e.g. {name}.sha256: an item is complete when this exists, and sent only if it agrees with it'),
@@ -1695,8 +1704,11 @@ def check_stream(config, stream, protocols):
              'set keep_delivered, e.g. to 30d')
     if stream.settle_max is not None:
         check_settle_max(stream, fail)
-    if stream.check_file and stream.check_file.startswith('{name}/') and stream.items == 'files':
-        fail('check_file', 'in a directory does not go with items = files', 'use {name}.sha256')
+    for option in ('check_file', 'ready_file'):
+        if (getattr(stream, option) or '').startswith('{name}/') and stream.items == 'files':
+            fail(option, 'in a directory does not go with items = files', 'use a name like {name}.sha256')
+    if stream.send_checksum and stream.send_checksum in (stream.check_file, stream.ready_file):
+        fail('send_checksum', 'is the name of a file that is sent anyway', 'remove it')
     if stream.move and stream.symlinks == 'keep':
         fail('symlinks', 'keep goes with transfer_mode = mirror only', 'use leave')
     bad = refused_rsync_option(stream.rsync_options)
@@ -2493,9 +2505,9 @@ class Spent:
     def marks(entry):
         return [entry.dev, entry.ino, entry.size, entry.mtime_ns]
 
-    def add(self, item):
-        self.records[to_text(item.ready.path)] = dict(
-            ready=self.marks(item.ready), item=item.essence, mtime_ns=item.mtime_ns)
+    def add(self, item, ready):
+        self.records[to_text(ready.path)] = dict(
+            ready=self.marks(ready), item=item.essence, mtime_ns=item.mtime_ns)
         self.saved = False
 
     def record(self, ready):
@@ -2503,14 +2515,19 @@ class Spent:
         known = self.records and self.records.get(to_text(ready.path))
         return known if known and known['ready'] == self.marks(ready) else None
 
-    def covers(self, item):
-        """Whether the item's ready file belongs to another one, which went."""
-        known = self.record(item.ready)
+    def covers(self, item, ready):
+        """Whether the item's ready or check file belongs to another one, which went."""
+        known = self.record(ready)
         return known is not None and known['item'] != item.essence
 
     def forget(self, path):
         if self.records and self.records.pop(to_text(path), None):
             self.saved = False
+
+    def forget_gone(self, root):
+        for path in list(self.records):
+            if not os.path.lexists(os.path.join(root, to_bytes(path))):
+                self.forget(path)
 
     def save(self, durable=False):
         """Raises StateError."""
@@ -2864,7 +2881,7 @@ def essence(entries):
 class Item:
     """A top-level entry (or, with items = files, any file): its name and its snapshot."""
 
-    __slots__ = ('name', 'entries', 'left', 'fault', 'ready', 'is_directory', 'size')
+    __slots__ = ('name', 'entries', 'left', 'fault', 'ready', 'check', 'last', 'is_directory', 'size')
 
     def __init__(self, name, entries, left=(), fault=None):
         self.name = name
@@ -2872,6 +2889,8 @@ class Item:
         self.left = left                # names in it that are never sent, with the reason
         self.fault = fault              # why it could not be looked at
         self.ready = None               # the Entry of its ready file
+        self.check = None               # the Entry of its check file
+        self.last = None                # the Entry of the marker inside of it, which goes last
         self.is_directory = entries[0].kind == 'd'
         self.size = sum(e.size for e in entries) if self.is_directory else entries[0].size
 
@@ -3035,13 +3054,17 @@ class Scanner:
         if same_directory(os.path.dirname(quarantine), stream.root):
             self.own.add(os.path.basename(quarantine))
         self.orphans = []           # ready files without their item, or of one that went
+        self.lonely, self.shared = [], []       # check files without their item; those for several
         self.spent = None           # the Spent of a Worker
         self.staying = {}           # emptied directories that something keeps -> what, in the last scan
         self.unready = 0            # items without their ready file, in the last scan
         self.lacking = []           # the names of some of them
         self.passed = 0             # names that matched `ignore`, in the last scan
-        self.ready_pattern = None
-        if stream.ready_file:
+        self.checks = None          # the CheckFiles of the stream
+        self.ready_pattern = self.marker = None
+        if stream.ready_file and stream.ready_file.startswith('{name}/'):
+            self.marker = to_bytes(stream.ready_file)[7:]
+        elif stream.ready_file:
             before, after = to_bytes(stream.ready_file).split(b'{name}', 1)
             self.ready_pattern = before, after
 
@@ -3072,7 +3095,7 @@ class Scanner:
         """Append the entries below a directory to `entries`; raises OSError."""
         self.stop.check()
         for name, info in sorted(self.listing(relative), key=lambda pair: pair[0]):
-            if self.skip(name, False):
+            if self.skip(name, False) and not self.is_inside(os.path.join(relative, name)):
                 self.passed += 1
                 left.append((os.path.join(relative, name), 'ignored'))
                 continue
@@ -3101,14 +3124,46 @@ class Scanner:
                     show(error.filename or name), error.strerror), 'check its permissions')
             except RecursionError:
                 fault = ItemError('%s is nested too deep' % show(name))
-        return Item(name, entries, left or (), fault)
+        item = Item(name, entries, left or (), fault)
+        if self.marker and not fault:
+            item.last = next((e for e in entries if e.path == os.path.join(name, self.marker)), None)
+            if item.last and not self.stream.zips:
+                item.entries.remove(item.last)
+        return item
+
+    def is_inside(self, path):
+        """Whether a path below an item is its marker or its check file, whatever `ignore` says."""
+        below = path.partition(b'/')[2]
+        return below and below in (self.marker, self.checks and self.checks.inside)
+
+    def follow_check(self, path, info, top):
+        """A check file is never an item.  One whose item went follows it."""
+        entry = Entry.of(path, info)
+        if self.checks.shared:
+            self.shared.append(entry)
+        elif entry.kind == 'f' and not os.path.lexists(self.root + self.checks.item_of(path)):
+            self.lonely.append(entry)
+
+    def complete(self, item):
+        """Whether the item's marker and its check file are here, and are its own."""
+        if self.marker and not item.last and not item.fault:
+            return False
+        if self.checks:
+            item.check = self.checks.of(item.name)
+            if not item.check:
+                return False
+            if self.spent and not (item.is_directory or self.checks.shared) and \
+                    self.spent.covers(item, item.check):
+                return False
+        return True
 
     def flat(self, relative=b''):
         """items = files: every file below the directory as (relative path, stat_result)."""
         below = []
         for name, info in self.listing(relative):
             path = os.path.join(relative, name)
-            if self.skip(name, not relative) and not (self.ready_pattern and self.is_ready_name(name)):
+            if self.skip(name, not relative) and not (self.ready_pattern and self.is_ready_name(name)) \
+                    and not (self.checks and self.checks.is_one(name)):
                 continue
             if stat.S_ISDIR(info.st_mode):
                 below.append((path, info))      # later: an open directory a level would be too many
@@ -3144,6 +3199,9 @@ class Scanner:
     def found(self):
         found = self.flat() if self.stream.items == 'files' else self.listing(b'')
         self.staying, self.lacking, self.passed = {}, [], 0
+        self.orphans, self.lonely, self.shared, self.unready = [], [], [], 0
+        if self.spent:
+            self.spent.forget_gone(self.root)
         ready = {}
         if self.ready_pattern:
             found = list(found)
@@ -3156,6 +3214,9 @@ class Scanner:
                 yield Item(path, [Entry.of(path, info)], (), ItemError(
                     '%s cannot be read' % show(path), 'check its permissions and its depth'))
                 continue
+            if self.checks and self.checks.is_one(name):
+                self.follow_check(path, info, top)
+                continue
             if self.skip(name, top) or not self.wanted(name):
                 self.passed += bool(self.ignored and self.ignored(name))
                 continue
@@ -3167,7 +3228,10 @@ class Scanner:
             if item is None or self.stays(item):
                 continue
             item.ready = ready.get(path)
-            if item.ready and self.spent and self.spent.covers(item):
+            if not self.complete(item):
+                self.lacks(path)
+                continue
+            if item.ready and self.spent and self.spent.covers(item, item.ready):
                 self.orphans.append(item.ready)
                 self.lacks(path)
                 continue
@@ -3188,11 +3252,8 @@ class Scanner:
     def match_ready(self, found):
         """{path of an item: the Entry of its ready file}; lonely ready files go to self.orphans:
         a crash came between the release of the item and theirs, or they came too early."""
-        for path in list(self.spent.records) if self.spent else ():
-            if to_bytes(path) not in found:
-                self.spent.forget(path)
         before, after = self.ready_pattern
-        complete, self.orphans, self.unready = {}, [], 0
+        complete = {}
         for path, info in found.items():
             head, name = os.path.split(path)
             if not self.is_ready_name(name) or not stat.S_ISREG(info.st_mode):
@@ -3206,7 +3267,7 @@ class Scanner:
 
     def stays(self, item):
         """A directory without files that must stay: there is nothing to send, now or ever."""
-        if not item.is_directory or item.fault or any(e.kind != 'd' for e in item.entries):
+        if not item.is_directory or item.fault or item.last or any(e.kind != 'd' for e in item.entries):
             return False
         if item.left and self.stream.move:
             self.staying[to_text(item.name)] = '%s in it is %s' % (show(item.left[0][0]), item.left[0][1])
@@ -3568,12 +3629,236 @@ def zip_item(root, item, path, stop):
         raise IntegrityError('the zip of %s cannot be read back: %s' % (show(item.name), error))
 
 
-def hash_entry(root, entry, stop):
-    """The SHA-256 of a file of a snapshot, in hex."""
+def hash_entry(root, entry, stop, algorithm='sha256'):
+    """The hash of a file of a snapshot, in hex."""
     import hashlib
-    digest = hashlib.sha256()
+    digest = hashlib.new(algorithm)
     copy_entry(root, entry, digest.update, stop)
     return digest.hexdigest()
+
+
+# ----------------------------------------------------------------------------------------
+# 13  sums that travel with the data
+# ----------------------------------------------------------------------------------------
+
+class Mismatch(Unfit):
+    """The item is not what its check file says it is."""
+
+
+HASH_LENGTHS = {'md5': 32, 'sha1': 40, 'sha256': 64, 'sha512': 128}
+SUM_FILE_MOST = 64 << 20        # bytes; a larger one is none
+MANIFEST = re.compile(rb'(tag)?manifest-\w+\.txt\Z|(md5|sha1|sha256|sha512)(sums?)?(\.txt)?\Z|'
+                      rb'.*\.(md5|sha1|sha256|sha512)(sums?)?\Z', re.I)
+
+
+def unescaped_name(name):
+    """A name of a line that begins with a backslash (sha256sum(1))."""
+    return re.sub(rb'\\(.)', lambda m: {b'n': b'\n', b'r': b'\r'}.get(m.group(1), m.group(1)), name)
+
+
+def parse_sum_line(line, length, bagit):
+    """(hex, name) of one line, name b'' where there is a hash alone.  Raises ValueError.
+
+    HEX  NAME and HEX *NAME of sha256sum(1), with its escapes; ALG (NAME) = HEX of BSD and openssl;
+    HEX NAME of BagIt (RFC 8493, 2.1.3), where LF, CR and % are written %0A, %0D, %25.
+    """
+    digits = rb'([0-9A-Fa-f]{%d})' % length
+    forms = (rb'()%s[ \t]+\*?(.+)\Z',) if bagit else (rb'(\\?)%s [ *](.+)\Z', rb'()%s[ \t]+(.+)\Z')
+    forms += rb'()%s()\s*\Z',
+    match = next(filter(None, (re.match(form % digits, line, re.S) for form in forms)), None)
+    if match:
+        escaped, digest, name = match.groups()
+    else:
+        match = re.match(rb'(\\?)[\w-]+ ?\((.+)\) ?= ' + digits + rb'\s*\Z', line, re.S)
+        if not match:
+            raise ValueError('is no line of a checksum file with %d hexadecimal digits' % length)
+        escaped, name, digest = match.groups()
+    if escaped:
+        name = unescaped_name(name)
+    if bagit:
+        name = re.sub(rb'%(0A|0D|25)', lambda m: bytes([int(m.group(1), 16)]), name, flags=re.I)
+    return digest.decode().lower(), name
+
+
+def parse_sums(content, algorithm, bagit=False):
+    """{name: hex} of a checksum file, names as paths relative to it.  Raises ValueError."""
+    sums = {}
+    lines = content[3:].split(b'\n') if content.startswith(b'\xef\xbb\xbf') else content.split(b'\n')
+    for number, line in enumerate(lines, 1):
+        line = line.rstrip(b'\r')
+        if not line.strip() or line.startswith((b'#', b';')):
+            continue
+        try:
+            digest, name = parse_sum_line(line, HASH_LENGTHS[algorithm], bagit)
+        except ValueError as error:
+            raise ValueError('line %d %s' % (number, error))
+        if name.startswith(b'/') or b'..' in name.split(b'/') or b'\0' in name:
+            raise ValueError('line %d names a path outside: %s' % (number, show(name)))
+        path = b'/'.join(part for part in name.split(b'/') if part not in (b'', b'.'))
+        if sums.setdefault(path, digest) != digest:
+            raise ValueError('line %d: a second, other hash of %s' % (number, show(name)))
+    if not sums:
+        raise ValueError('holds no checksum')
+    return sums
+
+
+class CheckFiles:
+    """check_file: where the sums of an item are.  Of its three forms {name}.sha256 lies beside
+    an item, {name}/md5sum.txt inside of a directory, SHA256SUMS beside several."""
+
+    def __init__(self, stream):
+        self.stream = stream
+        pattern = to_bytes(stream.check_file)
+        self.algorithm = hash_named(stream.check_file)
+        self.inside = pattern[7:] if pattern.startswith(b'{name}/') else None
+        self.shared = pattern if b'{name}' not in pattern else None
+        self.before, _, self.after = pattern.partition(b'{name}')
+        self.parsed = {}                # path -> (identity, sums or ValueError)
+
+    def path_of(self, name):
+        head, base = os.path.split(name)
+        if self.inside:
+            return os.path.join(name, self.inside)
+        return os.path.join(head, self.shared or self.before + base + self.after)
+
+    def item_of(self, path):
+        """The item that a check file beside it belongs to."""
+        head, base = os.path.split(path)
+        return os.path.join(head, base[len(self.before):len(base) - len(self.after)])
+
+    def is_one(self, name):
+        """Whether a base name is that of a check file, which is never an item."""
+        if self.inside:
+            return False
+        if self.shared:
+            return name == self.shared
+        return name.startswith(self.before) and name.endswith(self.after) and \
+            len(name) > len(self.before) + len(self.after)
+
+    def entry(self, path):
+        """The Entry of a check file, or None."""
+        try:
+            entry = Entry.of(path, os.lstat(os.path.join(self.stream.root, path)))
+        except OSError:
+            return None
+        return entry if entry.kind == 'f' else None
+
+    def of(self, name):
+        """The Entry of an item's check file, or None; a shared one counts if it names the item."""
+        entry = self.entry(self.path_of(name))
+        if entry and self.shared:
+            try:
+                if not self.about(name, entry):
+                    return None
+            except Mismatch:
+                pass                    # then it may be about all of them
+        return entry
+
+    def sums(self, entry):
+        """{path relative to the directory: hex} of a check file; {b'': hex} where it is a hash
+        alone.  Raises Mismatch, Changed, ItemError."""
+        known = self.parsed.get(entry.path)
+        if not known or known[0] != entry.identity:
+            content = []
+            if entry.size <= SUM_FILE_MOST:
+                copy_entry(self.stream.root, entry, content.append, StopRequest())
+            bagit = os.path.basename(entry.path).startswith(b'manifest-')
+            try:
+                found = parse_sums(b''.join(content), self.algorithm, bagit)
+                head = os.path.dirname(entry.path)
+                found = {path and os.path.join(head, path): digest for path, digest in found.items()}
+            except ValueError as error:
+                found = error
+            if len(self.parsed) > 1000:
+                self.parsed.clear()
+            known = self.parsed[entry.path] = entry.identity, found
+        if isinstance(known[1], ValueError):
+            raise Mismatch('%s: %s' % (show(entry.path), known[1]), 'write it as sha256sum does')
+        return known[1]
+
+    def about(self, name, entry):
+        """{path: hex} of what a check file says of one item.  Raises as sums()."""
+        sums = self.sums(entry)
+        if self.inside:
+            return sums
+        own = {path: digest for path, digest in sums.items()
+               if path == name or path.startswith(name + b'/')}
+        if own or self.shared:
+            return own
+        if b'' in sums:
+            return {name: sums[b'']}
+        # beside a directory, written in it: sha256sum * > ../NAME.sha256
+        head = os.path.dirname(entry.path)
+        return {os.path.join(name, os.path.relpath(path, head) if head else path): digest
+                for path, digest in sums.items()}
+
+    def check(self, item, stop, partly):
+        """Raises Mismatch if the item is not what its check file says; Changed, ItemError.
+        partly(): whether it was delivered and in part released before, so that files may be missing."""
+        told = self.about(item.name, item.check)
+        files = {entry.path: entry for entry in item.files if entry.path != item.check.path}
+        if not item.is_directory and item.name not in told:
+            raise Mismatch('%s does not name %s' % (show(item.check.path), show(item.name)))
+        missing = sorted(set(told) - set(files))
+        if missing and not partly():
+            raise Mismatch('%s names %s, which is not there' % (show(item.check.path), show(missing[0])))
+        extra = sorted(path for path in set(files) - set(told) if self.counts(item, path))
+        if extra:
+            raise Mismatch('%s does not name %s' % (show(item.check.path), show(extra[0])))
+        for path in sorted(set(told) & set(files)):
+            found = hash_entry(self.stream.root, files[path], stop, self.algorithm)
+            if found != told[path]:
+                raise Mismatch('%s is not what %s says: its %s is %s, not %s' % (
+                    show(path), show(item.check.path), self.algorithm, found, told[path]),
+                    'is it damaged, or an older sum?')
+
+    def counts(self, item, path):
+        """Whether a file of the tree must be listed: not other manifests; and of a BagIt bag only
+        what is in data/ (RFC 8493, 2.1.3)."""
+        if self.inside and os.path.basename(item.check.path).startswith(b'manifest-'):
+            return path.startswith(os.path.join(os.path.dirname(item.check.path), b'data', b''))
+        return not MANIFEST.match(os.path.basename(path))
+
+    def waiting(self, entry):
+        """The first item that a shared check file names and that is here, or None.  Raises as sums()."""
+        head = os.path.dirname(entry.path)
+        for path in sorted(self.sums(entry)):
+            below = os.path.relpath(path, head) if head else path
+            name = path if self.stream.items == 'files' else os.path.join(head, below.split(b'/')[0])
+            if os.path.lexists(os.path.join(self.stream.root, name)):
+                return name
+        return None
+
+
+def sum_name(stream, name):
+    """The name of the checksum file that send_checksum publishes beside a name at the target."""
+    head, base = os.path.split(name)
+    return os.path.join(head, to_bytes(stream.send_checksum).replace(b'{name}', base))
+
+
+def sum_line(digest, name):
+    """As sha256sum(1) writes it."""
+    if re.search(rb'[\\\n\r]', name):
+        escaped = name.replace(b'\\', b'\\\\').replace(b'\n', b'\\n').replace(b'\r', b'\\r')
+        return b'\\%s  %s\n' % (digest.encode(), escaped)
+    return b'%s  %s\n' % (digest.encode(), name)
+
+
+def sum_file(stream, batch, parcel, outcome, stop):
+    """The content of the checksum file of a parcel that was published: a line for each of its files,
+    of what was read here.  Raises Changed, ItemError."""
+    algorithm = hash_named(stream.send_checksum)
+    lines = []
+    for entry in parcel.entries:
+        if entry.kind != 'f':
+            continue
+        known = (outcome.checksum or '').partition(':')
+        digest = known[2] if known[0] == algorithm else hash_entry(batch.root, entry, stop, algorithm)
+        name = os.path.relpath(entry.path, os.path.dirname(parcel.item.name) or b'.')
+        if len(parcel.entries) == 1:
+            name = os.path.basename(outcome.target if outcome.target is not None else entry.path)
+        lines.append(sum_line(digest, name))
+    return b''.join(lines)
 
 
 # ----------------------------------------------------------------------------------------
@@ -10249,7 +10534,9 @@ class Delivery:
         self.failures = worker.failures
         self.releaser = worker.releaser
         self.result = Result()
-        self.ready = []                 # ready files whose item has been delivered
+        self.ready = []                 # ready and check files whose item has been delivered
+        self.lasts = []                 # Items of the markers inside of those
+        self.answered = []              # (batch, outcomes) that wait for their sums
         self.dates = {}                 # name of such a file -> mtime_ns of its item
         self.connected = False
         self.connecting = Pipeline(self.connect)
@@ -10335,6 +10622,8 @@ class Delivery:
                 stream.name, show(stream.directory)))
             return
         self.ask_stop_files()
+        if stream.send_checksum:
+            present |= {sum_name(stream, name) for name in present}
         gone = self.transport.delete_missing(present)
         if gone:
             self.worker.ledger.append(dict(
@@ -10373,7 +10662,8 @@ class Delivery:
                 self.result.waiting += 1
             elif item.fault:
                 self.fail(item.name, item.fault)
-            elif not settler.settled(item, now):
+            elif not settler.settled(item, now) or item.check and \
+                    not settler.settled(Item(item.check.path, [item.check]), now):
                 self.result.settling.append(item.name)
                 if self.copy_is_due(item):
                     self.restless.append(item.name)
@@ -10480,6 +10770,12 @@ class Delivery:
         """Ready files follow their item: of one that did its work and is still here, a crash came
         between the two.  Any other waits for its item to come."""
         self.result.unready = self.scanner.unready
+        for entry in self.scanner.lonely if self.stream.move else ():
+            known = self.worker.spent.record(entry)
+            if known is not None:
+                self.ask_stop_files()
+                self.ready.append(entry)
+                self.dates[entry.path] = known['mtime_ns']
         for entry in self.scanner.orphans if self.stream.move else ():
             known = self.worker.spent.record(entry)
             if known is None:
@@ -10501,6 +10797,7 @@ class Delivery:
                 if item is None:
                     continue
                 item.ready = ready
+                item.check = self.scanner.checks and self.scanner.checks.of(name)
                 if item.fault:
                     self.fail(name, item.fault)
                     continue
@@ -10520,6 +10817,7 @@ class Delivery:
                 raise refusal
             if not self.transport.sees_writers or self.stream.zips and item.is_directory:
                 check_unused(self.stream, item, self.releaser.leases)
+            self.check_sums(item)
             return True
         except Changed as error:
             log.debug('%s: %s' % (self.stream.name, error))
@@ -10528,11 +10826,57 @@ class Delivery:
             self.fail(item.name, error)
         return False
 
+    def check_sums(self, item):
+        """Raises Mismatch, ItemError, Changed."""
+        if self.scanner.checks:
+            if item.check is None:
+                raise Changed('the check file of %s is gone' % show(item.name))
+            self.scanner.checks.check(item, self.stop, lambda: self.went_before(item))
+        if self.stream.send_checksum:
+            name = sum_name(self.stream, item.name + b'.zip' if self.stream.zips and item.is_directory
+                            else item.name)
+            if os.path.lexists(os.path.join(self.stream.root, name)):
+                raise Unfit('%s and the checksum file that send_checksum makes of %s have one name' % (
+                    show(name), show(item.name)), 'rename one of them, or choose another name')
+
+    def went_before(self, item):
+        """Whether the item was delivered after its check file was made: then a part of it may have been
+        released before a crash."""
+        made = item.check.ctime_ns / 1e9
+        return any(r['item'] == to_text(item.name) and r.get('stream') == self.stream.name and
+                   epoch(r['time']) >= made for r in self.worker.ledger.read() if r.get('time'))
+
     def take_ready(self):
-        for entry in self.ready:
-            item = Item(entry.path, [entry])
+        """What follows its item: check files, ready files, markers; the last ones last."""
+        items = [Item(entry.path, [entry]) for entry in self.ready]
+        for item in items + self.shared_checks() + self.lasts:
             if not self.stands(item):
                 yield item
+
+    def shared_checks(self):
+        """Check files that name several items go when none of these is here any more."""
+        done = []
+        for entry in self.scanner.shared:
+            try:
+                if self.stream.mirror or self.scanner.checks.waiting(entry) is None:
+                    self.report_absent(entry)
+                    done.append(Item(entry.path, [entry]))
+            except (ItemError, Changed) as error:
+                log.once('%s: %s' % (self.stream.name, error))
+        return done
+
+    def report_absent(self, entry):
+        """A shared check file goes, and names what never came.  Raises as CheckFiles.sums()."""
+        went = {r['item'] for r in self.worker.ledger.read() if r.get('stream') == self.stream.name}
+        never = []
+        for path in sorted(self.scanner.checks.sums(entry)) if self.stream.move else ():
+            parts = to_text(path).split('/')
+            if not any('/'.join(parts[:end]) in went for end in range(1, len(parts) + 1)):
+                never.append(path)
+        if never:
+            log.warning('%s: %s names %s%s, which never came' % (
+                self.stream.name, show(entry.path), show(never[0]),
+                ' and %d more' % (len(never) - 1) if len(never) > 1 else ''))
 
     # -- batch
 
@@ -10685,8 +11029,63 @@ class Delivery:
                          for parcel in batch.parcels)
         try:
             self.transport.send(batch, self.hand_on)
+            if self.stream.send_checksum:
+                self.proving.drain()
+                self.send_sums()
         except TargetError as error:
             self.strike(error)
+
+    def send_sums(self):
+        """Publish and prove the checksum files of what was published, then record and release that."""
+        answered, self.answered = self.answered, []
+        for batch, pairs in answered:
+            sums, faults = self.make_sums(batch, pairs)
+            faults.update(self.publish_sums(batch.subdir, sums))
+            self.releasing.put((batch, [
+                (parcel, outcome._replace(error=outcome.error or faults.get(number)))
+                for number, (parcel, outcome) in enumerate(pairs)]))
+
+    def publish_sums(self, subdir, sums):
+        """{number: error or None} for checksum files {number: Parcel}."""
+        parts, errors = [], {}
+        if sums:
+            place = to_bytes(self.stream.spool), subdir
+            self.transport.send(self.batch_of(place, list(sums.values())),
+                                lambda part, more, wait=True: parts.append(part) or True)
+        for part in parts:
+            answers = self.transport.finish(part)
+            errors.update((parcel.item.name, outcome.error)
+                          for parcel, outcome in zip(part.parcels, answers))
+        return {number: errors[parcel.item.name] for number, parcel in sums.items()}
+
+    def make_sums(self, batch, pairs):
+        """({number of a pair: the Parcel of its checksum file, in the spool}, {number: its fault})."""
+        sums, faults = {}, {}
+        followers = {entry.path for entry in self.ready + self.scanner.shared}
+        for number, (parcel, outcome) in enumerate(pairs):
+            if outcome.error or not outcome.sent or parcel.item.name in followers or \
+                    any(parcel.item is item for item in self.lasts):
+                continue
+            try:
+                sums[number] = self.make_sum(batch, parcel, outcome)
+            except (Changed, ItemError) as error:
+                faults[number] = error
+        return sums, faults
+
+    def make_sum(self, batch, parcel, outcome):
+        content = sum_file(self.stream, batch, parcel, outcome, self.stop)
+        target = outcome.target if outcome.target is not None else parcel.item.name
+        name = sum_name(self.stream, os.path.join(
+            os.path.dirname(parcel.item.name), os.path.basename(target)))
+        path = os.path.join(to_bytes(self.stream.spool), name)
+        try:
+            os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
+            with open(path, 'wb') as handle:
+                handle.write(content)
+            entry = Entry.of(name, os.lstat(path))
+        except OSError as error:
+            raise StateError('cannot write %s: %s' % (show(path), error.strerror), 'see state_dir')
+        return Parcel(Item(name, [entry]), [entry])
 
     def drain(self):
         """Wait until nothing is under way.  Raises as send()."""
@@ -10796,7 +11195,11 @@ class Delivery:
 
     def prove(self, batch):
         answers = self.transport.finish(batch)
-        self.releasing.put((batch, list(zip(batch.parcels, answers))))
+        pairs = list(zip(batch.parcels, answers))
+        if self.stream.send_checksum:
+            self.answered.append((batch, pairs))
+        else:
+            self.releasing.put((batch, pairs))
 
     def finish(self, proven):
         batch, outcomes = proven
@@ -10877,8 +11280,10 @@ class Delivery:
     def spend_ready(self, good):
         """From here on their ready files say nothing of what may come under these names."""
         for parcel, _ in good if self.stream.move else ():
-            if parcel.item.ready:
-                self.worker.spent.add(parcel.item)
+            shared = self.scanner.checks and self.scanner.checks.shared
+            for ready in (parcel.item.ready, None if shared else parcel.item.check):
+                if ready:
+                    self.worker.spent.add(parcel.item, ready)
         self.worker.spent.save(durable=True)
 
     def release(self, batch, parcel, outcome):
@@ -10921,6 +11326,12 @@ class Delivery:
 
     def follow_with_ready(self, item):
         """Also where the item stood there: a crash may have come between the two."""
+        if item.check and not (self.scanner.checks.inside or self.scanner.checks.shared):
+            self.ready.append(item.check)
+            self.dates[item.check.path] = item.mtime_ns
+        if item.last and not self.stream.zips:
+            self.lasts.append(Item(item.name, [e for e in item.entries if e.kind == 'd'] + [item.last]))
+            self.dates[item.name] = item.mtime_ns
         if item.ready and self.stream.ready_file_send:
             self.ready.append(item.ready)
             self.dates[item.ready.path] = item.mtime_ns
@@ -11023,6 +11434,8 @@ class Delivery:
 
     def has_changed(self, item):
         now = self.scanner.look(item.name)
+        if now and any(item is last for last in self.lasts):
+            return now.last is None or essence([now.last]) != essence(item.entries)
         return now is None or essence(now.entries) != essence(item.entries)
 
     def fail(self, name, error):
@@ -11033,6 +11446,9 @@ class Delivery:
         self.result.failed += 1
         self.progress.failed(str(error))
         log.error(message if entry['count'] == 1 else '%s; failed %d times' % (message, entry['count']))
+        if entry['count'] == 1 and isinstance(error, Mismatch):
+            self.worker.state.alerts.tell('error', 'Stream %s does not send %s: %s.' % (
+                self.stream.name, show(to_bytes(name)), error))
         if self.stream.move and self.failures.hopeless(name, self.worker.age):
             self.hopeless[name] = entry
 
@@ -11074,6 +11490,7 @@ class Delivery:
         except OSError as error:
             log.error('%s: cannot quarantine %s: %s' % (self.stream.name, show(name), error.strerror))
             return
+        self.quarantine_check(name, head)
         self.failures.forget(name)
         self.result.quarantined += 1
         log.error('%s: quarantined %s in %s' % (self.stream.name, show(name),
@@ -11081,6 +11498,20 @@ class Delivery:
         self.worker.state.alerts.tell('warning', (
             'Stream %s gave up and quarantined %s in %s: %s.  To have it tried again, fix that and move it '
             'back.' % (self.stream.name, show(name), show(self.stream.quarantine_dir), entry['error'])))
+
+
+    def quarantine_check(self, name, directory):
+        """The check file beside an item goes where the item went."""
+        checks = self.scanner.checks
+        if not checks or checks.inside or checks.shared or not checks.of(name):
+            return
+        path = checks.path_of(name)
+        target = os.path.join(directory, os.path.basename(path))
+        try:
+            os.rename(os.path.join(self.stream.root, path),
+                      stamped(target) if os.path.lexists(target) else target)
+        except OSError as error:
+            log.error('%s: cannot quarantine %s: %s' % (self.stream.name, show(path), error.strerror))
 
 
 # ----------------------------------------------------------------------------------------
@@ -11565,6 +11996,7 @@ class Worker:
         self.spent = Spent(state.spent, stream)
         self.waits = Waits(state.waiting, stream)
         self.scanner = Scanner(stream, self.stop)
+        self.scanner.checks = CheckFiles(stream) if stream.check_file else None
         self.scanner.spent = self.spent
         self.watch = None               # a daemon's, from the start of a pass to the next
         self.settler = Settler(stream.settle_time)
@@ -12216,6 +12648,7 @@ def command_dry_run(config, _args, stop):
     code = EXIT_OK
     for stream in config.streams:
         scanner, settler = Scanner(stream, stop), Settler(stream.settle_time)
+        scanner.checks = CheckFiles(stream) if stream.check_file else None
         settler.begin(time.time_ns() if hasattr(time, 'time_ns') else int(time.time() * 1e9), 0)
         count = size = 0
         for why in suspensions(stream):
@@ -12486,6 +12919,8 @@ def reasons_by_name(scanner, name, relative):
     elif parts[0] == os.path.basename(to_bytes(stream.quarantine_dir)) and \
             os.path.dirname(to_bytes(stream.quarantine_dir)) == stream.root:
         yield 'it is in quarantine; the .reason file beside it says why'
+    elif scanner.checks and scanner.checks.is_one(os.path.basename(name)):
+        yield 'it is a check file: it follows what it is about'
     elif any(scanner.skip(part, not i) for i, part in enumerate(parts)):
         yield 'it is ignored: its name matches ignore (%s), or is one of our own or of the system' % (
             ', '.join(stream.ignore))
@@ -12506,12 +12941,18 @@ def reasons_by_state(stream, scanner, item, now):
         ready = os.path.join(head, before + base + after)
         try:
             item.ready = Entry.of(ready, os.lstat(os.path.join(stream.root, ready)))
-            if scanner.spent and scanner.spent.covers(item):
+            if scanner.spent and scanner.spent.covers(item, item.ready):
                 yield ('it waits for a new ready file: the %s that is here belongs to what was '
                        'delivered before' % show(ready))
         except OSError:
             if not scanner.is_ready_name(base):
                 yield 'it waits for its ready file %s' % show(ready)
+    if scanner.marker and not item.last:
+        yield 'it waits for %s inside of it' % show(scanner.marker)
+    if scanner.checks and not scanner.complete(item):
+        yield 'it waits for its check file %s%s' % (
+            show(scanner.checks.path_of(item.name)),
+            ': the one that is here belongs to what was delivered before' if item.check else '')
     age = now - item.youngest_ns / 1e9
     if age < stream.settle_time:
         yield 'it is settling: it changed %s ago, settle_time is %s' % (
@@ -12527,6 +12968,7 @@ def explain(config, stream, path, now):
     name, relative = item_of(stream, path)
     state_dir = config.settings.state_dir
     scanner = Scanner(stream, StopRequest())
+    scanner.checks = CheckFiles(stream) if stream.check_file else None
     scanner.spent = Spent(SharedJson(state_dir, 'spent.json'), stream)
     found = os.path.lexists(os.path.join(stream.root, relative))
     last = None

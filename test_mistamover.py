@@ -5369,6 +5369,223 @@ mm.FtpTransport.log_in = log_in""")
         self.assertIn('hung up', read(b'211-Features:\r\n'))
 
 
+@spread
+class Sums(Doctored):
+    """check_file, send_checksum, a marker inside of a directory."""
+
+    A, B = b'content of a', b'content of b'
+
+    @staticmethod
+    def digest(content, algorithm='sha256'):
+        return hashlib.new(algorithm, content).hexdigest()
+
+    def put(self, world, **files):
+        for name, content in files.items():
+            write(os.path.join(world.source, name.replace('__', '/')), content)
+
+    def delivered(self, world):
+        """{path: content} at the target, zips opened."""
+        found = {}
+        for name, content in contents(tree(world.target)).items():
+            if name.endswith(b'.zip'):
+                found.update(contents(unzipped(os.path.join(world.target, mm.to_text(name)))))
+            else:
+                found[name] = content
+        return {mm.to_text(name): content for name, content in found.items() if content != 'directory'}
+
+    def test_the_forms_of_checksum_files(self):
+        for algorithm in mm.HASH_NAMES:
+            digest = self.digest(self.A, algorithm)
+            other = self.digest(self.B, algorithm)
+            for text, expected in (
+                    ('%s  a b\n%s *sub/c\n' % (digest, other), {'a b': digest, 'sub/c': other}),
+                    ('%s  ./a\r\n\r\n# a remark\r\n%s  b \r\n' % (digest.upper(), other),
+                     {'a': digest, 'b ': other}),
+                    ('%s (a (1)) = %s\n' % (algorithm.upper(), digest), {'a (1)': digest}),
+                    ('%s(a)= %s' % (algorithm.upper(), digest), {'a': digest}),
+                    ('\\%s  a\\nb\\\\c\n' % digest, {'a\nb\\c': digest}),
+                    ('\ufeff%s\n' % digest, {'': digest}),
+                    ('%s   lead\n' % digest, {' lead': digest}),
+                    ('%s\ta\n' % digest, {'a': digest})):
+                self.assertEqual(mm.parse_sums(text.encode(), algorithm),
+                                 {name.encode(): value for name, value in expected.items()}, text)
+            self.assertEqual(mm.parse_sums(b'%s   data/100%%25%%0A\n' % digest.encode(), algorithm, True),
+                             {b'data/100%\n': digest})
+            for text in ('', '# nothing\n', 'hello', '%s  /etc/passwd' % digest, '%s  ../x' % digest,
+                         '%s  a/../../x' % digest, digest[1:] + '  a', '%s  a\n%s  a\n' % (digest, other)):
+                with self.assertRaises(ValueError, msg=text):
+                    mm.parse_sums(text.encode(), algorithm)
+
+    @on_sites(*ONE_EACH + ('rclone',))
+    def test_check_file(self, site):
+        """Files and trees go when their sum agrees; the sum after them; what disagrees stays."""
+        world = self.world(site, check_file='{name}.sha256', retry_count='2', quarantine_after='1d')
+        self.put(world, good=self.A, bad=self.A, late=self.A, run__a=self.A, run__sub__b=self.B)
+        self.put(world, **{'good.sha256': b'%s  good\r\n' % self.digest(self.A).upper().encode(),
+                           'bad.sha256': b'%s *./bad\n' % self.digest(self.B).encode(),
+                           'broken': self.A, 'broken.sha256': b'no sum at all\n',
+                           'outside': self.A, 'outside.sha256': b'%s  ../x\n' % self.digest(self.A).encode(),
+                           'run.sha256': b'%s  run/a\n%s  run/sub/b\n' % (
+                               self.digest(self.A).encode(), self.digest(self.B).encode())})
+        done = self.assert_run(world, 1)
+        found = self.delivered(world)
+        self.assertEqual(sorted(found), [
+            'good', 'good.sha256', 'run.sha256', 'run/a', 'run/sub/b'], str(done))
+        self.assertEqual(sorted(n for n in contents(tree(world.source))), [
+            b'bad', b'bad.sha256', b'broken', b'broken.sha256', b'late', b'outside', b'outside.sha256'])
+        self.assertIn('bad is not what bad.sha256 says: its sha256 is ' + self.digest(self.A), done.output)
+        self.assertIn('broken.sha256: line 1 is no line of a checksum file', done.output)
+        self.assertIn('outside.sha256: line 1 names a path outside: ../x', done.output)
+        explained = self.assert_run(world, 0, '--explain', os.path.join(world.source, 'bad')).output
+        self.assertIn('is not what bad.sha256 says', explained)
+        self.assertIn('waits for its check file late.sha256', self.assert_run(
+            world, 0, '--explain', os.path.join(world.source, 'late')).output)
+        self.put(world, **{'late.sha256': self.digest(self.A).encode(), 'bad': self.B,
+                           'broken.sha256': b'SHA256 (broken) = %s' % self.digest(self.A).encode()})
+        os.unlink(os.path.join(world.source, 'outside'))
+        self.assert_run(world, 0)
+        self.assertEqual(sorted(self.delivered(world)), [
+            'bad', 'bad.sha256', 'broken', 'broken.sha256', 'good', 'good.sha256', 'late', 'late.sha256',
+            'run.sha256', 'run/a', 'run/sub/b'])
+
+    @on_sites('local', 'rsync_ssh', 'sftp')
+    def test_manifest_inside(self, site):
+        world = self.world(site, check_file='{name}/manifest-md5.txt', ready_file='{name}/CopyComplete.txt',
+                           ignore='*.txt')
+        for name in ('bag', 'short', 'more', 'unready'):
+            self.put(world, **{name + '__bagit.txt': b'BagIt-Version: 1.0\n', name + '__data__a': self.A,
+                               name + '__CopyComplete.txt': b'', name + '__manifest-md5.txt':
+                                   b'%s  data/a\n' % self.digest(self.A, 'md5').encode()})
+        self.put(world, more__data__b=self.B)
+        os.unlink(os.path.join(world.source, 'short', 'data', 'a'))
+        os.unlink(os.path.join(world.source, 'unready', 'CopyComplete.txt'))
+        done = self.assert_run(world, 1)
+        self.assertIn('manifest-md5.txt does not name more/data/b', done.output)
+        self.assertIn('manifest-md5.txt names short/data/a, which is not there', done.output)
+        found = self.delivered(world)
+        self.assertEqual(found, {'bag/data/a': self.A, 'bag/CopyComplete.txt': b'', 'bag/manifest-md5.txt':
+                                 b'%s  data/a\n' % self.digest(self.A, 'md5').encode()})
+        self.assertIn('waits for CopyComplete.txt inside of it', self.assert_run(
+            world, 0, '--explain', os.path.join(world.source, 'unready')).output)
+
+    @on_sites('local', 'rsync_ssh')
+    def test_the_marker_goes_last(self, site):
+        world = self.world(site, ready_file='{name}/AAA-complete')
+        self.put(world, run__b=self.B, run__sub__c=self.A, **{'run__AAA-complete': b'yes'})
+        os.makedirs(os.path.join(world.target, 'run', 'AAA-complete', 'in the way'))
+        done = world.run()                  # the marker cannot be placed: all else is there before it
+        self.assertEqual(done.code, 1, str(done))
+        self.assertEqual(self.delivered(world), {'run/b': self.B, 'run/sub/c': self.A})
+        self.assertEqual(held_at_source(world), {b'run/AAA-complete': b'yes'})
+        os.rmdir(os.path.join(world.target, 'run', 'AAA-complete', 'in the way'))
+        os.rmdir(os.path.join(world.target, 'run', 'AAA-complete'))
+        self.assert_run(world, 0)
+        self.assertEqual(self.delivered(world), {
+            'run/b': self.B, 'run/sub/c': self.A, 'run/AAA-complete': b'yes'})
+        self.assertEqual(tree(world.source), {})
+
+    @on_sites('local', 'rsync_ssh')
+    def test_one_file_for_several(self, site):
+        world = self.world(site, check_file='SHA256SUMS')
+        sums = b'%s  a\n%s  tree/b\n%s  gone\n' % tuple(
+            self.digest(c).encode() for c in (self.A, self.B, self.A))
+        self.put(world, a=self.B, tree__b=self.B, unlisted=self.A, SHA256SUMS=sums)
+        done = self.assert_run(world, 1)
+        self.assertIn('a is not what SHA256SUMS says', done.output)
+        self.assertEqual(self.delivered(world), {'tree/b': self.B})
+        self.put(world, a=self.A)
+        done = self.assert_run(world, 0)
+        self.assertIn('SHA256SUMS names gone, which never came', done.output)
+        self.assertEqual(self.delivered(world), {'a': self.A, 'tree/b': self.B, 'SHA256SUMS': sums})
+        self.assertEqual(contents(tree(world.source)), {b'unlisted': self.A})
+
+    def test_a_mismatch_is_told_once_and_quarantined_with_its_sum(self):
+        world = self.world(check_file='{name}.md5', quarantine_after='0s', retry_count='2')
+        told = os.path.join(world.top, 'told')
+        world.configure('alert_command = sh -c "cat >> %s"\n' % told, check_file='{name}.md5',
+                        quarantine_after='0s', retry_count='3', retry_pause='0s')
+        self.put(world, run=self.A, **{'run.md5': b'%s  run\n' % self.digest(self.B, 'md5').encode()})
+        self.assert_run(world, 1)
+        self.assertIn('run is not what run.md5 says', world.run('--status', '--json').output)
+        for _ in range(2):
+            self.assert_run(world, 1)
+        with open(told) as handle:
+            said = handle.read()
+        self.assertEqual(said.count('error    Stream s does not send run: run is not what run.md5 says'), 1)
+        self.assertEqual(said.count('Z  error'), 1, said)
+        self.assertEqual(sorted(contents(tree(world.source))), [
+            b'.quarantine', b'.quarantine/run', b'.quarantine/run.md5', b'.quarantine/run.reason'])
+        self.assertEqual(tree(world.target), {})
+
+    def test_a_spent_check_file_does_not_count_again(self):
+        world = self.world(check_file='{name}.md5')
+        self.put(world, run=self.A, **{'run.md5': self.digest(self.A, 'md5').encode()})
+        done = self.doctored(world, """
+import os, signal
+real = mm.Delivery.take_ready
+def take_ready(self):
+    os.kill(os.getpid(), signal.SIGKILL)
+    yield
+mm.Delivery.take_ready = take_ready
+""")
+        self.assertEqual(done.code, -signal.SIGKILL)
+        self.assertEqual(list(held_at_source(world)), [b'run.md5'])
+        self.put(world, run=self.B)         # the next of that name, before its own sum
+        self.assert_run(world, 0)
+        self.assertEqual(self.delivered(world), {'run': self.A})
+        os.unlink(os.path.join(world.source, 'run'))
+        self.assert_run(world, 0)
+        self.assertEqual(sorted(self.delivered(world)), ['run', 'run.md5'])
+        self.assertEqual(tree(world.source), {})
+
+    @on_sites(*ONE_EACH + ('rclone',))
+    def test_send_checksum(self, site):
+        world = self.world(site, send_checksum='{name}.sha256')
+        self.put(world, **{'a b': self.A, 'run__x': self.A, 'run__sub__y': self.B})
+        self.assert_run(world, 0)
+        sums = sorted(name for name in tree(world.target) if name.endswith(b'.sha256'))
+        self.assertEqual(sums, [b'a b.sha256', b'run.zip.sha256' if world.site.zips else b'run.sha256'])
+        for name in sums:
+            subprocess.check_call(['sha256sum', '--quiet', '--strict', '-c', name], cwd=world.target)
+        self.assertEqual((tree(world.source), world.leftovers()), ({}, []))
+
+    def test_send_checksum_needs_its_name(self):
+        world = self.world(send_checksum='{name}.md5')
+        self.put(world, run=self.A, **{'run.md5': b'somebody\'s', 'other': self.B})
+        done = self.assert_run(world, 1)
+        self.assertIn('run.md5 and the checksum file that send_checksum makes of run have one name',
+                      done.output)
+        self.assertEqual(self.delivered(world)['other'], self.B)
+        self.assertIn(b'run', contents(tree(world.source)))
+
+    def test_no_sum_no_release(self):
+        world = self.world(send_checksum='{name}.md5')
+        self.put(world, run=self.A, other=self.B)
+        os.mkdir(os.path.join(world.target, 'run.md5'))
+        self.assert_run(world, 1)
+        self.assertEqual(contents(tree(world.source)), {b'run': self.A})
+        self.assertEqual([record['item'] for record in world.ledger()], ['other'])
+        os.rmdir(os.path.join(world.target, 'run.md5'))
+        self.assert_run(world, 0)
+        self.assertEqual(sorted(self.delivered(world)), ['other', 'other.md5', 'run', 'run.md5'])
+
+    def test_a_chain_of_hops(self):
+        """instrument -> staging by sftp -> archive by rsync: a byte that the middle disk flips is
+        found at the second hop and never reaches the archive."""
+        first = self.world('sftp', send_checksum='{name}.sha256')
+        self.put(first, run001=self.A, run002=self.A)
+        self.assert_run(first, 0)
+        with open(os.path.join(first.target, 'run002'), 'r+b') as handle:
+            handle.seek(3)
+            handle.write(b'X')
+        second = self.world('rsync_ssh', check_file='{name}.sha256', directory=first.target, retry_count='2')
+        done = self.assert_run(second, 1)
+        self.assertIn('run002 is not what run002.sha256 says', done.output)
+        self.assertEqual(self.delivered(second), {'run001': self.A, 'run001.sha256': b'%s  run001\n' % (
+            self.digest(self.A).encode())})
+        self.assertEqual(sorted(contents(tree(first.target))), [b'run002', b'run002.sha256'])
+
+
 class ObjectStores(Invariants):
     """rclone to a store that speaks S3, and the remotes that it may and may not be used with."""
 
