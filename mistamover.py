@@ -5264,13 +5264,18 @@ class LocalTransport(Staging):
 
     def place_link(self, job):
         """Raises OSError where there can be no link; Changed."""
-        final = self.path(job.final)
+        source, final = self.root + job.entry.path, self.path(job.final)
         try:
-            os.link(self.root + job.entry.path, final, follow_symlinks=False)
+            os.link(source, final, follow_symlinks=False)
         except FileExistsError:
             return False
-        if not self.linked_rightly(job, final):
-            os.unlink(final)
+        try:
+            right = self.linked_rightly(job, final)
+            if not right:
+                os.unlink(final)
+        except FileNotFoundError:       # a reader was quicker; what did it get?
+            right = job.taken = self.linked_rightly(job, source)
+        if not right:
             raise Changed('%s was replaced' % show(job.entry.path))
         return True
 
@@ -5379,6 +5384,10 @@ class LocalTransport(Staging):
 
     def settle_conflict(self, batch, job, twin):
         final = self.path(job.final)
+        if self.exists(job.final) is False and self.place_one(job):
+            if job.error:
+                raise job.error
+            return                      # a reader has taken away what was there
         if self.stream.mirror and (os.path.islink(final) or os.path.isdir(final)):
             self.make_way(job.final)
             self.overwrite(job)

@@ -7396,6 +7396,34 @@ shutil.disk_usage = lambda path: collections.namedtuple('usage', 'total used fre
                                  else ['gone'])
                 self.assertEqual(world.leftovers(), [])
 
+    def test_a_reader_that_takes_files_at_once(self):
+        for options in ({}, {'target_chmod': '644'}, {'target_chmod': '644', 'verify': 'size'}):
+            world = self.world('local', **options)
+            shelf = os.path.join(world.top, 'shelf')
+            os.mkdir(shelf)
+            originals = {b'run%03d' % number: b'content %d' % number for number in range(120)}
+            for name, content in originals.items():
+                write(os.path.join(mm.to_bytes(world.source), name), content)
+            over = threading.Event()
+
+            def take(world=world, shelf=shelf, over=over):
+                while not over.is_set():
+                    for name in os.listdir(world.target):
+                        if name.startswith('run') and not os.path.exists(os.path.join(shelf, name)):
+                            os.rename(os.path.join(world.target, name), os.path.join(shelf, name))
+            reader = threading.Thread(target=take)
+            reader.start()
+            try:
+                done = self.assert_run(world, 0)
+                wait_for(lambda: len(os.listdir(shelf)) == 120, 'the reader; %s' % done)
+            finally:
+                over.set()
+                reader.join()
+            self.assertEqual(contents(tree(shelf)), originals)
+            self.assertEqual((tree(world.source), tree(world.target)), ({}, {}), str(done))
+            self.assertEqual(len(world.ledger()), 120)
+            self.assertLessEqual({r['outcome'] for r in world.ledger()}, {'delivered', 'taken'})
+
     def test_one_syncfs_for_many_files(self):
         need('/proc/self/fd')
         for trouble in ('', 'error', 'slow'):
