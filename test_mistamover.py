@@ -711,6 +711,7 @@ class ProFtpdSftp(ProFtpd, SshServer):
     """mod_sftp."""
 
     needs = ProFtpd.needs + SshServer.needs + (('root/usr/lib/proftpd/mod_sftp.so', None),)
+    needs_root = True           # for nobody else it lets a key in
 
     def prepare(self):
         SshServer.prepare(self)
