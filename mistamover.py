@@ -12873,7 +12873,7 @@ def parse_moment(text):
     UTC as --history prints it.  Raises ConfigError."""
     if re.match(r'\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z$', text):
         with contextlib.suppress(ValueError):
-            return epoch(text[:19] + (text[19:-1] or '.0').ljust(4, '0')[:4])
+            return epoch(text[:19] + (text[19:-1] or '.0') + 'Z')
     for form in ('%Y-%m-%d', '%Y-%m-%dT%H:%M', '%Y-%m-%d %H:%M', '%Y-%m-%dT%H:%M:%S'):
         with contextlib.suppress(ValueError):
             return time.mktime(time.strptime(text, form))
