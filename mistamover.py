@@ -8651,8 +8651,11 @@ class SftpTransport(Staging):
         if Fxp.good(answer) and mode and not self.has_mode(seen, mode):
             yield [(Fxp.SETSTAT, self.path(path) + Fxp.packed(mode))]
         if not self.tells_directory(seen) and not (yield from self.is_directory(path)):
-            return self.trouble('cannot make the directory %s at %s' % (
+            error = self.trouble('cannot make the directory %s at %s' % (
                 show(path), target_of(self.stream)), answer)
+            if path == self.area:
+                error.hint = 'may this account make directories there? if not, set staging = beside'
+            return error
         return None
 
     def finish(self, batch):

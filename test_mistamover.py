@@ -6023,7 +6023,8 @@ class Sftp(Invariants):
         write(os.path.join(world.source, 'item'), b'x')
         done = self.assert_run(world, 1)
         self.assertIn('cannot make the directory .mistamover', done.output)
-        self.assertIn('permission denied (may this account', done.output)
+        self.assertIn('permission denied (may this account make directories', done.output)
+        self.assertIn('set staging = beside', done.output)
 
     def test_accounts_that_may_not_have_a_staging_area(self):
         """Neither MKDIR nor OPENDIR; then neither RENAME nor REMOVE."""
