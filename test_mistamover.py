@@ -1237,9 +1237,10 @@ class Site:
     """How to reach a world's target by one protocol, and what that protocol can do."""
 
     mirrors = True
-    zips = False
+    zips = False                # directories
     carries_newline = True
     remote = True
+    rsync = False
     mounts = None               # the file system that lies on the world's target
 
     def __init__(self, name, needs=None):
@@ -1267,7 +1268,7 @@ class OverSsh(Site):
         Site.__init__(self, name, needs)
         self.protocol, self.key = protocol, key
         self.below = below          # what the account sees as its root, or starts in
-        self.mirrors = protocol == 'rsync_ssh'
+        self.mirrors = self.rsync = protocol == 'rsync_ssh'
         self.zips = not self.mirrors
 
     def options(self, world):
@@ -1286,6 +1287,8 @@ class ByPassword(OverSsh):
 
 
 class Native(Site):
+    rsync = True
+
     def __init__(self, name, module):
         Site.__init__(self, name, 'rsyncd')
         self.module = module
@@ -1368,9 +1371,14 @@ def spread(cls):
 ONE_EACH = ('local', 'rsync_ssh', 'rsync_native', 'scp', 'sftp', 'ftp')
 
 
-def on_sites(*names):
+def on_sites(*names, each=False, **abilities):
+    """The method is one test for each of these sites: those named, or the usual ones of these abilities
+    (attributes of Site); each: one of every protocol is enough."""
+    names = names or [name for name in (ONE_EACH if each else STANDARD) if all(
+        getattr(SITES[name], ability) == value for ability, value in abilities.items())]
+
     def mark(method):
-        method.sites = names or STANDARD
+        method.sites = names
         return method
     return mark
 
@@ -1927,7 +1935,7 @@ class Modes(Case):
         self.assert_delivered(world, before)
         self.assertEqual(len(world.ledger()), len(records))
 
-    @on_sites('local', 'rsync_ssh', 'rrsync', 'rsync_native', 'write_only')
+    @on_sites(mirrors=True)
     def test_once_mirror(self, site):
         world = self.world(site, transfer_mode='mirror')
         before = fill(world.source)
@@ -1947,7 +1955,7 @@ class Modes(Case):
         self.assertEqual(tree(world.target), after)
         self.assertIn('delivered 1 item ', done.output)
 
-    @on_sites('scp', 'sftp', 'ftp', 'ftps')
+    @on_sites(zips=True)
     def test_mirror_refused(self, site):
         world = self.world(site)
         before = fill(world.source)
@@ -1971,7 +1979,7 @@ class Modes(Case):
         self.assert_delivered(world, before)
         self.assertEqual(world.leftovers(), [])
 
-    @on_sites('local', 'rsync_ssh', 'rrsync', 'rsync_native', 'write_only')
+    @on_sites(mirrors=True)
     def test_daemon_mirror(self, site):
         world = self.world(site, transfer_mode='mirror')
         before = fill(world.source)
@@ -2046,7 +2054,7 @@ setattr(cls, verb, damaging)
         self.assertEqual(tree(world.source), {})
         self.assertEqual(tree(world.target)[b'precious'], before[b'precious'])
 
-    @on_sites('local', 'rsync_ssh', 'rsync_native', 'scp', 'sftp', 'ftp')
+    @on_sites(each=True)
     def test_verify_size(self, site):
         world = self.world(site, verify='size')
         before = fill(world.source, NAMES[:7])
@@ -2057,7 +2065,7 @@ setattr(cls, verb, damaging)
             target.pop(b'tree.zip')
         self.assertEqual(target, expected_target(world.site, before))
 
-    @on_sites('local', 'rsync_ssh', 'rsync_native', 'scp', 'sftp', 'ftp')
+    @on_sites(each=True)
     def test_other_content_of_the_same_size_is_not_taken_for_ours(self, site):
         world = self.world(site, verify='size')
         write(os.path.join(world.source, 'run001'), b'new!', OLD)
@@ -2109,7 +2117,7 @@ class Conflicts(Case):
         self.assertEqual(contents(tree(world.target)),
                          {b'thing': 'directory', b'thing/inside': b'keep me', b'fine': b'fine'})
 
-    @on_sites('scp', 'sftp', 'ftp')
+    @on_sites(each=True, zips=True)
     def test_a_zip_never_overwrites_one_whose_source_is_gone(self, site):
         for policy in ('backup', 'overwrite'):
             world = self.world(site, on_conflict=policy)
@@ -2145,7 +2153,7 @@ class Twins(Case):
 
 @spread
 class KeepDelivered(Case):
-    @on_sites(*ONE_EACH)
+    @on_sites(each=True)
     def test_what_was_released_is_kept_and_purged_when_its_time_is_over(self, site):
         world = self.world(site, keep_delivered='1h')
         write(os.path.join(world.source, 'run001'), b'run')
@@ -2419,7 +2427,7 @@ mm.Delivery.record = record
 
 @spread
 class Zips(Doctored):
-    @on_sites('scp', 'sftp', 'ftp')
+    @on_sites(each=True, zips=True)
     def test_a_file_that_appears_meanwhile_survives(self, site):
         world = self.world(site)
         write(os.path.join(world.source, 'day', 'early'), b'early')
@@ -2446,7 +2454,7 @@ mm.TRANSPORTS[%r].finish = finish
             everything.update(contents(unzipped(os.path.join(world.target, mm.to_text(name)))))
         self.assertEqual(everything, {b'day': 'directory', b'day/early': b'early', b'day/late': b'late'})
 
-    @on_sites('scp', 'sftp', 'ftp')
+    @on_sites(each=True, zips=True)
     def test_a_crash_before_and_during_the_release_is_finished(self, site):
         for verb, deleted in (('release_tree', None), ('finish_tree', 'b'), ('finish_tree', '')):
             world = self.world(site)
@@ -2527,7 +2535,7 @@ class StopFiles(Case):
         self.assert_run(world, 0)
         self.assertEqual((tree(world.source), contents(tree(world.target))), ({}, {b'item': b'item'}))
 
-    @on_sites('rsync_ssh', 'rsync_native', 'scp', 'sftp', 'ftp', 'ftps')
+    @on_sites(remote=True)
     def test_a_failure_to_ask_is_neither_stop_nor_go(self, site):
         world = self.world(site)
         world.configure(target_port=free_port())
@@ -2640,7 +2648,7 @@ os.rename = lambda a, b, **k: refuse() if k or b'release' in mm.to_bytes(b) else
                 del target[b'a.done']
             self.assertEqual(contents(tree(world.target)), target)
 
-    @on_sites('local', 'rsync_ssh', 'rsync_native')
+    @on_sites(each=True, mirrors=True)
     def test_a_mirror_brings_the_ready_file_that_a_crash_held_back(self, site):
         world = self.world(site, transfer_mode='mirror', ready_file='{name}.done')
         write(os.path.join(world.source, 'a'), b'a', OLD)
@@ -2710,7 +2718,7 @@ os.rename = lambda a, b, **k: refuse() if k or b'release' in mm.to_bytes(b) else
         else:
             self.assertEqual(contents(tree(world.target)), {b'dir': 'directory', b'dir/file': b'x'})
 
-    @on_sites('local', 'rsync_ssh', 'rsync_native')
+    @on_sites(each=True, mirrors=True)
     def test_mirror_delete(self, site):
         world = self.world(site, transfer_mode='mirror', mirror_delete='yes')
         before = fill(world.source)
@@ -2737,7 +2745,7 @@ os.rename = lambda a, b, **k: refuse() if k or b'release' in mm.to_bytes(b) else
         self.assert_run(world, 1)
         self.assertEqual(contents(tree(world.target)), after)
 
-    @on_sites('local', 'rsync_ssh', 'rsync_native')
+    @on_sites(each=True, mirrors=True)
     def test_a_stop_file_holds_mirror_delete_back_when_nothing_else_is_due(self, site):
         world = self.world(site, transfer_mode='mirror', mirror_delete='yes')
         write(os.path.join(world.source, 'same'), b'same', OLD)
@@ -2760,7 +2768,7 @@ os.rename = lambda a, b, **k: refuse() if k or b'release' in mm.to_bytes(b) else
 class Combinations(Doctored):
     """What two options, or an option and what stands there, do together."""
 
-    @on_sites('local', 'scp', 'sftp', 'ftp')
+    @on_sites(each=True, rsync=False)
     def test_a_target_that_leads_back_to_the_source_costs_nothing(self, site):
         for link in ('item', '2017', 'day'):
             world = self.world(site)
@@ -3028,7 +3036,7 @@ mm.Ledger.read = lambda self, *months: print('READ') or read(self, *months)
         self.addCleanup(over.set)
         return over
 
-    @on_sites(*ONE_EACH)
+    @on_sites(each=True)
     def test_settle_max_sends_copies_of_what_never_rests(self, site):
         world = self.world(site)
         options = dict(settle_time='2s', settle_max='3s')
@@ -3725,7 +3733,7 @@ mm.Delivery.tidy = tidy
 class Starting(Doctored):
     """Signals at any moment, streams that are closed, many descriptors, the background."""
 
-    @on_sites(*ONE_EACH)
+    @on_sites(each=True)
     def test_no_module_is_imported_first_in_a_thread(self, site):
         world = self.world(site)
         fill(world.source)
@@ -4027,7 +4035,7 @@ class Kills(Invariants):
     """SIGKILL at random moments; MISTAMOVER_TEST_KILLS says how many for each protocol."""
 
     @slow
-    @on_sites(*ONE_EACH)
+    @on_sites(each=True)
     def test_kill_anywhere(self, site):
         chance = random.Random('%d %s' % (SEED, site))
         world = self.world(site, target_chmod='644' if site == 'local' and chance.random() < .5 else None)
@@ -4337,7 +4345,7 @@ class Interrupted(Exception):
 
 @spread
 class BadNetwork(Invariants):
-    @on_sites('rsync_ssh', 'rsync_native', 'scp', 'sftp', 'ftp')
+    @on_sites(each=True, remote=True)
     def test_proxy_faults(self, site):
         chance = random.Random('%d %s' % (SEED, site))
         world = self.world(site)
@@ -4371,7 +4379,7 @@ class BadNetwork(Invariants):
         self.assertEqual(done.code, 0, str(done))
         self.assert_converged(world, originals, str(done))
 
-    @on_sites('rsync_ssh', 'rsync_native', 'scp', 'sftp', 'ftp')
+    @on_sites(each=True, remote=True)
     def test_a_server_that_goes_and_comes_back(self, site):
         world = self.world(site)
         proxy = Proxy(int(world.options['target_port']), ftp=site == 'ftp')
@@ -4472,7 +4480,7 @@ class Parts(Invariants):
         self.assert_converged(world, originals, str(done))
         self.assertEqual(sorted(r['item'].encode() for r in world.ledger()), sorted(originals), str(done))
 
-    @on_sites('rsync_ssh', 'rsync_native')
+    @on_sites(each=True, rsync=True)
     def test_released_while_the_rest_is_sent(self, site):
         world = self.world(site, bandwidth_limit='1M', on_conflict='refuse' if site == 'rsync_ssh' else None)
         originals = self.many(world)
@@ -4506,7 +4514,7 @@ mm.RsyncTransport.send = send
         self.assertEqual(re.findall('a push of (.*)', done.output), ['one and two'], str(done))
         self.assertEqual((tree(world.source), tree(world.target)), ({}, before))
 
-    @on_sites('rsync_ssh', 'rsync_native')
+    @on_sites(each=True, rsync=True)
     def test_a_stop_request_leaves_nothing_wrong_at_the_target(self, site):
         """rsync on SIGTERM, while --bwlimit lets it sleep, would repeat what it has just sent."""
         world = self.world(site, bandwidth_limit='1M')
@@ -4521,7 +4529,7 @@ mm.RsyncTransport.send = send
         self.assertEqual(done.code, 0, str(done))
         self.assert_converged(world, originals, str(done))
 
-    @on_sites('rsync_ssh', 'rsync_native')
+    @on_sites(each=True, rsync=True)
     def test_what_is_late_goes_with_the_next_part(self, site):
         world = self.world(site, bandwidth_limit='1M')
         originals = self.many(world)
@@ -4544,7 +4552,7 @@ mm.RsyncTransport.finish = finish
         self.assertRegex(done.output, 'late: [1-9]')
         self.assert_all_delivered(world, originals, done)
 
-    @on_sites('rsync_ssh', 'rsync_native')
+    @on_sites(each=True, rsync=True)
     def test_what_arrives_damaged_is_sent_again_at_the_end(self, site):
         world = self.world(site, bandwidth_limit='1M')
         originals = self.many(world)
@@ -4569,7 +4577,7 @@ mm.RsyncTransport.finish = finish
         self.assertEqual(target, originals)
 
     @slow
-    @on_sites('local', 'rsync_ssh', 'rsync_native', 'scp', 'sftp', 'ftp')
+    @on_sites(each=True)
     def test_a_kill_between_two_parts(self, site):
         for moment in ('Ledger.append', 'Releaser.release'):
             world = self.world(site, target_chmod='644' if site == 'local' else None)
@@ -4592,7 +4600,7 @@ mm.%s = dying
             self.assert_converged(world, originals, str(done))
             self.assertEqual({r['item'].encode() for r in world.ledger()}, set(originals))
 
-    @on_sites('rsync_ssh', 'rsync_native', 'ftp', 'scp', 'sftp')
+    @on_sites(each=True, remote=True)
     def test_work_is_no_silence(self, site):
         """A file that takes longer than stall_timeout to send, and bytes that move all the time."""
         world = self.world(site, bandwidth_limit='1M', stall_timeout='4s', retry_count='1')
@@ -4605,7 +4613,7 @@ mm.%s = dying
         originals = self.many(world, 6, 3 << 20)
         self.assert_all_delivered(world, originals, world.run('--once'))
 
-    @on_sites('rsync_ssh', 'rsync_native')
+    @on_sites(each=True, rsync=True)
     def test_a_line_cut_in_the_middle_keeps_what_was_not_proven(self, site):
         world = self.world(site)
         proxy = Proxy(int(world.options['target_port']))
@@ -4652,7 +4660,7 @@ cls.finish = finish
         self.assertEqual(done.code, 0, str(done))
         self.assert_converged(world, originals, str(done))
 
-    @on_sites(*ONE_EACH)
+    @on_sites(each=True)
     def test_whole_items_in_every_part(self, site):
         world = self.world(site, target_chmod='644' if site == 'local' else None)
         originals = self.many(world, 25, 100)
@@ -4697,7 +4705,7 @@ class RsyncPushes(Invariants):
         """The pid of the rsync that sends."""
         return min(pid for pid in children_of(process.pid) if '--bwlimit=' in command_line(pid))
 
-    @on_sites('rsync_native', 'rsync_ssh')
+    @on_sites(each=True, rsync=True)
     def test_a_mirror_trusts_no_push_that_was_broken_off(self, site):
         world = self.world(site, transfer_mode='mirror', bandwidth_limit='1M', retry_count='1',
                            on_conflict='backup' if site == 'rsync_ssh' else None)
@@ -4782,7 +4790,7 @@ mm.RsyncTransport.push = damaging
             self.assertEqual(content, b'another run 001')
             self.assertEqual((tree(slow.source), tree(quick.source)), ({}, {}))
 
-    @on_sites('rsync_ssh', 'rsync_native')
+    @on_sites(each=True, rsync=True)
     def test_directories_keep_their_times(self, site):
         world = self.world(site)
         for name in ('day/sub/a', 'day/b'):
@@ -4793,7 +4801,7 @@ mm.RsyncTransport.push = damaging
         self.assertEqual({name: int(os.lstat(os.path.join(world.target, name)).st_mtime)
                           for name in ('day/sub', 'day')}, {'day/sub': OLD, 'day': OLD})
 
-    @on_sites('rsync_ssh', 'rsync_native')
+    @on_sites(each=True, rsync=True)
     def test_a_target_directory_that_goes_is_not_made_again(self, site):
         world = self.world(site, target_marker='mounted')
         write(os.path.join(world.target, 'mounted'))
@@ -4957,7 +4965,7 @@ class OtherRsyncs(Doctored):
             self.assertEqual(contents(tree(world.target)),
                              {b'f0': b'0', b'f1': b'x', b'f2': b'2', b'f3': b'3'})
 
-    @on_sites('rsync_ssh', 'rsync_native')
+    @on_sites(each=True, rsync=True)
     def test_a_directory_becomes_a_file(self, site):
         conflict = 'backup' if site == 'rsync_ssh' else 'overwrite'
         world = self.world(site, transfer_mode='mirror', mirror_delete='yes', on_conflict=conflict)
@@ -5001,7 +5009,7 @@ mm.TRANSPORTS['rsync_ssh'].push = push
         self.assertIn('taken was sent and is not at the target any more (did somebody take it', done.output)
         self.assertEqual(held_at_source(world), {b'taken': b'content'})
 
-    @on_sites('rsync_native', 'rsync_ssh')
+    @on_sites(each=True, rsync=True)
     def test_mirror_delete_on_a_target_that_folds_case(self, site):
         world = self.world(site, transfer_mode='mirror', mirror_delete='yes')
         self.mount('ntfs_folds', world.target)
@@ -6178,7 +6186,7 @@ mm.SftpTransport.begin = begin
 
 @spread
 class BadTarget(Invariants):
-    @on_sites(*ONE_EACH)
+    @on_sites(each=True)
     def test_a_full_disk(self, site):
         for verify in ('checksum', 'size'):
             world = self.world(site, verify=verify, retry_count='2', stall_timeout='10s')
@@ -6203,7 +6211,7 @@ class BadTarget(Invariants):
             self.assert_converged(world, originals, str(done))
             subprocess.check_call(['umount', world.target])
 
-    @on_sites(*ONE_EACH)
+    @on_sites(each=True)
     def test_a_file_where_a_dated_directory_should_be(self, site):
         world = self.world(site)
         world.configure(target_dir=world.options['target_dir'] + '/%Y/%m')
@@ -6215,7 +6223,7 @@ class BadTarget(Invariants):
         self.assertEqual(contents(tree(world.target)), {year.encode(): b'precious'}, str(done))
         self.assertEqual(contents(tree(world.source)), {b'item': b'item'})
 
-    @on_sites('scp', 'sftp', 'ftp')
+    @on_sites(each=True, zips=True)
     def test_many_conflicts_and_stop_files_asked_meanwhile(self, site):
         world = self.world(site, batch_files='10')
         originals = {}
@@ -6284,7 +6292,7 @@ class BadTarget(Invariants):
             world.environment = trusted
         self.assert_kept_and_recovers(world, mend, 'CERTIFICATE_VERIFY_FAILED')    # 3.6 says no more
 
-    @on_sites('rsync_ssh', 'rsync_native', 'scp', 'sftp', 'ftp')
+    @on_sites(each=True, remote=True)
     def test_a_server_that_is_restarted(self, site):
         world = self.world(site)
         running = server(SITES[site].needs)
@@ -6301,7 +6309,7 @@ class BadTarget(Invariants):
         self.ended(process)
         self.assertEqual(held_at_target(world), {b'first': b'first', b'second': b'second'})
 
-    @on_sites('rsync_ssh', 'rsync_native', 'scp', 'sftp', 'ftp', 'local')
+    @on_sites(each=True)
     def test_source_and_target_the_same(self, site):
         world = self.world(site)
         os.rmdir(world.target)
@@ -6319,7 +6327,7 @@ class BadTarget(Invariants):
         self.assertIn('is the incoming directory itself', done.output)
         self.assertEqual(tree(world.source), before)
 
-    @on_sites(*ONE_EACH)
+    @on_sites(each=True)
     def test_no_room_for_our_own_files(self, site):
         world = self.world(site)
         os.makedirs(world.state, 0o700)
@@ -6361,7 +6369,7 @@ class BadTarget(Invariants):
                              if site == 'scp' else {}, str(done))
             self.assertEqual(done.code, 1 if site == 'scp' else 0, str(done))
 
-    @on_sites('scp', 'sftp', 'ftp', 'rsync_ssh', 'rsync_native')
+    @on_sites(each=True, remote=True)
     def test_an_interrupted_large_file_resumes(self, site):
         world = self.world(site, bandwidth_limit='20M')
         large = os.urandom(30 << 20)
@@ -6402,7 +6410,7 @@ class BadTarget(Invariants):
         wait_for(lambda: Kills.undisturbed(world), 'the stream to be free', 60)
         self.assertEqual((tree(world.source), contents(tree(world.target))), ({}, {b'large': large}))
 
-    @on_sites(*ONE_EACH)
+    @on_sites(each=True)
     def test_a_symlink_under_the_final_name_leads_nowhere(self, site):
         world = self.world(site)
         elsewhere = os.path.join(world.top, 'elsewhere')
@@ -6816,7 +6824,7 @@ mm.Delivery.scan_and_settle = scan
         self.assertEqual(tree(world.source), {})
         self.assertEqual([(r['item'], r['files']) for r in world.ledger()], [('day', 2)], str(done))
 
-    @on_sites(*ONE_EACH)
+    @on_sites(each=True)
     def test_changes_between_push_and_release_are_never_lost(self, site):
         world = self.world(site, target_chmod='644' if site == 'local' else None)
         names = ('appended', 'truncated', 'replaced', 'same size and time', 'renamed', 'deleted', 'steady')
@@ -6876,7 +6884,7 @@ mm.TRANSPORTS[%r].send = send
             if site != 'rsync_ssh':     # rsync itself opens by path; what it sent is not released
                 self.assertNotIn(b'not yours', held_at_target(world).values(), str(done))
 
-    @on_sites('local', 'scp', 'sftp', 'ftp')
+    @on_sites(each=True, rsync=False)
     def test_a_read_error_is_the_fault_of_its_item_alone(self, site):
         need('/proc/self/fd')
         world = self.world(site, target_chmod='644' if site == 'local' else None)
