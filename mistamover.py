@@ -8858,6 +8858,8 @@ class FtpTransport(Staging):
     ROOM = (451, 452, 552)              # to STOR: the disk, a quota, a limit
     ITEMS = (450, 451)                  # of one file although 4xx
     UNKNOWN = (500, 501, 502, 504)      # such a command there is not
+    ROW = re.compile(rb'(?:[-dlbcps]\S{9,} +\d+ +\S+ +\S+ +\d+ +\S+ +\S+ +\S+|'
+                     rb'\d\d-\d\d-\d+ +\S+ +(?:<DIR>|\d+)) (.+)')
     REMEMBERED = 20000
     # (verb, its arguments before the name, hashlib's name); draft-bryan-ftpext-hash for HASH
     HASHES = ((b'XSHA256', b'', 'sha256'), (b'HASH', b'SHA-256', 'sha256'), (b'XSHA512', b'', 'sha512'),
@@ -8890,7 +8892,7 @@ class FtpTransport(Staging):
         self.deletes = self.times = True
         self.resumes = None
         self.hasher = None              # a row of HASHES; without one bytes are read back
-        self.listers = [b'MLSD', b'NLST -a', b'NLST *', b'NLST .']      # RFC 3659, ls(1), RFC 959
+        self.listers = [b'MLSD', b'NLST -a', b'NLST *', b'NLST .', b'LIST']     # RFC 3659, 959, ls(1)
         self.same = collections.OrderedDict()       # its hash -> SHA-256, of what was sent lately
 
     # -- connections
@@ -9325,9 +9327,11 @@ class FtpTransport(Staging):
         for some servers take an argument of NLST for a pattern."""
         if directory and not self.answers(line, [b'CWD ' + self.name(directory)])[0].done:
             return None
-        found = None
+        found = command = None
         try:
             for command in list(self.listers):
+                if command == b'LIST':          # whoever knows nothing else may insist
+                    self.answers(line, [b'TYPE A'])
                 reply, data = self.download(line, command)
                 if reply.code in self.UNKNOWN and command in self.listers:
                     self.listers.remove(command)
@@ -9337,12 +9341,18 @@ class FtpTransport(Staging):
                 if found:               # what it takes for a name that is not there is empty
                     break
         finally:
+            if line.sock and command == b'LIST':
+                self.answers(line, [b'TYPE I'])
             self.go_home(line, directory)
         return None if found is None else found - {b'.', b'..', b''}
 
     @staticmethod
     def listed(command, row):
-        """The name in a row of MLSD (RFC 3659) or NLST."""
+        """The name in a row of MLSD (RFC 3659), NLST, or LIST as ls(1) and Windows write it."""
+        if command == b'LIST':
+            found = FtpTransport.ROW.match(row)
+            name = found.group(1) if found else b''
+            return name.partition(b' -> ')[0] if row[:1] == b'l' else name
         return row.partition(b' ')[2] if command == b'MLSD' else row.rpartition(b'/')[2]
 
     def go_home(self, line, directory):

@@ -5390,6 +5390,13 @@ mm.FtpTransport.log_in = log_in""")
                      b'\xff\xfc\x80550 raw\xff\xfe: no\n')
         self.assertEqual(found, [(211, [b'211-Features:', b' 211 no end', b'211-nor this', b'211 End']),
                                  (550, [b'550 raw\xff\xfe: no'])])
+        for command, row, name in (
+                (b'MLSD', b'type=file;size=3;  lead', b' lead'), (b'NLST .', b'./dir/trail ', b'trail '),
+                (b'LIST', b'-rw-r--r--   1 root  root      17 Nov 28 06:37  lead', b' lead'),
+                (b'LIST', b'drwxr-xr-x+  2 a     b       4096 Nov  8  2024 a -> b', b'a -> b'),
+                (b'LIST', b'lrwxrwxrwx   1 a     b          6 Nov 28 06:37 link -> there', b'link'),
+                (b'LIST', b'11-28-26  06:37AM       <DIR>  x', b' x'), (b'LIST', b'total 17', b'')):
+            self.assertEqual(mm.FtpTransport.listed(command, row), name)
         self.assertIn('no FTP reply: SSH-2.0', read(b'SSH-2.0-OpenSSH\r\n'))
         self.assertIn('hung up', read(b'211-Features:\r\n'))
 
