@@ -9814,6 +9814,21 @@ class FtpTransport(Staging):
                 self.delete_tree(line, inner)
         return self.answers(line, [b'RMD ' + self.name(path)])[0].done or not self.is_directory(line, path)
 
+    def learned(self):
+        yield from Staging.learned(self)
+        yield 'proof', self.hashing if self.stream.verify == 'checksum' else self.stream.verify
+        yield 'two senders of one name', 'the second is refused' if self.trait('keeps') else \
+            'not guarded: RNTO replaces what comes between our look and it'
+
+    def try_keeps(self):
+        """Whether RNTO refuses a name that is taken."""
+        with self.tiny(b'first') as first, self.tiny(b'the second') as second:
+            try:
+                self.rename(first, second)
+            except ItemError:
+                return self.measure([second], False).get(second) == (10, None)
+        return False
+
     def try_names(self, odd, name):
         try:
             return Staging.try_names(self, odd, name)

@@ -5372,6 +5372,15 @@ mm.FtpTransport.log_in = log_in""")
         self.assertLessEqual(done.output.count('a login'), 2, str(done))
         self.assertEqual((tree(world.source), len(tree(world.target))), ({}, 12))
 
+    @on_sites('ftp', 'aioftp')
+    def test_check_tells_what_two_senders_do(self, site):
+        world = self.world(site)
+        done = self.assert_run(world, 0, '--check')
+        self.assertIn('two senders of one name: ' + (
+            'the second is refused' if site == 'aioftp' else 'not guarded'), done.output)
+        self.assertIn('proof: read back', done.output)
+        self.assertEqual(tree(world.target), {})
+
     def test_replies(self):
         """Lines of one reply, telnet commands before it (RFC 854), what is no reply, one without end."""
         def read(data):
