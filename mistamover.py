@@ -6634,6 +6634,7 @@ class RcloneTransport(Transport):
     OLDEST = 1, 60              # older ones were not tried
     PARTIAL = 1, 63             # from here on a file that is under way has another name
     CONDITION = 1, 64           # from here on `If-None-Match` reaches the store
+    MANY = 100                  # files
     ONE_PIECE = 5 << 30         # the largest object that S3 takes in one request
     USAGE, NOTHING_THERE = 2, (3, 4)        # exit codes: rclone.org/docs, List of exit codes
     # what rclone writes for characters that a store cannot hold, and what its lists lose
@@ -6858,9 +6859,11 @@ class RcloneTransport(Transport):
         report = report or Report(self.patience(batch.entries))
         if not paths:
             return report
-        options = options + ['--no-traverse', '-v', '--transfers=%d' % self.connections(),
-                             '--multi-thread-streams=0', '--s3-no-head',
-                             '--s3-upload-cutoff=%dB' % self.ONE_PIECE]
+        # few are asked for by name; of many, one list tells what is there already
+        listed = self.s3 and len(paths) >= self.MANY and not any(self.odd(path) for path in paths)
+        options = options + [
+            '-v', '--transfers=%d' % self.connections(), '--multi-thread-streams=0', '--s3-no-head',
+            '--s3-upload-cutoff=%dB' % self.ONE_PIECE] + ([] if listed else ['--no-traverse'])
         if self.version >= self.PARTIAL:
             options += ['--partial-suffix', self.partial_suffix()]
         if self.s3 and self.version >= self.CONDITION and condition:

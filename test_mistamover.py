@@ -1251,6 +1251,9 @@ class Site:
             server(self.needs)
         return self.options(world)
 
+    def fetch(self, world):
+        """Bring what is at a target that nobody can look into to world.target."""
+
 
 class Local(Site):
     remote = False
@@ -1309,6 +1312,17 @@ class OverRclone(Site):
     def options(self, world):
         return {'transfer_protocol': 'rclone', 'target_dir': 'here:' + world.target,
                 'rclone_command': installed('venv/bin/rclone'), 'rclone_config': server('rclone').config}
+
+
+class ToStore(OverRclone):
+    """rclone to an object store, for the bench."""
+
+    def options(self, world):
+        return dict(OverRclone.options(self, world), rclone_config=server('seaweedfs').config,
+                    target_dir='weed:bucket/' + os.path.basename(world.top))
+
+    def fetch(self, world):
+        server('seaweedfs').rclone('copy', world.options['target_dir'], world.target)
 
 
 class Ftp(Site):
@@ -1387,7 +1401,8 @@ def on_sites(*names, each=False, **abilities):
 CONTRACT = STANDARD if os.environ.get('MISTAMOVER_TEST_SITES') == 'standard' else list(SITES)
 SITES.update((site.name, site) for site in (
     OverSsh('between', 'between', 'sftp'), ByPassword('password', 'password', 'sftp'),
-    ByPassword('question', 'question', 'sftp'), ByPassword('code', 'code', 'sftp')))
+    ByPassword('question', 'question', 'sftp'), ByPassword('code', 'code', 'sftp'),
+    ToStore('s3', 'seaweedfs')))
 FOLDING = ('exfat', 'ntfs_folds')
 CANNOT_HOLD = {                 # site: the odd names that cannot be had there
     'pureftpd': (b'trail ', b'back\\slash'), 'inetutils': (b'raw\xff\xfe\x80.dat',),
@@ -3972,7 +3987,8 @@ KILLS = int(os.environ.get('MISTAMOVER_TEST_KILLS', '14'))      # three Pythons 
 SEED = int(os.environ.get('MISTAMOVER_TEST_SEED', '0')) or int(time.time()) + os.getpid() * 100003
 
 
-RSYNC_TEMP = re.compile(rb'(^|/)\.[^/]+\.\w{6}$')     # where rsync's receiver writes; gone when it ends
+# where rsync's receiver writes, gone when it ends; an rclone of ours, gone when the next pass ends
+RSYNC_TEMP = re.compile(rb'(^|/)\.[^/]+\.\w{6}$|\.[0-9a-f]{8}\.mm[0-9a-f]{12}$')
 
 
 def held_at_target(world):
@@ -8856,6 +8872,12 @@ def peer_cp(world):
     peer_delete(world)
 
 
+def peer_rclone(world):
+    for words in (('copy',), ('check', '--one-way')):
+        server('seaweedfs').rclone(*words, world.source, world.options['target_dir'])
+    peer_delete(world)
+
+
 def peer_rsync_idle(world):
     subprocess.check_call(['rsync', '-a', world.source + '/', world.target + '/'])
 
@@ -8878,6 +8900,7 @@ CONTESTS = [
     ('T', 'sftp', {'verify': 'size'}, 'lftp mirror -R -P 4 over sftp', peer_lftp_sftp, ('lftp',), 0.8),
     ('N', 'sftp', {'verify': 'size'}, 'lftp mirror -R -P 4 over sftp', peer_lftp_sftp, ('lftp',), 0.35),
     ('O', 'sftp', {'verify': 'size'}, 'lftp mirror -R -P 4 over sftp', peer_lftp_sftp, ('lftp',), None),
+    ('T', 's3', {}, 'rclone copy + rclone check + delete', peer_rclone, (), 1.1),
     ('S', 'local', {}, 'os.rename in Python', peer_rename, (), 3.0),
     ('M', 'local', {'target_chmod': '644'}, 'cp -a + delete (mover: fsync, read back)', peer_cp, (), None),
     ('I', 'local', {'transfer_mode': 'mirror'}, 'rsync -a, nothing to do', peer_rsync_idle, ('rsync',), None),
@@ -8932,6 +8955,7 @@ class Bench:
         else:
             peer(world)
         seconds = time.perf_counter() - before
+        world.site.fetch(world)
         differ = subprocess.call(['diff', '-rq', self.master(workload), world.target])
         left = [] if workload == 'I' else [n for n, v in tree(world.source).items() if v != 'directory']
         if differ or left:
