@@ -24,13 +24,14 @@ Sections, each using only what stands above it:
     10  alerts
     11  scanning and settling
     12  zipping
-    13  transports
-    14  delivery
-    15  disk space
-    16  status for people and machines
-    17  stream workers: once and daemon
-    18  commands
-    19  command line
+    13  sums that travel with the data
+    14  transports
+    15  delivery
+    16  disk space
+    17  status for people and machines
+    18  stream workers: once and daemon
+    19  commands
+    20  command line
 """
 try:
     import signal
@@ -3862,7 +3863,7 @@ def sum_file(stream, batch, parcel, outcome, stop):
 
 
 # ----------------------------------------------------------------------------------------
-# 13  transports
+# 14  transports
 # ----------------------------------------------------------------------------------------
 
 # What is handed to a transport: a Batch of Parcels.  The files of a parcel lie under
@@ -9852,7 +9853,7 @@ TRANSPORTS = {
 
 
 # ----------------------------------------------------------------------------------------
-# 14  delivery: the straight line
+# 15  delivery: the straight line
 # ----------------------------------------------------------------------------------------
 
 def in_window(window, now):
@@ -11555,7 +11556,7 @@ class Delivery:
 
 
 # ----------------------------------------------------------------------------------------
-# 15  disk space
+# 16  disk space
 # ----------------------------------------------------------------------------------------
 
 class DiskMonitor:
@@ -11650,7 +11651,7 @@ class DiskMonitor:
 
 
 # ----------------------------------------------------------------------------------------
-# 16  status for people and machines
+# 17  status for people and machines
 # ----------------------------------------------------------------------------------------
 
 def started_at():
@@ -12001,7 +12002,7 @@ class Caretaker:
 
 
 # ----------------------------------------------------------------------------------------
-# 17  stream workers: once and daemon
+# 18  stream workers: once and daemon
 # ----------------------------------------------------------------------------------------
 
 # Who runs in which thread, and what they share:
@@ -12655,7 +12656,7 @@ class Supervisor:
 
 
 # ----------------------------------------------------------------------------------------
-# 18  commands
+# 19  commands
 # ----------------------------------------------------------------------------------------
 
 def default_config():
@@ -13359,7 +13360,7 @@ def command_run(args, stop):
 
 
 # ----------------------------------------------------------------------------------------
-# 19  command line
+# 20  command line
 # ----------------------------------------------------------------------------------------
 
 DESCRIPTION = """\
