@@ -5542,6 +5542,30 @@ class Sums(Doctored):
         self.assertEqual(tree(world.source), {})
 
     @on_sites('local', 'rsync_ssh')
+    def test_killed_while_a_tree_is_released(self, site):
+        """What is left of it is not compared with the sums of what went."""
+        for check in ('{name}.sha256', '{name}/sha256sum.txt', 'SHA256SUMS'):
+            with self.subTest(check):
+                world = self.world(site, check_file=check)
+                lines = b'%s  run/a\n%s  run/b\n' % (
+                    self.digest(self.A).encode(), self.digest(self.B).encode())
+                name = check.replace('{name}', 'run')
+                self.put(world, run__a=self.A, run__b=self.B, **{
+                    name.replace('/', '__'): lines.replace(b'run/', b'') if '/' in name else lines})
+                done = self.doctored(world, """
+import os, signal
+real = mm.Releaser.release_file
+def release_file(self, entry, link):
+    real(self, entry, link)
+    os.kill(os.getpid(), signal.SIGKILL)
+mm.Releaser.release_file = release_file
+""")
+                self.assertEqual(done.code, -signal.SIGKILL, str(done))
+                self.assert_run(world, 0)
+                self.assertEqual(sorted(self.delivered(world)), sorted([name, 'run/a', 'run/b']))
+                self.assertEqual((tree(world.source), world.leftovers()), ({}, []))
+
+    @on_sites('local', 'rsync_ssh')
     def test_one_file_for_several(self, site):
         world = self.world(site, check_file='SHA256SUMS')
         sums = b'%s  a\n%s  tree/b\n%s  gone\n' % tuple(
