@@ -684,7 +684,8 @@ class ProFtpd(Server):
             'AuthOrder mod_auth_file.c', 'AuthUserFile ' + users, 'AuthGroupFile ' + groups,
             'RequireValidShell off', 'UseReverseDNS off', 'WtmpLog off',
             'PidFile %s/pid' % self.top, 'ScoreboardFile %s/scoreboard' % self.top, 'TransferLog none',
-            'DelayTable %s/delay' % self.top, 'Umask 022 022', 'DefaultRoot ~', 'MaxInstances 100',
+            'DelayTable %s/delay' % self.top, 'Umask 022 022', 'MaxInstances 100',
+            '' if os.getuid() else 'DefaultRoot ~',         # only root may chroot
             'DenyFilter \\*.*/', '<IfModule mod_delay.c>', 'DelayEngine off', '</IfModule>',
             '<IfModule mod_ctrls.c>', 'ControlsEngine off', '</IfModule>') + self.lines) + '\n')
 
@@ -6330,7 +6331,7 @@ class BadTarget(Invariants):
 
     def test_a_directory_that_is_not_writable(self):
         world = self.world('ftp')
-        os.chmod(world.target, 0o755)
+        os.chmod(world.target, 0o555)
         self.assert_kept_and_recovers(world, lambda: os.chmod(world.target, 0o777),
                                       'may this account write there?')
 
@@ -7842,7 +7843,7 @@ mm.Ledger.append = append
             done = check(1, 'FAILED', 'password', password='wrong secret')
             self.assertNotIn('wrong secret', done.output)
         if site.startswith('ftp'):
-            os.chmod(world.target, 0o755)
+            os.chmod(world.target, 0o555)
             check(1, 'FAILED', 'may this account write there?')
             os.chmod(world.target, 0o777)
 
