@@ -5608,7 +5608,7 @@ def shell_quote(name):
 
 
 SSH_TROUBLE = (     # what ssh(1) says, in English as programs are run here, and what to do about it
-    ('has changed and you have requested',
+    ('IDENTIFICATION HAS CHANGED',
      'the key of that machine has CHANGED: was it set up anew, or does another one answer in its place? '
      'ask whoever looks after it before you remove the old key with ssh-keygen -R'),
     ('Host key verification failed',
