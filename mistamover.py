@@ -5607,10 +5607,10 @@ def shell_quote(name):
     return b"'" + name.replace(b"'", b"'\"'\"'") + b"'"
 
 
+KEY_CHANGED = 'the key of that machine has CHANGED: was it set up anew, or does another one answer in its ' \
+    'place? ask whoever looks after it before you remove the old key with ssh-keygen -R'
 SSH_TROUBLE = (     # what ssh(1) says, in English as programs are run here, and what to do about it
-    ('IDENTIFICATION HAS CHANGED',
-     'the key of that machine has CHANGED: was it set up anew, or does another one answer in its place? '
-     'ask whoever looks after it before you remove the old key with ssh-keygen -R'),
+    ('IDENTIFICATION HAS CHANGED', KEY_CHANGED), ('has changed and you have requested', KEY_CHANGED),
     ('Host key verification failed',
      'its host key is not known here: log in once by hand and compare the fingerprint: %(login)s'),
     ('Permission denied', 'it accepts no key or password of ours%(key)s: try by hand: %(login)s'),
