@@ -861,7 +861,8 @@ class Program:
 
 
 def brief(lines):
-    """The cause comes first, what it led to last."""
+    """The cause comes first, what it led to last; rules of @, as ssh draws them, say nothing."""
+    lines = [line for line in lines if line.strip('@')]
     return '; '.join(lines[:2] + lines[2:][-1:])[:500]
 
 
@@ -4039,7 +4040,7 @@ class Transport:
     def backup_or(self, name):
         """What on_conflict makes of a name that is taken: raises Unfit for refuse."""
         if self.stream.on_conflict == 'refuse':
-            raise Unfit('%s stands at the target with other content' % show(name),
+            raise Unfit('%s exists at the target with other content' % show(name),
                         'on_conflict = refuse: rename or remove one of them')
 
 
@@ -4586,11 +4587,11 @@ class Staging(Transport):
             if job not in self.place([job]):
                 raise ItemError('%s cannot be placed' % show(job.final))
             if not self.drop_own_copy(job, backup):
-                log.info('%s: %s stood at the target with other content and is %s now' % (
+                log.info('%s: other content had the name %s at the target and is %s now' % (
                     self.stream.name, show(job.final), show(backup)))
         elif there is False:
             self.overwrite(job)
-            log.info('%s: %s stood at the target with other content and was overwritten' % (
+            log.info('%s: other content had the name %s at the target and was overwritten' % (
                 self.stream.name, show(job.final)))
         elif self.exists(job.final):
             raise Unfit('%s: something that is no file has its name at the target' % show(job.final),
@@ -4678,7 +4679,8 @@ class Staging(Transport):
         return self.hashing if all(job.hashed for job in jobs) else 'size'
 
     def missing(self):
-        return TargetError('the target directory %s is missing or no directory' % target_of(self.stream),
+        what = 'the target directory %s is missing or no directory' % target_of(self.stream, False)
+        return TargetError(what, 'may this account make it there?' if self.stream.create_directories else
                            'create it or mount it, or set create_directories = yes')
 
     def remove(self, name):
@@ -5514,7 +5516,7 @@ class LocalTransport(Staging):
             if os.path.lexists(path) and (os.path.islink(path) or not os.path.isdir(path)):
                 # a link may lead anywhere, on purpose: only a person can tell
                 if self.stream.move or os.path.isdir(path):
-                    raise ItemError('%s: something else stands at the target' % show(path),
+                    raise ItemError('%s: something else has that name at the target' % show(path),
                                     'rename or remove it')
                 self.make_way(final)
             self.ensure([parent_of(final)])
@@ -5613,6 +5615,9 @@ SSH_TROUBLE = (     # what ssh(1) says, in English as programs are run here, and
     ('IDENTIFICATION HAS CHANGED', KEY_CHANGED), ('has changed and you have requested', KEY_CHANGED),
     ('Host key verification failed',
      'its host key is not known here: log in once by hand and compare the fingerprint: %(login)s'),
+    ('not accessible: No such file', 'there is no such file here%(key)s'),
+    ('subsystem request failed', 'its sshd offers no sftp: the sshd_config there lacks the line '
+     '"Subsystem sftp internal-sftp"'),
     ('Permission denied', 'it accepts no key or password of ours%(key)s: try by hand: %(login)s'),
     ('Connection refused', 'nothing listens on port %(port)s there: is it up? see target_port'),
     ('Could not resolve', 'is target_host right?'),
@@ -5943,6 +5948,7 @@ class RsyncTransport(Transport):
         2: 'does the login print something, or is rsync too old there?',
         3: 'is target_dir there?', 4: 'see "refuse options" in the rsyncd.conf there',
         5: 'is the module name right, and the password? does it allow one connection only?',
+        10: 'does an rsync daemon listen there? see target_host and target_port',
         11: 'is the disk full, or the quota?', 12: 'is rsync 3.0.9 or newer installed there?',
         30: 'the network or the target hangs'}
     # the checksums of an empty file
@@ -6110,8 +6116,11 @@ class RsyncTransport(Transport):
         found = self.look(names)
         if not found.pop(b'.'):
             if not self.stream.create_directories:
-                raise TargetError('the target directory %s is missing' % target_of(self.stream),
-                                  'create it or mount it, or set create_directories = yes')
+                raise TargetError(
+                    'the target directory %s is missing' % target_of(self.stream, False),
+                    'create it or mount it, or set create_directories = yes' + (
+                        '; behind rrsync, target_dir is relative to the directory that it allows'
+                        if self.base.startswith(b'/') else ''))
             self.make_base()
         return {name for name, there in found.items() if there}
 
@@ -6381,7 +6390,7 @@ class RsyncTransport(Transport):
             self.stream.zips and p.endswith(b'.zip') for p in foreign))
         backup = ['--backup', '--suffix=' + suffix] if kept or self.stream.on_conflict == 'backup' else []
         for path in sorted(foreign):
-            log.info('%s: %s stood at the target with other content and %s' % (
+            log.info('%s: other content had the name %s at the target and %s' % (
                 self.stream.name, show(path), 'is %s%s now' % (show(path), suffix)
                 if backup else 'is overwritten'))
         return backup
@@ -7346,7 +7355,8 @@ put() { place "$1" "$2" && rm -f -- "$1" && echo 1 || echo 0; }
             change = b' && chmod %s %s' % (mode, self.words([path])) if mode else b''
             if self.talk.ask(b'mkdir -p %s%s && echo yes\n' % (self.words([path]), change)) != [b'yes']:
                 raise ItemError('cannot make %s at %s: %s' % (
-                    show(path), target_of(self.stream), self.talk.program.errors()))
+                    show(path), target_of(self.stream), self.talk.program.errors()),
+                    'may this account write there?')
 
     def staged_name(self, entry):
         """Under its own name in a directory of this batch, so that many can be placed at once; a
@@ -8974,13 +8984,19 @@ class FtpTransport(Staging):
         try:
             yield
         except (OSError, EOFError) as error:
+            import socket
             self.stop.check()
             reason = getattr(error, 'reason', None)             # OpenSSL's, of an ssl.SSLError
             if reason == 'CERTIFICATE_VERIFY_FAILED':
                 hint = 'if nobody vouches for its certificate, tls_ca_file may name a file that holds it'
+            elif isinstance(error, socket.gaierror):
+                hint = 'is target_host right?'
+            elif isinstance(error, ConnectionRefusedError):
+                hint = 'nothing listens there: is the server up, is target_port right, is a firewall between?'
             elif reason:
                 hint = 'does this port begin with TLS (tls = implicit), or change to it (tls = yes)?'
-            raise TargetError('%s: %s' % (what, show(str(error).strip()) or type(error).__name__), hint)
+            said = str(error) if reason else getattr(error, 'strerror', None) or str(error)
+            raise TargetError('%s: %s' % (what, show(said.strip()) or type(error).__name__), hint)
 
     def fault(self, what, reply, storing=False):
         """The error for a refusal, by what to do next (RFC 959, 4.2)."""
@@ -8995,7 +9011,7 @@ class FtpTransport(Staging):
         base = to_bytes(self.stream.target_base)
         if not line.command(b'CWD ' + base).done:
             if not self.stream.create_directories:
-                raise TargetError('the target directory %s is missing' % target_of(self.stream),
+                raise TargetError('the target directory %s is missing' % target_of(self.stream, False),
                                   'create it, or set create_directories = yes')
             step = b'/' if base.startswith(b'/') else b''
             for part in base.strip(b'/').split(b'/'):
@@ -11041,9 +11057,9 @@ class Delivery:
         names = {to_bytes(stream.stop_file), to_bytes(stream.target_marker or stream.stop_file)}
         found = self.worker.ask_for_marker(names)
         if to_bytes(stream.stop_file) in found:
-            raise Suspended('%s in %s' % (stream.stop_file, target_of(stream)))
+            raise Suspended('%s in %s' % (stream.stop_file, target_of(stream, False)))
         if stream.target_marker and to_bytes(stream.target_marker) not in found:
-            raise TargetError('%s is missing in %s' % (stream.target_marker, target_of(stream)),
+            raise TargetError('%s is missing in %s' % (stream.target_marker, target_of(stream, False)),
                               'is the disk mounted there?')
         self.worker.asked = time.monotonic()
 
@@ -12725,7 +12741,7 @@ def check_target(worker, transport):
     found = worker.ask_for_marker(names) if os.path.isdir(stream.root) else transport.present(names)
     if stream.target_marker and to_bytes(stream.target_marker) not in found:
         raise TargetError('target_marker: %s is missing' % stream.target_marker, 'is the disk mounted?')
-    yield 'target_dir', '%s is there%s' % (target_of(stream), ', and a stop file suspends the stream'
+    yield 'target_dir', '%s is there%s' % (target_of(stream, False), ', and a stop file suspends the stream'
                                           if to_bytes(stream.stop_file) in found else '')
     worker.probe()
     yield 'write, %s, rename, remove' % ('hash' if stream.verify == 'checksum' else 'size'), 'done'
@@ -13034,13 +13050,17 @@ def explain(config, stream, path, now):
             failure['count'], utc_stamp(failure['first']), failure['error']))
     status = SharedJson(state_dir, 'status.json').read().get(stream.name, {})
     if status.get('state') in ('down', 'stopped'):
-        waits.append('the stream is %s: %s' % (status['state'], status.get('note')))
+        if status.get('note') not in waits:
+            waits.append('the stream is %s: %s' % (status['state'], status.get('note')))
+    elif status.get('last_error') and not failure:      # what does not count against an item: no room
+        waits.append('the last trouble of this stream, at %s: %s' % (
+            status.get('last_error_time'), status['last_error']))
+    if not waits:
+        waits.append('it is due: the next pass sends it')
     if not alive(status.get('pid')):
         waits.append('no MiStaMover works on this stream now%s' % (
             '; the last one was seen at %s' % status['updated'] if status.get('updated') else ''))
     yield from waits
-    if not waits:
-        yield 'it is due: the next pass sends it'
 
 
 def command_explain(config, args, _stop):

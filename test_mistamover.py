@@ -5221,6 +5221,16 @@ class FtpTargets(Invariants):
             world.configure(**dict(world.options, tls='implicit', tls_ca_file=running.certificate))
         self.assertEqual(contents(tree(world.source)), {b'three': b'three'})
 
+    def test_where_no_server_is(self):
+        for options, said, hint in (
+                ({'target_port': free_port()}, ': Connection refused', 'nothing listens there'),
+                ({'target_host': 'no.such.host.invalid'}, '', 'is target_host right?')):
+            world = self.world_at(server('ftp'), **options)
+            self.arriving(world, one=b'one')
+            output = self.assert_run(world, 1).output
+            self.assertRegex(output, r'cannot log in to \S+, port \d+%s.* \(%s' % (said, re.escape(hint)))
+            self.assertEqual((contents(tree(world.source)), tree(world.target)), ({b'one': b'one'}, {}))
+
     def test_tls_on_one_side_only(self):
         plain, secure = server('ftp'), server('ftps')
         for running, options, hint in (
@@ -7926,6 +7936,8 @@ mm.LocalTransport.place = refuse
                           hint(ssh_key=sshd.host_key))
             nobody = free_port()
             self.assertIn('nothing listens on port %d there' % nobody, hint(target_port=nobody))
+            lost = os.path.join(world.top, 'lost')
+            self.assertIn('there is no such file here (ssh_key = %s)' % lost, hint(ssh_key=lost))
 
     @slow
     def test_progress_on_a_terminal_and_plain_lines_elsewhere(self):
@@ -8691,8 +8703,16 @@ class Explaining(Case):
         self.assertIn('no MiStaMover works on this stream now', explain('old.dat'))
         write(os.path.join(world.source, '.stop'))
         self.assertIn('s: .stop in ' + world.source, explain('old.dat'))
-        os.unlink(os.path.join(world.source, '.stop'))
         world.configure()
+        self.assert_run(world, 0)
+        self.assertEqual(explain('old.dat').count('.stop in'), 1)       # by the file and by the status
+        os.unlink(os.path.join(world.source, '.stop'))
+        write(os.path.join(world.target, '.stop'))
+        world.configure(target_dir=world.target + '/%Y/%m')
+        self.assert_run(world, 0)
+        self.assertIn('s: the stream is stopped: .stop in %s\n' % world.target, explain('old.dat'))
+        os.unlink(os.path.join(world.target, '.stop'))
+        world.configure(target_dir=world.target)
         os.unlink(os.path.join(world.source, 'fresh.dat'))
         self.assert_run(world, 0)
         self.assertRegex(explain('old.dat'), r's: delivered at \S+: %s/old.dat\ns: it is not here any more'
