@@ -15,7 +15,8 @@ place=$(mktemp -d)
 trap 'rm -rf "$place"' EXIT
 cd "$place"
 
-apt-get download -qq rsync=3.5.0+ds1-0+deb12u1 libpopt0=1.19+dfsg-1 libxxhash0=0.8.1-1 > apt.log 2>&1 || { cat apt.log; exit 1; }
+apt-get download -qq rsync=3.5.0+ds1-0+deb12u1 libpopt0=1.19+dfsg-1 libxxhash0=0.8.1-1 > apt.log 2>&1 \
+    || { cat apt.log; exit 1; }
 for package in *.deb; do dpkg -x "$package" root; done
 export PATH="$place/root/usr/bin:$PATH" LD_LIBRARY_PATH="$place/root/usr/lib/x86_64-linux-gnu"
 
@@ -33,7 +34,8 @@ push() {                # push NAME FORCED-COMMAND WHERE
     mkdir "$place/$1"
     code=0
     FORCED=$2 rsync -t --partial-dir=.parts -e "$place/shell" f "anyhost:$3" || code=$?
-    echo "$1: exit $code, $(find "$1" -mindepth 1 \( -type d -printf '%f(%m)\n' \) -o -printf '%f\n' | LC_ALL=C sort | paste -sd ' ')"
+    echo "$1: exit $code, $(find "$1" -mindepth 1 \( -type d -printf '%f(%m)\n' \) -o -type f -printf '%f\n' \
+        | LC_ALL=C sort | paste -sd ' ')"
 }
 
 seen=$(

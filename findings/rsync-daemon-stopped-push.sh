@@ -48,7 +48,8 @@ for _ in $(seq 100); do ! "$rsync" "$url" > /dev/null 2>&1 || break; sleep 0.1; 
 
 wrong() {               # how many files are there with the right size and time and the wrong content
     python3 -c 'import os
-print(sum((a.st_size, int(a.st_mtime)) == (b.st_size, int(b.st_mtime)) and open("target/" + n).read() != open("source/" + n).read()
+print(sum((a.st_size, int(a.st_mtime)) == (b.st_size, int(b.st_mtime))
+          and open("target/" + n).read() != open("source/" + n).read()
           for n in os.listdir("target") if n.isdigit()
           for a, b in [(os.stat("source/" + n), os.stat("target/" + n))]))'
 }
