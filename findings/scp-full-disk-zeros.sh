@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # Software:  scp and sftp-server of OpenSSH; Debian's openssh-client, openssh-sftp-server 1:9.2p1-2+deb12u10
 # Behaviour: `scp -r` of a tree to a disk that becomes full says so and ends with 1, but goes on with the
-#            other files, and each of those is there in its full size and holds zeros alone: scp writes
-#            nothing more of them, yet sets the size at the end.
+#            other files: these are there in their full size, too, and hold zeros alone.
 # Careful:   after an scp that failed, compare a hash of every file of the tree that is there; a look at
 #            names and sizes calls all of them delivered.
 # Seen:      exit 1
-#            large: full size, partly zeros
-#            20 small ones: 4 right, 16 of full size with zeros alone, 0 others
-#            (how many are right depends on the room that is left; that some are all zeros does not)
+#            large: mixed
+#            20 small ones: 0 right, 20 of full size with zeros alone, 0 others
+#            (mixed: full size, its end zeros; how many of the small ones are right depends on the room that
+#            the large one leaves)
 # No sshd is needed: scp's -S names a script that runs the SFTP server.  The disk is a tmpfs of 2 MB in a
 # mount namespace of its own.
 set -euo pipefail
