@@ -1413,7 +1413,7 @@ def read_ini(config, path):
     try:
         parser.read_string(text)
     except (configparser.DuplicateOptionError, configparser.DuplicateSectionError) as error:
-        raise ConfigError('%s, line %d: [%s] %s stands there twice' % (
+        raise ConfigError('%s, line %d: [%s] %s is written twice' % (
             show(path), error.lineno, show(error.section), show(getattr(error, 'option', ''))),
             'remove one of them')
     except configparser.MissingSectionHeaderError as error:
