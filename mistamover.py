@@ -8747,6 +8747,9 @@ class FtpReply(collections.namedtuple('FtpReply', 'code lines')):
         return show(b' '.join(self.lines[:5]).strip())
 
 
+OTHER_NAME = 62, 64         # X509_V_ERR_HOSTNAME_MISMATCH, _IP_ADDRESS_MISMATCH: openssl-verification-options(1)
+
+
 class FtpLine:
     """A control connection of FTP (RFC 959, 2228, 2428, 4217).
 
@@ -8780,8 +8783,10 @@ class FtpLine:
         import ssl
         try:
             self.sock = self.context.wrap_socket(self.sock, server_hostname=self.host)
-        except ssl.CertificateError as error:       # before Python 3.7 a ValueError
-            raise error if isinstance(error, OSError) else OSError(str(error))
+        except ssl.CertificateError as error:       # before Python 3.7 a ValueError, of names alone
+            translated = error if isinstance(error, OSError) else OSError(str(error))
+            translated.verify_code = getattr(error, 'verify_code', OTHER_NAME[0])
+            raise translated
 
     def secured(self, conn):
         """Servers want the session of the control connection again."""
@@ -8987,7 +8992,9 @@ class FtpTransport(Staging):
             import socket
             self.stop.check()
             reason = getattr(error, 'reason', None)             # OpenSSL's, of an ssl.SSLError
-            if reason == 'CERTIFICATE_VERIFY_FAILED':
+            if getattr(error, 'verify_code', 0) in OTHER_NAME:
+                hint = 'give target_host the name that its certificate holds'
+            elif reason == 'CERTIFICATE_VERIFY_FAILED':
                 hint = 'if nobody vouches for its certificate, tls_ca_file may name a file that holds it'
             elif isinstance(error, socket.gaierror):
                 hint = 'is target_host right?'

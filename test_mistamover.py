@@ -6361,6 +6361,13 @@ class BadTarget(Invariants):
             world.environment = trusted
         self.assert_kept_and_recovers(world, mend, 'CERTIFICATE_VERIFY_FAILED')
 
+    def test_a_certificate_for_another_name(self):
+        world = self.world('ftps')
+        host = world.options['target_host']
+        world.configure(target_host='127.1')        # that is 127.0.0.1, but not written in it
+        self.assert_kept_and_recovers(world, lambda: world.configure(target_host=host),
+                                      'give target_host the name that its certificate holds')
+
     def test_an_expired_certificate(self):
         world = self.world('ftps')
         expired = server('expired')
