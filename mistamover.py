@@ -8747,7 +8747,7 @@ class FtpReply(collections.namedtuple('FtpReply', 'code lines')):
         return show(b' '.join(self.lines[:5]).strip())
 
 
-OTHER_NAME = 62, 64         # X509_V_ERR_HOSTNAME_MISMATCH, _IP_ADDRESS_MISMATCH: openssl-verification-options(1)
+OTHER_NAME = 62, 64         # X509_V_ERR_HOSTNAME_MISMATCH and _IP_ADDRESS_MISMATCH, in x509_vfy.h
 
 
 class FtpLine:
