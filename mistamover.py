@@ -10,7 +10,7 @@ An item (a file, or a directory as a whole) lives one straight line:
 
     scan -> settle -> batch -> stop files? -> push -> verify -> publish -> record -> release
 
-Sections, each using only what stands above it:
+Sections, each using only what is above it:
 
      1  imports, version
      2  constants, exit codes
@@ -32,6 +32,24 @@ Sections, each using only what stands above it:
     18  stream workers: once and daemon
     19  commands
     20  command line
+
+Where it is decided, by what a reader asks first:
+
+    what is left alone, by its name         Scanner.skip
+    when an item has settled                Settler.settled; who holds it open: check_unused
+    who takes the lock                      Worker.start, by StreamLock.acquire
+    when a stop file is asked for           Delivery.ask_here, Delivery.ask_there
+    when a zip is made, and not again       Delivery.parcel, by Worker.delivered_trees
+    how a file gets its final name          Staging.finish; rsync and rclone: their finish
+    what happens to a name that is taken    Staging.make_backup, RsyncTransport.refused
+    the name of a backup                    stamped
+    whose fault a failure is                next_step, asked by Delivery.judge_suspects
+    what goes into quarantine               Failures.hopeless, then Delivery.quarantine
+    when a source is deleted, and how       Delivery.release, by Releaser.release
+    what a crash left, on both sides        Releaser.recover, Transport.tidy
+    when the next try is                    Worker.pause_after
+    what --check tries                      check_steps; what --explain knows: explain
+    the exit code                           Worker.once, Supervisor.run
 """
 try:
     import signal
@@ -2416,7 +2434,8 @@ class Failures:
         return new
 
     def hopeless(self, name, age):
-        """age: tells how long ago a moment of the wall clock was, see Ages."""
+        """Whether an item has failed so often, and for so long, that it goes into quarantine.
+        age: tells how long ago a moment of the wall clock was, see Ages."""
         entry = self.items.get(to_text(name))
         return entry is not None and entry['count'] >= self.stream.retry_count and \
             age(entry['first']) >= self.stream.quarantine_after
@@ -10990,7 +11009,9 @@ class Delivery:
                                       time.localtime(min(max(0, ns // 10 ** 9), LAST_SECOND))))
 
     def parcel(self, item):
-        """The item itself, or the zip of a directory where the protocol wants one."""
+        """The item itself, or the zip of a directory where the protocol wants one; None if there is
+        nothing to send.  A zip is made anew at each try, for the tree may have changed; not where
+        the ledger says that this very tree was delivered."""
         if not (self.stream.zips and item.is_directory):
             return Parcel(item, item.entries)
         if self.worker.delivered_trees().get(to_text(item.name)) == item.snapshot:

@@ -8857,6 +8857,13 @@ class Documents(Case):
         self.assertEqual(tree(os.path.join(top, 'incoming')), {})
         self.assertIn(b'moved run001.dat, 6 B', done.stdout)
 
+    def test_what_the_first_lines_of_the_program_name_is_there(self):
+        names = re.findall(r'\b[A-Z]\w+\.\w+|\b(?:stamped|next_step|check_\w+|explain)\b',
+                           mm.__doc__.split('Where it is decided')[1])
+        self.assertGreater(len(names), 25)
+        for name in names:
+            self.assertTrue(callable(functools.reduce(getattr, name.split('.'), mm)), name)
+
     def test_the_reference_lists_exactly_the_options(self):
         rows = re.findall(r'^\| `(\w+)` \| (.*?) \| (.*?) \| (.*?) \|$',
                           self.text('README.md').split('## Reference')[1], re.M)
