@@ -371,6 +371,15 @@ def atomic_write(path, data, durable=False, mode=0o600):
         sync_directory(os.path.dirname(path) or '.')
 
 
+@contextlib.contextmanager
+def own_files(what, hint=''):
+    """An OSError of our own files is this machine's trouble: a StateError that says what failed."""
+    try:
+        yield
+    except OSError as error:
+        raise StateError('%s: %s' % (what, error.strerror), hint)
+
+
 def same_directory(one, two):
     """Whether two paths lead to one directory, as far as this machine can tell."""
     one, two = to_bytes(one), to_bytes(two)
@@ -444,6 +453,11 @@ def look_and_rename(old, new):
 def parent_of(path):
     """os.path.dirname() of a relative path without its checks, for every file asks."""
     return os.path.dirname(path) if WINDOWS else path.rpartition(b'/')[0]
+
+
+def prefixes(path):
+    """A path's directories from the top on, and itself: a/b/c gives a, a/b, a/b/c."""
+    return [path[:match.end()] for match in re.finditer(rb'[^/]+', path)]
 
 
 NO_NAMES = bytes.maketrans(b'<>:"|?*\\' + bytes(range(32)), b'_' * 40)
@@ -2063,11 +2077,8 @@ log = Log()
 
 def make_private_directory(path):
     """Raises StateError."""
-    try:
+    with own_files('cannot make the directory %s' % show(path), 'see state_dir'):
         os.makedirs(path, 0o700, exist_ok=True)
-    except OSError as error:
-        raise StateError('cannot make the directory %s: %s' % (show(path), error.strerror),
-                         'see state_dir')
 
 
 def lock_descriptor(fd):
@@ -2161,49 +2172,41 @@ class Ledger:
         if not lines:
             return
         path = os.path.join(self.state_dir, 'ledger-%s.jsonl' % time.strftime('%Y-%m', time.gmtime()))
-        try:
-            with self.lock:
-                new = not os.path.exists(path)
-                fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
-                try:
-                    end = os.lseek(fd, 0, os.SEEK_END)
-                    if end and os.lseek(fd, end - 1, os.SEEK_SET) and os.read(fd, 1) != b'\n':
-                        lines = b'\n' + lines       # the torn line of a crash stays alone
-                    while lines:
-                        lines = lines[os.write(fd, lines):]
-                    os.fsync(fd)
-                finally:
-                    os.close(fd)
-                if new:
-                    sync_directory(self.state_dir)
-        except OSError as error:
-            raise StateError('cannot write the ledger %s: %s' % (show(path), error.strerror),
-                             'nothing is released until it can be written')
+        with self.lock, own_files('cannot write the ledger %s' % show(path),
+                                  'nothing is released until it can be written'):
+            new = not os.path.exists(path)
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+            try:
+                end = os.lseek(fd, 0, os.SEEK_END)
+                if end and os.lseek(fd, end - 1, os.SEEK_SET) and os.read(fd, 1) != b'\n':
+                    lines = b'\n' + lines       # the torn line of a crash stays alone
+                while lines:
+                    lines = lines[os.write(fd, lines):]
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+            if new:
+                sync_directory(self.state_dir)
 
     def paths(self, months=0):
         """Raises StateError."""
-        try:
+        names = []
+        with own_files('cannot read %s' % show(self.state_dir), 'run it as the user that it belongs to'), \
+                contextlib.suppress(FileNotFoundError):
             names = sorted(n for n in os.listdir(self.state_dir) if re.match(r'ledger-\d{4}-\d\d\.jsonl$', n))
-        except FileNotFoundError:
-            names = []
-        except OSError as error:
-            raise StateError('cannot read %s: %s' % (show(self.state_dir), error.strerror),
-                             'run it as the user that it belongs to')
         return [os.path.join(self.state_dir, name) for name in names[-months:]]
 
     def read(self, months=0):
         """Every record of the last `months` files (0: all), oldest first; a torn line is
         skipped.  Raises StateError."""
         for path in self.paths(months):
-            try:
-                with open(path, encoding='ascii', errors='replace') as handle:
-                    for line in handle:
-                        with contextlib.suppress(ValueError):
-                            record = from_json(line)
-                            if self.sound(record):
-                                yield record
-            except OSError as error:
-                raise StateError('cannot read the ledger %s: %s' % (show(path), error.strerror))
+            with own_files('cannot read the ledger %s' % show(path)), \
+                    open(path, encoding='ascii', errors='replace') as handle:
+                for line in handle:
+                    with contextlib.suppress(ValueError):
+                        record = from_json(line)
+                        if self.sound(record):
+                            yield record
 
     @staticmethod
     def sound(record):
@@ -2265,15 +2268,12 @@ class SharedJson:
         self.lock = threading.Lock()
 
     def read(self):
-        try:
-            with open(self.path, encoding='ascii') as handle:
-                content = from_json(handle.read())
-            return {k: v for k, v in content.items() if isinstance(v, self.kinds)} \
-                if isinstance(content, dict) else {}
-        except (FileNotFoundError, ValueError):
-            return {}
-        except OSError as error:
-            raise StateError('cannot read %s: %s' % (show(self.path), error.strerror))
+        content = None
+        with own_files('cannot read %s' % show(self.path)), contextlib.suppress(
+                FileNotFoundError, ValueError), open(self.path, encoding='ascii') as handle:
+            content = from_json(handle.read())
+        return {k: v for k, v in content.items() if isinstance(v, self.kinds)} \
+            if isinstance(content, dict) else {}
 
     @contextlib.contextmanager
     def locked(self):
@@ -2291,17 +2291,14 @@ class SharedJson:
 
     def update(self, key, value, durable=False):
         """Set one entry, or remove it (None).  Raises StateError."""
-        try:
-            with self.locked():
-                content = self.read()
-                if content.get(key) == value:
-                    return
-                content[key] = value
-                if value is None:
-                    del content[key]
-                atomic_write(self.path, to_json(content, indent=1, sort_keys=True), durable)
-        except OSError as error:
-            raise StateError('cannot write %s: %s' % (show(self.path), error.strerror))
+        with own_files('cannot write %s' % show(self.path)), self.locked():
+            content = self.read()
+            if content.get(key) == value:
+                return
+            content[key] = value
+            if value is None:
+                del content[key]
+            atomic_write(self.path, to_json(content, indent=1, sort_keys=True), durable)
 
 
 def true_age(age, jumps):
@@ -2382,6 +2379,11 @@ class Ages:
         return true_age(now['wall'] - moment, now['jumps'])
 
 
+def backoff(stream, tries):
+    """Seconds to wait after so many tries in a row: doubled with each, up to a limit."""
+    return min(stream.retry_pause * 2 ** min(tries - 1, 30), stream.retry_pause_max)
+
+
 class Failures:
     """Which items of a stream failed by their own fault, how often, since when; kept across runs."""
 
@@ -2420,8 +2422,7 @@ class Failures:
         name = to_text(name)
         entry = self.items.get(name)
         tries, last = (entry['count'], entry['last']) if entry else self.held_back.get(name, (0, 0))
-        pause = min(self.stream.retry_pause * 2 ** min(tries - 1, 30), self.stream.retry_pause_max)
-        return tries > 0 and 0 <= now - last < pause
+        return tries > 0 and 0 <= now - last < backoff(self.stream, tries)
 
     TOLD_AFTER = 3600           # seconds
 
@@ -3209,11 +3210,9 @@ class Scanner:
         unmounted disk is noticed)."""
         self.watch = watch
         try:
-            yield from self.found()
-        except OSError as error:
-            raise StateError('cannot read the directory %s: %s' % (
-                show(self.stream.directory), error.strerror),
-                'create it or mount it, or set create_directories = yes')
+            with own_files('cannot read the directory %s' % show(self.stream.directory),
+                           'create it or mount it, or set create_directories = yes'):
+                yield from self.found()
         finally:
             self.watch = None       # looks at single names, in other threads, add nothing
 
@@ -3611,6 +3610,24 @@ def copy_entry(root, entry, write, stop, start=0, fd=None):
             write(block)
 
 
+def copy_prefix(root, entry, digest, length, stop):
+    """Hash the first `length` bytes of a file: what a resumed transfer has sent before."""
+    fd = open_entry(root, entry)
+    try:
+        while length:
+            stop.check()
+            try:
+                block = os.read(fd, min(BLOCK, length))
+            except OSError as error:
+                raise ItemError('%s cannot be read: %s' % (show(entry.path), error.strerror))
+            if not block:
+                raise Changed('%s became shorter' % show(entry.path))
+            digest.update(block)
+            length -= len(block)
+    finally:
+        os.close(fd)
+
+
 def zip_item(root, item, path, stop):
     """Write the item's snapshot to a new zip at path and prove that it can be read.
 
@@ -3849,6 +3866,14 @@ class CheckFiles:
             if os.path.lexists(os.path.join(self.stream.root, name)):
                 return name
         return None
+
+
+def make_scanner(stream, stop, spent=None):
+    """The Scanner of a stream.  spent: what of its ready files did their work, a Spent."""
+    scanner = Scanner(stream, stop)
+    scanner.checks = CheckFiles(stream) if stream.check_file else None
+    scanner.spent = spent
+    return scanner
 
 
 def sum_name(stream, name):
@@ -4275,11 +4300,9 @@ class Staging(Transport):
     def note_sending(self, begun, ended):
         with self.trying:
             self.sending = (self.sending | begun).difference(ended)
-            try:
-                make_private_directory(os.path.dirname(self.sending_path()))
+            make_private_directory(os.path.dirname(self.sending_path()))
+            with own_files('cannot write %s' % show(self.sending_path())):
                 atomic_write(self.sending_path(), to_json(sorted(map(to_text, self.sending))), bool(begun))
-            except OSError as error:
-                raise StateError('cannot write %s: %s' % (show(self.sending_path()), error.strerror))
 
     def clear_way(self, batch, job):
         """Its final name must be free before the first byte: what has it now is ours and half, the
@@ -4752,7 +4775,7 @@ def has_holes(fd):
     return getattr(info, 'st_blocks', info.st_size) * 512 < info.st_size
 
 
-def pieces(block):
+def split_holes(block):
     """Yield (whether it is a hole, bytes) for a block of a sparse file."""
     view, start, hole, nothing = memoryview(block), 0, None, bytes(HOLE)
     for at in range(0, len(block), HOLE):
@@ -4945,9 +4968,7 @@ class LocalTransport(Staging):
         for path in paths:
             try:
                 mode = self.stream.target_chmod and self.stream.target_chmod[1]
-                step = b''
-                for part in path.split(b'/'):
-                    step = os.path.join(step, part)
+                for step in prefixes(path):
                     with contextlib.suppress(FileExistsError):
                         os.mkdir(self.path(step), 0o700 if path == self.area else 0o777)
                         if mode and path != self.area:
@@ -5153,7 +5174,7 @@ class LocalTransport(Staging):
         def write(block):
             if digest:
                 digest.update(block)
-            for is_hole, piece in pieces(block) if holes else ((False, memoryview(block)),):
+            for is_hole, piece in split_holes(block) if holes else ((False, memoryview(block)),):
                 if is_hole:
                     handle.seek(len(piece), os.SEEK_CUR)
                 while piece and not is_hole:
@@ -5908,13 +5929,10 @@ class Doubts:
 
     def read(self, root):
         """Raises StateError."""
-        try:
-            with open(self.path, 'rb') as handle:
-                names = handle.read().split(b'\0')
-        except FileNotFoundError:
-            return
-        except OSError as error:
-            raise StateError('cannot read %s: %s' % (show(self.path), error.strerror))
+        names = ()
+        with own_files('cannot read %s' % show(self.path)), \
+                contextlib.suppress(FileNotFoundError), open(self.path, 'rb') as handle:
+            names = handle.read().split(b'\0')
         self.names = {name for name in names if name and os.path.lexists(os.path.join(root, name))}
 
     def begin(self, push, paths):
@@ -5936,14 +5954,12 @@ class Doubts:
             self.save()
 
     def save(self):
-        try:
+        with own_files('cannot write %s' % show(self.path)):
             if self.names or self.pushes:
                 groups = [self.names] + list(self.pushes.values())
                 atomic_write(self.path, b''.join(n + b'\0' for group in groups for n in group), True)
             elif os.path.lexists(self.path):
                 os.unlink(self.path)
-        except OSError as error:
-            raise StateError('cannot write %s: %s' % (show(self.path), error.strerror))
 
 
 class RsyncTransport(Transport):
@@ -6041,10 +6057,8 @@ class RsyncTransport(Transport):
         log.info('%s: %s' % (self.stream.name, 'the target keeps %s: the mirror compares %s there' % (
             ('times to two seconds only', 'within that') if options == ['--modify-window=1'] else
             ('no times', 'checksums')) if options else 'the target keeps times'))
-        try:
+        with own_files('cannot write %s' % show(self.stream.coarse)):
             atomic_write(self.stream.coarse, to_bytes('\n'.join([target_of(self.stream)] + options)))
-        except OSError as error:
-            raise StateError('cannot write %s: %s' % (show(self.stream.coarse), error.strerror))
 
     def words(self, root, options, top, quiet_limit):
         """The argument list of an rsync."""
@@ -6155,8 +6169,7 @@ class RsyncTransport(Transport):
     def ensure(self, subdir):
         """Make a dated directory."""
         if subdir not in self.made:
-            parts = subdir.split(b'/')
-            self.make(self.base, [b'/'.join(parts[:n + 1]) for n in range(len(parts))])
+            self.make(self.base, prefixes(subdir))
             self.made.add(subdir)
 
     def make(self, top, steps):
@@ -7491,10 +7504,7 @@ put() { place "$1" "$2" && rm -f -- "$1" && echo 1 || echo 0; }
 
     def write_parents(self, feed, job, made):
         """The directories above it, those that are no members yet."""
-        path = os.path.dirname(job.staged[len(self.area) + 1:])
-        steps = path.split(b'/')
-        for number in range(len(steps)):
-            step = b'/'.join(steps[:number + 1])
+        for step in prefixes(os.path.dirname(job.staged[len(self.area) + 1:])):
             if step not in made:
                 made.add(step)
                 feed.write(tar_head(step, 0, 0o700, time.time() * 1e9, b'5'))
@@ -7579,14 +7589,12 @@ put() { place "$1" "$2" && rm -f -- "$1" && echo 1 || echo 0; }
         shutil.rmtree(spool, ignore_errors=True)
         trees = collections.Counter()       # bytes on the line for each
         for number, job in enumerate(jobs):
-            try:
-                tree = os.path.join(spool, b'%d' % (number % self.stream.parallel), self.batch_name())
-                link = os.path.join(tree, job.entry.path)
+            tree = os.path.join(spool, b'%d' % (number % self.stream.parallel), self.batch_name())
+            link = os.path.join(tree, job.entry.path)
+            with own_files('cannot write to the spool %s' % show(spool)):
                 os.makedirs(os.path.dirname(link), 0o700, exist_ok=True)
                 os.symlink(os.path.join(batch.root, job.entry.path), link)
-                trees[tree] += job.entry.size + (4 << 10)       # and what scp says about it
-            except OSError as error:
-                raise StateError('cannot write to the spool %s: %s' % (show(spool), error.strerror))
+            trees[tree] += job.entry.size + (4 << 10)       # and what scp says about it
         try:
             return self.copy_trees(trees)
         finally:
@@ -7733,24 +7741,6 @@ put() { place "$1" "$2" && rm -f -- "$1" && echo 1 || echo 0; }
         lines = self.talk.ask(b'df -Pk .\n')
         match = re.search(rb' (\d+) +\d+ +(\d+) +\d+% ', lines[-1]) if lines else None
         return int(match.group(2)) * 1024 if match and int(match.group(1)) else None
-
-
-def copy_prefix(root, entry, digest, length, stop):
-    """Hash the first `length` bytes of a file: what a resumed transfer has sent before."""
-    fd = open_entry(root, entry)
-    try:
-        while length:
-            stop.check()
-            try:
-                block = os.read(fd, min(BLOCK, length))
-            except OSError as error:
-                raise ItemError('%s cannot be read: %s' % (show(entry.path), error.strerror))
-            if not block:
-                raise Changed('%s became shorter' % show(entry.path))
-            digest.update(block)
-            length -= len(block)
-    finally:
-        os.close(fd)
 
 
 class Fxp:
@@ -8165,7 +8155,7 @@ class SftpTransport(Staging):
     def make_base(self):
         base = to_bytes(self.stream.target_base)
         if not self.run(self.is_directory(b'')):
-            self.run(self.make_steps([base[:match.end()] for match in re.finditer(rb'[^/]+', base)]))
+            self.run(self.make_steps(prefixes(base)))
 
     @staticmethod
     def make_steps(paths):
@@ -8299,10 +8289,10 @@ class SftpTransport(Staging):
     def ask_hash(self, path, length, size):
         """The SHA-256 of a file's first `length` bytes (0: of all) as the server computes it, or None
         (draft-ietf-secsh-filexfer-extensions-00, section 3)."""
-        ask = Patient([(Fxp.EXTENDED, Fxp.string(b'check-file-name') + self.path(path) +
-                        Fxp.string(b'sha256') + bytes(8) + length.to_bytes(8, 'big') + bytes(4))])
-        ask.seconds = size / CHECK_RATE
-        answer, = yield ask
+        wanted = Patient([(Fxp.EXTENDED, Fxp.string(b'check-file-name') + self.path(path) +
+                           Fxp.string(b'sha256') + bytes(8) + length.to_bytes(8, 'big') + bytes(4))])
+        wanted.seconds = size / CHECK_RATE
+        answer, = yield wanted
         right = answer[0] == Fxp.EXTENDED_REPLY and answer[1][:-32].endswith(Fxp.string(b'sha256'))
         return answer[1][-32:] if right else None
 
@@ -8473,11 +8463,11 @@ class SftpTransport(Staging):
             choice = self.dressing
             change = [(Fxp.FSETSTAT, handle + Fxp.packed(*values)) for values in (
                 [(mode, mtime)], [(None, mtime)], [])[choice]]
-            ask = change + sync
+            wanted = change + sync
             if job.entry.size > CHECK_RATE:
-                ask = Patient(ask)
-                ask.seconds = job.entry.size / CHECK_RATE
-            answers = yield ask
+                wanted = Patient(wanted)
+                wanted.seconds = job.entry.size / CHECK_RATE
+            answers = yield wanted
             self.hear_sync(job, answers[len(change):])
             if not change or Fxp.status(answers[0]) == Fxp.OK:
                 return
@@ -8668,7 +8658,7 @@ class SftpTransport(Staging):
 
     def make_directories(self, paths):
         """Level by level, so that a round trip serves many.  Raises ItemError."""
-        steps = {path[:match.end()] for path in paths for match in re.finditer(b'[^/]+', path)}
+        steps = {step for path in paths for step in prefixes(path)}
         levels = collections.defaultdict(list)
         for step in steps:
             levels[step.count(b'/')].append(step)
@@ -9039,9 +9029,7 @@ class FtpTransport(Staging):
             if not self.stream.create_directories:
                 raise TargetError('the target directory %s is missing' % target_of(self.stream, False),
                                   'create it, or set create_directories = yes')
-            step = b'/' if base.startswith(b'/') else b''
-            for part in base.strip(b'/').split(b'/'):
-                step = os.path.join(step, part)
+            for step in prefixes(base):
                 line.command(b'MKD ' + step)        # whatever it says: CWD tells
             reply = line.command(b'CWD ' + base)
             if not reply.done:
@@ -9434,9 +9422,7 @@ class FtpTransport(Staging):
     def make_directories(self, paths):
         with self.connection() as line:
             for path in paths:
-                step = b''
-                for part in path.split(b'/'):
-                    step = os.path.join(step, part)
+                for step in prefixes(path):
                     made = self.answers(line, [b'MKD ' + self.name(step)])[0].done
                     if made and self.stream.target_chmod and step != self.area:
                         self.answers(line, [b'SITE CHMOD %o %s' % (self.stream.target_chmod[1],
@@ -9907,6 +9893,15 @@ def in_window(window, now):
     return start <= minute < end if start <= end else minute >= start or minute < end
 
 
+def open_below(directory, part, make):
+    """The descriptor of a directory in that of another, no symlink followed; make: if it is missing.
+    Raises OSError."""
+    if make:
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(part, 0o700, dir_fd=directory)
+    return os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=directory)
+
+
 class Kept:
     """keep_delivered: released copies, in DIRECTORY/.delivered/HOUR/ under their own paths."""
 
@@ -9923,21 +9918,15 @@ class Kept:
         hour = to_bytes(time.strftime('%Y-%m-%dT%HZ', time.gmtime()))
         for depth, part in enumerate([KEPT_DIR, hour] + (relative.split(b'/') if relative else [])):
             try:
-                below = self.step(fd, part)
+                below = open_below(fd, part, True)
             except OSError as error:
                 if depth < 2 or error.errno not in (errno.ENOTDIR, errno.ELOOP):
                     os.close(fd)
                     raise
-                below = self.step(fd, stamped(part))    # a file kept before has that name
+                below = open_below(fd, stamped(part), True)     # a file kept before has that name
             os.close(fd)
             fd = below
         return fd
-
-    @staticmethod
-    def step(fd, part):
-        with contextlib.suppress(FileExistsError):
-            os.mkdir(part, 0o700, dir_fd=fd)
-        return os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=fd)
 
     def check(self, path):
         """Raises OSError if a copy of this path could not be kept now."""
@@ -10138,12 +10127,12 @@ class Releaser:
         there = os.stat(name, dir_fd=aside, follow_symlinks=False)
         if not (entry.is_at(there) or self.is_elsewhere(fd, entry, there, aside)) or \
                 leased and lease_broken(fd):
-            self.put_back(name, aside, parent)
+            self.put_back(name, name, aside, parent)
             return 'changed while it was released'
         try:
             self.discard(name, entry.path, aside)
         except OSError:
-            self.put_back(name, aside, parent)
+            self.put_back(name, name, aside, parent)
             raise
         if there.st_nlink > 1 and not any_ctime:
             self.changed[(there.st_dev, there.st_ino)] = os.fstat(fd).st_ctime_ns
@@ -10202,20 +10191,25 @@ class Releaser:
             any_ctime or self.changed.get((entry.dev, entry.ino)) == info.st_ctime_ns)
 
     @staticmethod
-    def put_back(name, aside, parent):
-        """Under its own name, or beside what took it meanwhile; nothing is overwritten."""
-        for new in (name, stamped(name)):
+    def put_back(old, new, aside=None, parent=None):
+        """Under its own name, or beside what took it meanwhile; nothing is overwritten.  aside, parent:
+        descriptors of the directories that the names are relative to."""
+        for name in (new, stamped(new)):
             try:
-                os.link(name, new, src_dir_fd=aside, dst_dir_fd=parent, follow_symlinks=False)
-                os.unlink(name, dir_fd=aside)
+                os.link(old, name, src_dir_fd=aside, dst_dir_fd=parent, follow_symlinks=False)
+                os.unlink(old, dir_fd=aside)
                 return
             except FileExistsError:
-                continue
+                with contextlib.suppress(FileNotFoundError):    # a crash may have come between these two
+                    if os.path.samestat(os.stat(old, dir_fd=aside, follow_symlinks=False),
+                                        os.stat(name, dir_fd=parent, follow_symlinks=False)):
+                        os.unlink(old, dir_fd=aside)
+                        return
             except OSError:             # no hard links here
                 try:
-                    os.stat(new, dir_fd=parent, follow_symlinks=False)
+                    os.stat(name, dir_fd=parent, follow_symlinks=False)
                 except FileNotFoundError:
-                    os.rename(name, new, src_dir_fd=aside, dst_dir_fd=parent)
+                    os.rename(old, name, src_dir_fd=aside, dst_dir_fd=parent)
                     return
 
     def directory(self, relative, in_tree=False):
@@ -10224,20 +10218,15 @@ class Releaser:
         if self.cached and self.cached[0] == (relative, in_tree):
             return self.cached[1:]
         self.forget_directory()
-        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
         top = os.path.join(self.root, RELEASE_DIR) if in_tree else self.root
         private = HELD_DIR if in_tree else RELEASE_DIR
         parent = os.open(top, os.O_RDONLY | os.O_DIRECTORY)
         aside = None
         try:
-            with contextlib.suppress(FileExistsError):
-                os.mkdir(private, 0o700, dir_fd=parent)
-            aside = os.open(private, flags, dir_fd=parent)
+            aside = open_below(parent, private, True)
             for part in relative.split(b'/') if relative else ():
-                with contextlib.suppress(FileExistsError):
-                    os.mkdir(part, 0o700, dir_fd=aside)
-                for fd in (parent, aside):      # each descriptor steps down in place
-                    below = os.open(part, flags, dir_fd=fd)
+                for fd in (aside, parent):      # each descriptor steps down in place
+                    below = open_below(fd, part, fd == aside)
                     os.dup2(below, fd, inheritable=False)
                     os.close(below)
         except OSError:
@@ -10444,30 +10433,10 @@ class Releaser:
         """Put every file below one directory back where it was below another; their paths."""
         found = {os.path.relpath(os.path.join(path, name), top)
                  for path, _, files in os.walk(top) for name in files}
-        for relative in found:
-            self.restore(top, relative, home)
+        for relative in found:          # they are sent again, found identical, and released
+            os.makedirs(os.path.dirname(os.path.join(home, relative)), exist_ok=True)
+            self.put_back(os.path.join(top, relative), os.path.join(home, relative))
         return found
-
-    @staticmethod
-    def restore(top, relative, home):
-        """It is sent again, found identical, and released."""
-        head, name = os.path.split(relative)
-        os.makedirs(os.path.join(home, head), exist_ok=True)
-        source = os.path.join(top, relative)
-        for new in (name, stamped(name)):
-            try:
-                os.link(source, os.path.join(home, head, new), follow_symlinks=False)
-                os.unlink(source)
-                return
-            except FileExistsError:
-                # a crash may have come between these two
-                if os.path.samestat(os.lstat(source), os.lstat(os.path.join(home, head, new))):
-                    os.unlink(source)
-                    return
-            except OSError:             # no hard links here
-                if not os.path.lexists(os.path.join(home, head, new)):
-                    os.rename(source, os.path.join(home, head, new))
-                    return
 
 
 class Pipeline:
@@ -10674,10 +10643,8 @@ class Delivery:
         if trouble and trouble[0] != errno.ENOENT:
             raise StateError(*trouble[1:])
         if trouble and stream.create_directories:
-            try:
+            with own_files('cannot make %s' % show(stream.directory)):
                 os.makedirs(stream.root)
-            except OSError as error:
-                raise StateError('cannot make %s: %s' % (show(stream.directory), error.strerror))
         if stream.move:
             self.releaser.recover()
             self.releaser.remove_fresh()
@@ -10953,8 +10920,7 @@ class Delivery:
         went = {r['item'] for r in self.worker.ledger.read() if r.get('stream') == self.stream.name}
         never = []
         for path in sorted(self.scanner.checks.sums(entry)) if self.stream.move else ():
-            parts = to_text(path).split('/')
-            if not any('/'.join(parts[:end]) in went for end in range(1, len(parts) + 1)):
+            if not went.intersection(map(to_text, prefixes(path))):
                 never.append(path)
         if never:
             log.warning('%s: %s names %s%s, which never came' % (
@@ -11059,11 +11025,9 @@ class Delivery:
             raise Suspended('%s was replaced; the new one is locked first' % show(stream.directory))
         if not in_window(stream.transfer_window, time.localtime(self.worker.wall())):
             raise Suspended('outside of transfer_window')
-        try:
+        with own_files('cannot ask for %s' % stream.stop_file):
             if stop_file_here(stream):
                 raise Suspended('%s in %s' % (stream.stop_file, show(stream.directory)))
-        except OSError as error:
-            raise StateError('cannot ask for %s: %s' % (stream.stop_file, error.strerror))
 
     def approach(self):
         """There is something to send: connect and ask while more of it is looked at."""
@@ -11163,13 +11127,11 @@ class Delivery:
         name = sum_name(self.stream, os.path.join(
             os.path.dirname(parcel.item.name), os.path.basename(target)))
         path = os.path.join(to_bytes(self.stream.spool), name)
-        try:
+        with own_files('cannot write %s' % show(path), 'see state_dir'):
             os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
             with open(path, 'wb') as handle:
                 handle.write(content)
             entry = Entry.of(name, os.lstat(path))
-        except OSError as error:
-            raise StateError('cannot write %s: %s' % (show(path), error.strerror), 'see state_dir')
         return Parcel(Item(name, [entry]), [entry])
 
     def drain(self):
@@ -11402,9 +11364,8 @@ class Delivery:
 
     def release_zipped(self, batch, parcel):
         try:
-            return self.releaser.release_tree(parcel.item, self.scanner)
-        except OSError as error:
-            raise StateError('cannot write the release journal: %s' % error.strerror)
+            with own_files('cannot write the release journal'):
+                return self.releaser.release_tree(parcel.item, self.scanner)
         finally:
             with contextlib.suppress(OSError):
                 os.unlink(os.path.join(batch.root, parcel.entries[0].path))
@@ -12080,9 +12041,7 @@ class Worker:
         self.failures = Failures(state.failures, stream)
         self.spent = Spent(state.spent, stream)
         self.waits = Waits(state.waiting, stream)
-        self.scanner = Scanner(stream, self.stop)
-        self.scanner.checks = CheckFiles(stream) if stream.check_file else None
-        self.scanner.spent = self.spent
+        self.scanner = make_scanner(stream, self.stop, self.spent)
         self.watch = None               # a daemon's, from the start of a pass to the next
         self.settler = Settler(stream.settle_time)
         self.releaser = Releaser(stream, self.state_dir)
@@ -12108,13 +12067,11 @@ class Worker:
         return os.path.exists(self.dirty_path())
 
     def set_dirty(self, value):
-        try:
+        with own_files('cannot write %s' % show(self.dirty_path())):
             if value:
                 atomic_write(self.dirty_path(), b'the target may hold temporary files\n', True)
             else:
                 os.unlink(self.dirty_path())
-        except OSError as error:
-            raise StateError('cannot write %s: %s' % (show(self.dirty_path()), error.strerror))
 
     def tell_of_staying(self, staying):
         """Directories that are kept by what is never sent (.DS_Store): told once, not at each run
@@ -12169,10 +12126,8 @@ class Worker:
         trouble = directory_trouble('the directory', self.stream.root)
         if trouble and not (trouble[0] == errno.ENOENT and self.stream.create_directories):
             raise StateError(*trouble[1:])
-        try:
+        with own_files('cannot make %s' % show(self.stream.directory)):
             os.makedirs(self.stream.root, exist_ok=True)
-        except OSError as error:
-            raise StateError('cannot make %s: %s' % (show(self.stream.directory), error.strerror))
         make_private_directory(self.state_dir)
         self.lock.acquire()
         self.sweep()
@@ -12275,10 +12230,9 @@ class Worker:
         self.waits.save(not self.daemonic)
 
     def pause_after(self, failures):
-        """Seconds: doubled with each failure, with jitter, so that streams do not march in step."""
+        """Seconds, with jitter, so that streams do not march in step."""
         import random
-        pause = min(self.stream.retry_pause * 2 ** min(failures - 1, 30), self.stream.retry_pause_max)
-        return pause * random.uniform(0.75, 1.0)
+        return backoff(self.stream, failures) * random.uniform(0.75, 1.0)
 
     def trouble(self, error, failures, pause):
         """One line when it goes wrong, not one at every try.  pause: seconds until the next
@@ -12461,11 +12415,8 @@ def draw_progress(workers):
 
 def sweep_state(state_dir):
     """Remove half-written state files of processes that are gone.  Raises StateError."""
-    try:
+    with own_files('cannot read %s' % show(state_dir), 'run it as the user that it belongs to'):
         names = os.listdir(state_dir)
-    except OSError as error:
-        raise StateError('cannot read %s: %s' % (show(state_dir), error.strerror),
-                         'run it as the user that it belongs to')
     with contextlib.suppress(OSError):
         names += [os.path.join('spool', name) for name in os.listdir(os.path.join(state_dir, 'spool'))]
     for name in names:
@@ -12732,8 +12683,7 @@ def command_dry_run(config, _args, stop):
     """Say what would be done; nothing is written, locked, or connected to."""
     code = EXIT_OK
     for stream in config.streams:
-        scanner, settler = Scanner(stream, stop), Settler(stream.settle_time)
-        scanner.checks = CheckFiles(stream) if stream.check_file else None
+        scanner, settler = make_scanner(stream, stop), Settler(stream.settle_time)
         settler.begin(time.time_ns() if hasattr(time, 'time_ns') else int(time.time() * 1e9), 0)
         count = size = 0
         for why in suspensions(stream):
@@ -12819,6 +12769,12 @@ def try_command(words):
         raise OSError(errno.ENOENT, 'no such program', words[0])
 
 
+def try_mail(email):
+    """Log in and send nothing.  Raises OSError."""
+    with mail_server(email):
+        pass
+
+
 def check_program(config):
     """Yield (what, a function that raises OSError if it does not work) for what is no stream's."""
     settings, email = config.settings, config.email
@@ -12836,12 +12792,6 @@ def check_program(config):
                 functools.partial(try_command, stream.after_delivery)
     if email.smarthost:
         yield 'mail by %s, port %d' % (email.smarthost, email.port), functools.partial(try_mail, email)
-
-
-def try_mail(email):
-    """Log in and send nothing.  Raises OSError."""
-    with mail_server(email):
-        pass
 
 
 def check_one(stream, config, stop):
@@ -13052,9 +13002,7 @@ def explain(config, stream, path, now):
     """Yield what is known of a path in a stream's incoming directory."""
     name, relative = item_of(stream, path)
     state_dir = config.settings.state_dir
-    scanner = Scanner(stream, StopRequest())
-    scanner.checks = CheckFiles(stream) if stream.check_file else None
-    scanner.spent = Spent(SharedJson(state_dir, 'spent.json'), stream)
+    scanner = make_scanner(stream, StopRequest(), Spent(SharedJson(state_dir, 'spent.json'), stream))
     found = os.path.lexists(os.path.join(stream.root, relative))
     last = None
     for record in Ledger(state_dir).read():
@@ -13250,6 +13198,13 @@ def ask_option(name, default):
             say(str(error))
 
 
+def stream_section(name, answers):
+    """The lines of a stream's section; what another answer made pointless is left out."""
+    return ['[stream:%s]' % name] + ['%s = %s' % (option, text.replace('$', '$$'))
+                                     for option, text in answers.items()
+                                     if text and init_asks(option, answers)]
+
+
 def ask_stream(others):
     """(name, {option: text}) of a stream that is configured in a dialogue, seen and confirmed."""
     name = ask('a name for the stream', 'data' if not others else '')
@@ -13272,13 +13227,6 @@ def ask_stream(others):
             answers[word] = ask_option(word, answers.get(word, INIT_QUESTIONS[word]))
         else:
             say('%s is none of %s' % (word, ', '.join(INIT_QUESTIONS)))
-
-
-def stream_section(name, answers):
-    """The lines of a stream's section; what another answer made pointless is left out."""
-    return ['[stream:%s]' % name] + ['%s = %s' % (option, text.replace('$', '$$'))
-                                     for option, text in answers.items()
-                                     if text and init_asks(option, answers)]
 
 
 def command_init(args, stop):
