@@ -2038,29 +2038,35 @@ class Log:
         except OSError as error:
             raise ConfigError('cannot write the log file %s: %s' % (show(path), error.strerror))
 
-    def write(self, level, message, trace=None):
+    @staticmethod
+    def of(stream, message):
+        return '%s: %s' % (stream.name, message) if stream else str(message)
+
+    def write(self, level, message, stream=None, trace=None):
+        """stream: the one that it is about, if it is about one; each line begins with its name."""
         if self.logger:
-            getattr(self.logger, level)('%s', message, exc_info=trace)
+            getattr(self.logger, level)('%s', self.of(stream, message), exc_info=trace)
 
     @property
     def detailed(self):
         """Whether anybody sees what debug() says."""
         return self.logger is not None and self.logger.isEnabledFor(10)
 
-    def debug(self, message):
-        self.write('debug', message)
+    def debug(self, message, stream=None):
+        self.write('debug', message, stream)
 
-    def info(self, message):
-        self.write('info', message)
+    def info(self, message, stream=None):
+        self.write('info', message, stream)
 
-    def warning(self, message):
-        self.write('warning', message)
+    def warning(self, message, stream=None):
+        self.write('warning', message, stream)
 
-    def error(self, message, trace=None):
-        self.write('error', message, trace)
+    def error(self, message, stream=None, trace=None):
+        self.write('error', message, stream, trace)
 
-    def once(self, message):
+    def once(self, message, stream=None):
         """A warning about something that stays as it is: said once in a process's life."""
+        message = self.of(stream, message)
         if message not in self.said:
             if len(self.said) >= self.REMEMBERED:
                 self.said.clear()           # rather twice than never
@@ -2137,8 +2143,7 @@ class StreamLock:
             lock_descriptor(fd)
         except OSError as error:
             if error.errno not in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
-                log.debug('%s: no lock on %s: %s' % (self.stream.name, show(self.stream.directory),
-                                                     error.strerror))
+                log.debug('no lock on %s: %s' % (show(self.stream.directory), error.strerror), self.stream)
                 return      # a share without locks: the local lock file still stands guard
             raise LockedError('stream %s: %s' % (self.stream.name, describe()),
                               'wait until it ends, or stop it')
@@ -3134,8 +3139,8 @@ class Scanner:
         """The Item of one entry, or None if it is nothing that is ever sent."""
         entry = Entry.of(name, info)
         if entry.kind == '?' or entry.kind == 'l' and not self.follow_links:
-            log.once('%s: %s is a %s and is left alone' % (
-                self.stream.name, show(name), 'symlink' if entry.kind == 'l' else 'special file'))
+            log.once('%s is a %s and is left alone' % (
+                show(name), 'symlink' if entry.kind == 'l' else 'special file'), self.stream)
             return None
         entries, left, fault = [entry], [], None
         if entry.kind == 'd':
@@ -3460,7 +3465,7 @@ class Leases:
             return True
         if refused == errno.EAGAIN and self.of_our_own() != errno.EAGAIN:
             return False
-        log.once('%s: %s' % (self.stream.name, self.sentence(refused)))
+        log.once(self.sentence(refused), self.stream)
         return None
 
     def open_quiet(self, root, entry):
@@ -4406,9 +4411,9 @@ class Staging(Transport):
                 return self.traits.get(key, False)      # nothing is tried: it counts as "not so"
             if key not in self.traits:
                 self.traits[key] = getattr(self, 'try_' + name)(*about)
-                log.debug('%s: %s: %s%s' % (self.stream.name, target_of(self.stream), name,
-                                            ''.join(' %r' % (a,) for a in about) +
-                                            ' ' + str(self.traits[key])))
+                log.debug('%s: %s%s' % (
+                    target_of(self.stream), name,
+                    ''.join(' %r' % (a,) for a in about) + ' ' + str(self.traits[key])), self.stream)
             return self.traits[key]
 
     ODD_NAMES = collections.OrderedDict((       # tried by --check
@@ -4544,8 +4549,8 @@ class Staging(Transport):
                 self.shown.add(directory)
             elif not there and self.was_taken(job):
                 job.taken = True
-                log.once('%s: a reader takes files from %s as soon as they have their names' % (
-                    self.stream.name, target_of(self.stream)))
+                log.once('a reader takes files from %s as soon as they have their names' % (
+                    target_of(self.stream)), self.stream)
             else:
                 job.error = ItemError('%s is not at the target under its name' % show(job.final),
                                       'can the target hold such a name?')
@@ -4629,12 +4634,12 @@ class Staging(Transport):
             if job not in self.place([job]):
                 raise ItemError('%s cannot be placed' % show(job.final))
             if not self.drop_own_copy(job, backup):
-                log.info('%s: other content had the name %s at the target and is %s now' % (
-                    self.stream.name, show(job.final), show(backup)))
+                log.info('other content had the name %s at the target and is %s now' % (
+                    show(job.final), show(backup)), self.stream)
         elif there is False:
             self.overwrite(job)
-            log.info('%s: other content had the name %s at the target and was overwritten' % (
-                self.stream.name, show(job.final)))
+            log.info('other content had the name %s at the target and was overwritten' % (
+                show(job.final)), self.stream)
         elif self.exists(job.final):
             raise Unfit('%s: something that is no file has its name at the target' % show(job.final),
                         'rename or remove it at the target')
@@ -4934,7 +4939,7 @@ class LocalTransport(Staging):
         if self.stream.move:
             raise TargetError(message, "use the server's own protocol, or set target_uploads_later = "
                               'accepted and keep_delivered')
-        log.once('%s: %s' % (self.stream.name, message))
+        log.once(message, self.stream)
 
     def close(self):
         links, self.links = self.links, []
@@ -5042,7 +5047,7 @@ class LocalTransport(Staging):
         try:
             c_call('syncfs', fd)
         except OSError as error:
-            log.debug('%s: syncfs: %s' % (self.stream.name, error.strerror))
+            log.debug('syncfs: %s' % error.strerror, self.stream)
             self.together = False
             for job in jobs:
                 self.sync_one(job)
@@ -5213,7 +5218,7 @@ class LocalTransport(Staging):
             if os.fstat(handle.fileno()).st_size == job.entry.size:
                 return True
         except OSError as error:
-            log.debug('%s: copy_file_range: %s' % (self.stream.name, error.strerror))
+            log.debug('copy_file_range: %s' % error.strerror, self.stream)
         os.lseek(fd, 0, os.SEEK_SET)
         handle.truncate(0)
         handle.seek(0)
@@ -5226,7 +5231,7 @@ class LocalTransport(Staging):
         except OSError as error:
             if error.errno not in self.CANNOT:
                 raise
-            log.once('%s: %s does not take times' % (self.stream.name, target_of(self.stream)))
+            log.once('%s does not take times' % target_of(self.stream), self.stream)
         if self.stream.target_chmod:
             self.set_mode(path, self.stream.target_chmod[0])
         elif job.entry.mode & 0o600 != 0o600:       # what it was made with to be written
@@ -5239,7 +5244,7 @@ class LocalTransport(Staging):
         except OSError as error:
             if self.stream.target_chmod or error.errno not in self.CANNOT:
                 raise
-            log.once('%s: %s does not take modes' % (self.stream.name, target_of(self.stream)))
+            log.once('%s does not take modes' % target_of(self.stream), self.stream)
 
     def measure(self, paths, hashed):
         found = {}
@@ -5290,7 +5295,7 @@ class LocalTransport(Staging):
                 try:
                     return self.place_link(job)
                 except OSError as error:
-                    log.debug('%s: link %s: %s' % (self.stream.name, show(job.final), error.strerror))
+                    log.debug('link %s: %s' % (show(job.final), error.strerror), self.stream)
                     self.copy_instead(job)
             try:
                 return self.publish(job.staged, job.final)
@@ -5470,7 +5475,7 @@ class LocalTransport(Staging):
                 os.unlink(path)
         except OSError as error:
             raise ItemError('%s is in the way: %s' % (show(path), error.strerror), 'rename or remove it')
-        log.info('%s: %s was of another kind at the target and gave way' % (self.stream.name, show(name)))
+        log.info('%s was of another kind at the target and gave way' % show(name), self.stream)
 
     def sync(self):
         directories, self.renamed = self.renamed, set()
@@ -6054,9 +6059,9 @@ class RsyncTransport(Transport):
 
     def note_times(self, options):
         self.times = options
-        log.info('%s: %s' % (self.stream.name, 'the target keeps %s: the mirror compares %s there' % (
+        log.info('the target keeps %s: the mirror compares %s there' % (
             ('times to two seconds only', 'within that') if options == ['--modify-window=1'] else
-            ('no times', 'checksums')) if options else 'the target keeps times'))
+            ('no times', 'checksums')) if options else 'the target keeps times', self.stream)
         with own_files('cannot write %s' % show(self.stream.coarse)):
             atomic_write(self.stream.coarse, to_bytes('\n'.join([target_of(self.stream)] + options)))
 
@@ -6422,9 +6427,9 @@ class RsyncTransport(Transport):
             self.stream.zips and p.endswith(b'.zip') for p in foreign))
         backup = ['--backup', '--suffix=' + suffix] if kept or self.stream.on_conflict == 'backup' else []
         for path in sorted(foreign):
-            log.info('%s: other content had the name %s at the target and %s' % (
-                self.stream.name, show(path), 'is %s%s now' % (show(path), suffix)
-                if backup else 'is overwritten'))
+            log.info('other content had the name %s at the target and %s' % (
+                show(path),
+                'is %s%s now' % (show(path), suffix) if backup else 'is overwritten'), self.stream)
         return backup
 
     def in_the_way(self, batch, paths):
@@ -6537,7 +6542,7 @@ class RsyncTransport(Transport):
         if done.code not in self.ENDED:
             self.fail(done, 'mirror_delete failed at %s' % target_of(self.stream))
         if done.code == 23:
-            log.once('%s: mirror_delete: %s' % (self.stream.name, self.reason(done)))
+            log.once('mirror_delete: %s' % self.reason(done), self.stream)
         return [name for name in names if rows.get(name, (b'',))[0].startswith(b'*deleting')]
 
 
@@ -6788,8 +6793,8 @@ class RcloneTransport(Transport):
                 raise TargetError('rclone %d.%d would overwrite what stream %s sends to the same place' % (
                     self.version + (other,)), 'install a newer one, or use two directories')
             if not self.s3 and stream.on_conflict != 'overwrite':
-                log.once('%s: %s sends to the same place: of two that send one name at the same time, '
-                         'the second may overwrite the first' % (stream.name, other))
+                log.once('%s sends to the same place: of two that send one name at the same time, '
+                         'the second may overwrite the first' % other, stream)
 
     # -- looking
 
@@ -6994,8 +6999,8 @@ class RcloneTransport(Transport):
         before = self.keep_old(batch, backup, problems)
         left = paths - set(problems)
         for path in sorted(left - set(before)):
-            log.info('%s: %s had other content at the target and is overwritten' % (
-                self.stream.name, show(batch.final(path))))
+            log.info('%s had other content at the target and is overwritten' % (
+                show(batch.final(path))), self.stream)
         sent = self.overwrite(batch, left - set(before), {}) | self.overwrite(batch, set(before), before)
         if left:
             proven, rest, report = self.prove(batch, left, sent)
@@ -7036,8 +7041,8 @@ class RcloneTransport(Transport):
                 problems[path] = ItemError('%s is at the target with other content, of which no backup '
                                            'could be made' % show(path), 'rename one of them')
             else:
-                log.info('%s: %s had other content at the target, which is %s now' % (
-                    self.stream.name, show(batch.final(path)), show(batch.final(stamps[path]))))
+                log.info('%s had other content at the target, which is %s now' % (
+                    show(batch.final(path)), show(batch.final(stamps[path]))), self.stream)
         return before
 
     def sums(self, batch, paths):
@@ -7057,8 +7062,8 @@ class RcloneTransport(Transport):
             if entry.kind != 'd' or entry.path in parents or entry.path in problems:
                 continue
             if not self.features.get('CanHaveEmptyDirectories'):
-                log.once('%s: %s is empty, and %s holds no empty directories' % (
-                    self.stream.name, show(entry.path), target_of(self.stream)))
+                log.once('%s is empty, and %s holds no empty directories' % (
+                    show(entry.path), target_of(self.stream)), self.stream)
                 continue
             code, _, reason = self.answer('mkdir', [], self.remote(batch.subdir, entry.path))
             if code:
@@ -7335,8 +7340,8 @@ put() { place "$1" "$2" && rm -f -- "$1" && echo 1 || echo 0; }
             self.end_dialogue()
             raise self.missing()
         if not self.hash:
-            log.once('%s: %s has no program for SHA-256: what has to be compared is read back' % (
-                self.stream.name, self.stream.target_host))
+            log.once('%s has no program for SHA-256: what has to be compared is read back' % (
+                self.stream.target_host), self.stream)
 
     def no_shell(self, error):
         """What to say when the first question had no answer."""
@@ -9340,8 +9345,8 @@ class FtpTransport(Staging):
             found = {name: self.is_there(line, name) for name in names}
         for name, there in found.items():
             if there is None and self.stream.verify == 'accepted':
-                log.once('%s: this account may not ask whether %s is in %s' % (
-                    self.stream.name, show(name), target_of(self.stream)))
+                log.once('this account may not ask whether %s is in %s' % (
+                    show(name), target_of(self.stream)), self.stream)
             elif there is None:
                 raise TargetError('%s does not say whether %s is there' % (
                     target_of(self.stream), show(name)),
@@ -9464,8 +9469,8 @@ class FtpTransport(Staging):
                 self.delete_area()
             raise
         if not self.deletes:
-            log.once('%s: this account may not delete at %s: %s stays there' % (
-                self.stream.name, target_of(self.stream), show(self.area)))
+            log.once('this account may not delete at %s: %s stays there' % (
+                target_of(self.stream), show(self.area)), self.stream)
 
     def try_rename(self, line, probe, content):
         """The name that a file of ours has now; always the same one, for it may have to stay, but
@@ -9972,7 +9977,7 @@ class Kept:
         shutil.rmtree(path, ignore_errors=True)
         with contextlib.suppress(OSError):
             os.rmdir(self.top)
-        log.info('%s: purged %s' % (self.stream.name, show(path)))
+        log.info('purged %s' % show(path), self.stream)
 
 
 @contextlib.contextmanager
@@ -10426,7 +10431,7 @@ class Releaser:
         entries = [Entry(to_bytes(path), kind, size, mtime, ctime, dev, ino, 0)
                    for path, kind, dev, ino, size, mtime, ctime in content]
         if os.path.lexists(os.path.join(top, to_bytes(name))):
-            log.info('%s: finishing the release of %s' % (self.stream.name, show(name)))
+            log.info('finishing the release of %s' % show(name), self.stream)
             self.finish_tree(to_bytes(name), entries, returned)
 
     def restore_all(self, top, home):
@@ -10668,8 +10673,8 @@ class Delivery:
             return                  # what is new may be what is gone, under another name
         present = self.scanner.everything()
         if not present:
-            log.once('%s: %s is empty: mirror_delete deletes nothing (is a disk not mounted?)' % (
-                stream.name, show(stream.directory)))
+            log.once('%s is empty: mirror_delete deletes nothing (is a disk not mounted?)' % (
+                show(stream.directory)), stream)
             return
         self.ask_stop_files()
         if stream.send_checksum:
@@ -10680,9 +10685,9 @@ class Delivery:
                 time=utc_stamp(), stream=stream.name, item=to_text(name),
                 target=target_of(stream).rstrip('/') + '/' + to_text(name),
                 mode='mirror', outcome='deleted') for name in gone)
-            log.info('%s: mirror_delete deleted %s at the target: %s%s' % (
-                stream.name, count_of(len(gone), 'name'), ', '.join(show(g) for g in gone[:3]),
-                ' and more, see --history' if len(gone) > 3 else ''))
+            log.info('mirror_delete deleted %s at the target: %s%s' % (
+                count_of(len(gone), 'name'), ', '.join(show(g) for g in gone[:3]),
+                ' and more, see --history' if len(gone) > 3 else ''), stream)
 
     def tidy(self):
         """After a whole pass nothing that is staged is worth resuming."""
@@ -10786,7 +10791,7 @@ class Delivery:
                 os.utime(path, ns=(entry.mtime_ns, entry.mtime_ns))
                 return Parcel(item, [Entry.of(name, os.lstat(path))._replace(mode=entry.mode)])
             except Changed as error:
-                log.debug('%s: %s' % (self.stream.name, error))
+                log.debug(error, self.stream)
             except ItemError as error:
                 self.fail(name, error)
                 return None
@@ -10798,7 +10803,7 @@ class Delivery:
         self.transport.own_copies[name] = digest, self.worker.wall()
         self.failures.forget(name)
         self.result.copied += 1
-        log.info('%s: copied %s, which never rests; it stays' % (self.stream.name, show(name)))
+        log.info('copied %s, which never rests; it stays' % show(name), self.stream)
         with contextlib.suppress(OSError):
             os.unlink(os.path.join(to_bytes(self.stream.spool), name))
 
@@ -10870,7 +10875,7 @@ class Delivery:
             self.check_sums(item)
             return True
         except Changed as error:
-            log.debug('%s: %s' % (self.stream.name, error))
+            log.debug(error, self.stream)
             self.result.busy.append(item.name)
         except ItemError as error:
             self.fail(item.name, error)
@@ -10912,7 +10917,7 @@ class Delivery:
                     self.report_absent(entry)
                     done.append(Item(entry.path, [entry]))
             except (ItemError, Changed) as error:
-                log.once('%s: %s' % (self.stream.name, error))
+                log.once(error, self.stream)
         return done
 
     def report_absent(self, entry):
@@ -10923,9 +10928,9 @@ class Delivery:
             if not went.intersection(map(to_text, prefixes(path))):
                 never.append(path)
         if never:
-            log.warning('%s: %s names %s%s, which never came' % (
-                self.stream.name, show(entry.path), show(never[0]),
-                ' and %d more' % (len(never) - 1) if len(never) > 1 else ''))
+            log.warning('%s names %s%s, which never came' % (
+                show(entry.path), show(never[0]),
+                ' and %d more' % (len(never) - 1) if len(never) > 1 else ''), self.stream)
 
     # -- batch
 
@@ -10982,13 +10987,12 @@ class Delivery:
             return Parcel(item, item.entries)
         if self.worker.delivered_trees().get(to_text(item.name)) == item.snapshot:
             # the ledger says that this very tree was delivered before a crash
-            log.info('%s: %s was delivered before; its release is finished' % (
-                self.stream.name, show(item.name)))
+            log.info('%s was delivered before; its release is finished' % show(item.name), self.stream)
             self.drain()               # one release at a time
             self.ask_stop_files()
             try:
                 for reason in self.releaser.release_tree(item, self.scanner):
-                    log.info('%s: %s' % (self.stream.name, reason))
+                    log.info(reason, self.stream)
             except ItemError as error:
                 self.fail(item.name, error)
             return None
@@ -11006,7 +11010,7 @@ class Delivery:
         except NoRoom as error:
             self.hold_back(item.name, error)    # the others can still go
         except Changed as error:
-            log.info('%s: %s while it was zipped' % (self.stream.name, error))
+            log.info('%s while it was zipped' % error, self.stream)
             self.result.busy.append(item.name)
         except OSError as error:
             self.fail(item.name, ItemError('%s cannot be zipped: %s' % (show(item.name), error.strerror)))
@@ -11160,7 +11164,7 @@ class Delivery:
         left, self.open = self.open, collections.OrderedDict()
         if error.scope == 'machine' or not left or self.strikes > self.MOST_STRIKES:
             raise error
-        log.debug('%s: %s' % (self.stream.name, error))
+        log.debug(error, self.stream)
         self.transport.close()
         self.worker.asked = -STOP_FILE_AGE
         self.transport.open()
@@ -11182,7 +11186,7 @@ class Delivery:
             except StateError:
                 raise
             except TargetError as error:
-                log.debug('%s: %s' % (self.stream.name, error))
+                log.debug(error, self.stream)
 
     @staticmethod
     def under_way(left, error):
@@ -11264,7 +11268,7 @@ class Delivery:
         self.progress.delivered(len(sent), size)
         if sent:
             word = 'mirrored' if self.stream.mirror else 'moved' if released else 'delivered'
-            log.info('%s: %s %s, %s' % (self.stream.name, word, self.names_of(sent), format_size(size)))
+            log.info('%s %s, %s' % (word, self.names_of(sent), format_size(size)), self.stream)
         self.delivered += len(good)
         self.note_largest(max([parcel.item.size for parcel, _ in good] or [0]))
         self.after_delivery(sent)
@@ -11291,7 +11295,7 @@ class Delivery:
         except TargetError as error:
             trouble = str(error)
         if trouble:
-            log.error('%s: after_delivery: %s' % (stream.name, trouble))
+            log.error('after_delivery: %s' % trouble, stream)
             self.worker.state.alerts.tell('warning', '%s: after_delivery: %s' % (stream.name, trouble))
 
     def names_of(self, pairs):
@@ -11305,7 +11309,7 @@ class Delivery:
         self.worker.ledger.append(self.lines([pair for pair in sent if pair not in copies], 'delivered'))
         self.worker.ledger.append(self.lines(copies, 'copied'))
         for parcel, _ in good if log.detailed else ():
-            log.debug('%s: delivered %s' % (self.stream.name, show(parcel.item.name)))
+            log.debug('delivered %s' % show(parcel.item.name), self.stream)
 
     def lines(self, pairs, word):
         stream, now = self.stream, utc_stamp()
@@ -11352,7 +11356,7 @@ class Delivery:
             links = [outcome.linked[e.path] for e in item.files if e.path in outcome.linked]
             word = 'withdrawn' if any(link.taken_back for link in links) else 'kept'
             self.result.kept += 1
-            log.info('%s: %s' % (self.stream.name, '; '.join(reasons[:3])))
+            log.info('; '.join(reasons[:3]), self.stream)
             self.worker.ledger.append(self.lines([(parcel, outcome)], word))
             return 0
         self.worker.spent.forget(item.name)
@@ -11402,7 +11406,7 @@ class Delivery:
         for parcel, outcome in bad:
             error, name = outcome.error, parcel.item.name
             if isinstance(error, Changed) or self.has_changed(parcel.item):
-                log.debug('%s: %s' % (self.stream.name, error))
+                log.debug(error, self.stream)
                 self.result.busy.append(name)
             elif not isinstance(error, ItemError):
                 trouble = trouble or error
@@ -11476,7 +11480,7 @@ class Delivery:
         self.progress.failed(str(error))
         tries = self.failures.hold_back(name, self.worker.wall())
         if tries == 1:
-            log.error('%s: %s' % (self.stream.name, error))
+            log.error(error, self.stream)
 
     def has_changed(self, item):
         now = self.scanner.look(item.name)
@@ -11534,13 +11538,12 @@ class Delivery:
                 os.unlink(reason)
                 raise
         except OSError as error:
-            log.error('%s: cannot quarantine %s: %s' % (self.stream.name, show(name), error.strerror))
+            log.error('cannot quarantine %s: %s' % (show(name), error.strerror), self.stream)
             return
         self.quarantine_check(name, head)
         self.failures.forget(name)
         self.result.quarantined += 1
-        log.error('%s: quarantined %s in %s' % (self.stream.name, show(name),
-                                                show(self.stream.quarantine_dir)))
+        log.error('quarantined %s in %s' % (show(name), show(self.stream.quarantine_dir)), self.stream)
         self.worker.state.alerts.tell('warning', (
             'Stream %s gave up and quarantined %s in %s: %s.  To have it tried again, fix that and move it '
             'back.' % (self.stream.name, show(name), show(self.stream.quarantine_dir), entry['error'])))
@@ -11557,7 +11560,7 @@ class Delivery:
             os.rename(os.path.join(self.stream.root, path),
                       stamped(target) if os.path.lexists(target) else target)
         except OSError as error:
-            log.error('%s: cannot quarantine %s: %s' % (self.stream.name, show(path), error.strerror))
+            log.error('cannot quarantine %s: %s' % (show(path), error.strerror), self.stream)
 
 
 # ----------------------------------------------------------------------------------------
@@ -11598,7 +11601,7 @@ class DiskMonitor:
         path = os.path.join(stream.root, to_bytes(stream.stop_file))
         if os.path.lexists(path) and is_monitors(path):
             os.unlink(path)
-            log.info('%s: %s of the disk space monitor removed' % (stream.name, show(path)))
+            log.info('%s of the disk space monitor removed' % show(path), stream)
 
     def look(self, stream, levels):
         import shutil
@@ -11651,8 +11654,7 @@ class DiskMonitor:
             os.close(fd)
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(temp)
-        log.warning('%s: the disk is low; %s stops those who deliver into it' % (
-            stream.name, show(path)))
+        log.warning('the disk is low; %s stops those who deliver into it' % show(path), stream)
 
 
 # ----------------------------------------------------------------------------------------
@@ -12079,7 +12081,7 @@ class Worker:
         if self.stays is None:
             self.stays = self.state.staying.read().get(self.stream.name, {})
         for name in sorted(set(staying) - set(self.stays)):
-            log.warning('%s: %s stays: %s' % (self.stream.name, show(name), staying[name]))
+            log.warning('%s stays: %s' % (show(name), staying[name]), self.stream)
         if set(staying) != set(self.stays):
             self.state.staying.update(self.stream.name, staying or None)
         self.stays = staying
@@ -12167,7 +12169,7 @@ class Worker:
             if self.transport:
                 self.transport.close()
         except OSError as error:        # EMFILE: nothing may keep the lock from going
-            log.error('%s: %s' % (self.stream.name, error))
+            log.error(error, self.stream)
         finally:
             if self.lock.fds:
                 self.progress.save()    # while the status is still ours to write
@@ -12182,7 +12184,7 @@ class Worker:
             self.waits.hold(self.wall())
             self.waits.save(True)
             for case in delivery.suspects:
-                log.error('%s: %s' % (self.stream.name, case.error))
+                log.error(case.error, self.stream)
             if delivery.suspects or delivery.result.failed:
                 self.exit_code = EXIT_FAILED
             raise
@@ -12201,7 +12203,7 @@ class Worker:
                                    'Stream %s delivers to %s again.' % (
                                        self.stream.name, target_of(self.stream)))
         if result.items or result.failed or result.kept or not patient:
-            log.info('%s: %s' % (self.stream.name, result.line()))
+            log.info(result.line(), self.stream)
         return result
 
     def note_waiting(self, result):
@@ -12224,7 +12226,7 @@ class Worker:
             message = '%s not sent for more than %s: %s%s' % (
                 'one item was' if len(names) == 1 else '%d items were' % len(names),
                 format_duration(limit), said, ' and more' if len(names) > 3 else '')
-            log.warning('%s: %s' % (self.stream.name, message))
+            log.warning(message, self.stream)
             self.state.alerts.tell('warning', 'Stream %s: %s.  To see why, type: %s --explain PATH' % (
                 self.stream.name, message, os.path.basename(__file__)))
         self.waits.save(not self.daemonic)
@@ -12249,7 +12251,7 @@ class Worker:
         if failures == 1:
             log.error(message)
         elif not again:
-            log.error('%s: given up after %d tries' % (self.stream.name, failures))
+            log.error('given up after %d tries' % failures, self.stream)
         else:
             log.debug('%s (try %d)' % (message, failures))
 
@@ -12260,7 +12262,7 @@ class Worker:
             try:
                 result = self.one_pass(False)
             except Suspended as why:
-                log.info('%s: suspended: %s' % (self.stream.name, why))
+                log.info('suspended: %s' % why, self.stream)
                 self.progress.enter('stopped', str(why))
                 return
             except TargetError as error:
@@ -12281,9 +12283,8 @@ class Worker:
             self.progress.enter('settling', count_of(len(fresh), 'item'))
             self.stop.rest(self.stream.settle_time + 0.05)
         if fresh:
-            log.info('%s: %s still changing or in use, left for the next run: %s' % (
-                self.stream.name, count_of(len(fresh), 'item'),
-                ', '.join(show(name) for name in fresh[:3])))
+            log.info('%s still changing or in use, left for the next run: %s' % (
+                count_of(len(fresh), 'item'), ', '.join(show(name) for name in fresh[:3])), self.stream)
         self.progress.enter('done')
 
     def daemon(self):
@@ -12294,7 +12295,7 @@ class Worker:
         self.stop.bell = self.stop.bell or Bell()
         while True:
             if self.lock.misplaced():
-                log.info('%s: %s was replaced' % (self.stream.name, show(self.stream.directory)))
+                log.info('%s was replaced' % show(self.stream.directory), self.stream)
                 self.end()
                 self.told_apart = False
                 self.start()
@@ -12302,10 +12303,10 @@ class Worker:
             try:
                 result = self.one_pass(True)
                 if suspended:
-                    log.info('%s: goes on' % self.stream.name)
+                    log.info('goes on', self.stream)
                 suspended = None
                 if failures:
-                    log.info('%s: %s is back' % (self.stream.name, target_of(self.stream)))
+                    log.info('%s is back' % target_of(self.stream), self.stream)
                 failures = 0
                 worked = result.items or result.quarantined
                 self.progress.enter('settling' if result.settling else 'idle')
@@ -12316,7 +12317,7 @@ class Worker:
                 share = 1 if pause else share
             except Suspended as why:
                 if suspended != str(why):
-                    log.info('%s: suspended: %s' % (self.stream.name, why))
+                    log.info('suspended: %s' % why, self.stream)
                 suspended = str(why)
                 self.progress.enter('stopped', suspended)
                 self.stop.rest(self.stream.pause_time)
@@ -12540,7 +12541,7 @@ class Supervisor:
         """The exit code."""
         for stream in self.config.streams:
             if stream.status == 'stopped':
-                log.info('%s: status = stopped' % stream.name)
+                log.info('status = stopped', stream)
         if self.daemon:
             threading.Thread(target=self.caretaker.run, args=(self.stop,), name='care',
                              daemon=True).start()
