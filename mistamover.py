@@ -4086,11 +4086,30 @@ class Transport:
                     'rename it')
         return None
 
-    def backup_or(self, name):
-        """What on_conflict makes of a name that is taken: raises Unfit for refuse."""
-        if self.stream.on_conflict == 'refuse':
-            raise Unfit('%s exists at the target with other content' % show(name),
-                        'on_conflict = refuse: rename or remove one of them')
+
+def conflict_step(stream, name, twin=False):
+    """What to do where other content has the name (bytes) of a file of ours at the target.
+
+    on_conflict | a zip, moved | a twin, moved | anything else
+    ------------|--------------|---------------|--------------
+    refuse      | refuse       | refuse        | refuse
+    backup      | stamp        | backup        | backup
+    overwrite   | stamp        | backup        | overwrite
+
+    refuse: ours stays here; stamp: ours gets a stamped name; backup: theirs gets one; overwrite:
+    ours takes its place.  What was moved there before may be the only copy: the zip of a tree that
+    was released long ago, or a twin: another file of this pass that the target takes for this one.
+    """
+    if stream.on_conflict == 'refuse':
+        return 'refuse'
+    if stream.zips and stream.move and name.endswith(b'.zip'):
+        return 'stamp'
+    return 'backup' if stream.on_conflict == 'backup' or twin and stream.move else 'overwrite'
+
+
+def refused_conflict(name):
+    return Unfit('%s exists at the target with other content' % show(name),
+                 'on_conflict = refuse: rename or remove one of them')
 
 
 @contextlib.contextmanager
@@ -4327,8 +4346,12 @@ class Staging(Transport):
             raise Unfit('%s: something that is no file has its name at the target' % show(job.final),
                         'rename or remove it at the target')
         elif job.final not in self.sending:
-            self.backup_or(job.final)
-            if self.stream.on_conflict == 'backup':
+            step = conflict_step(self.stream, job.final, bool(batch.twins([job.entry.path])))
+            if step == 'refuse':
+                raise refused_conflict(job.final)
+            if step == 'stamp':
+                job.final = job.staged = stamped(job.final)
+            elif step == 'backup':
                 self.make_backup(job)
 
     def same_or_unknown(self, batch, job):
@@ -4615,37 +4638,44 @@ class Staging(Transport):
         self.delete(wrong)
 
     def settle_conflict(self, batch, job, twin):
-        """Something stands under the final name; twin: perhaps another file of this batch, at
-        a target that takes the two for one."""
+        """Something has the final name; twin: perhaps another file of this batch, at a target that
+        takes the two for one."""
         there = self.same_content(batch, job)
         if there is True:
             if self.stream.move:
                 self.check_apart(job)
             self.keep_identical(job)
             return
-        self.backup_or(job.final)
-        if self.stream.zips and job.final.endswith(b'.zip') and self.stream.move:
-            # the one that stands there may be the only copy of a tree released long ago
+        step = conflict_step(self.stream, job.final, twin)
+        if step == 'refuse':
+            raise refused_conflict(job.final)
+        if step == 'stamp':
             job.final = stamped(job.final)
-            if job not in self.place([job]):
-                raise ItemError('%s cannot be placed' % show(job.final))
-        elif there is False and (self.stream.on_conflict == 'backup' or twin and self.stream.move):
+            self.place_alone(job)
+        elif there is None:
+            raise self.no_file(job)
+        elif step == 'backup':
             backup = self.make_backup(job)
-            if job not in self.place([job]):
-                raise ItemError('%s cannot be placed' % show(job.final))
+            self.place_alone(job)
             if not self.drop_own_copy(job, backup):
                 log.info('other content had the name %s at the target and is %s now' % (
                     show(job.final), show(backup)), self.stream)
-        elif there is False:
-            self.overwrite(job)
-            log.info('other content had the name %s at the target and was overwritten' % (
-                show(job.final)), self.stream)
-        elif self.exists(job.final):
-            raise Unfit('%s: something that is no file has its name at the target' % show(job.final),
-                        'rename or remove it at the target')
         else:
-            raise ItemError('%s cannot be placed' % show(job.final),
-                            'may this account write there? is another file system mounted below target_dir?')
+            self.overwrite(job)
+            log.info('other content had the name %s at the target and was overwritten' % show(job.final),
+                     self.stream)
+
+    def place_alone(self, job):
+        if job not in self.place([job]):
+            raise ItemError('%s cannot be placed' % show(job.final))
+
+    def no_file(self, job):
+        """Why a file could not be placed although no other one has its name."""
+        if self.exists(job.final):
+            return Unfit('%s: something that is no file has its name at the target' % show(job.final),
+                         'rename or remove it at the target')
+        return ItemError('%s cannot be placed' % show(job.final),
+                         'may this account write there? is another file system mounted below target_dir?')
 
     def drop_own_copy(self, job, backup):
         """settle_max: the copy that we sent before, known by its hash, needs no backup."""
@@ -5460,12 +5490,13 @@ class LocalTransport(Staging):
             self.held[job.final] = job.entry.identity, os.lstat(final).st_mtime_ns
 
     def make_way(self, name):
-        """Mirror: what stands there is of another kind now.  Raises ItemError; a directory with
+        """Mirror: what is there is of another kind now.  Raises ItemError; a directory with
         content stays, whatever on_conflict says."""
-        path = self.path(name)
-        self.backup_or(name)
+        path, step = self.path(name), conflict_step(self.stream, name)
+        if step == 'refuse':
+            raise refused_conflict(name)
         try:
-            if self.stream.on_conflict == 'backup':
+            if step == 'backup':
                 os.rename(path, stamped(path))
             elif os.path.isdir(path) and not os.path.islink(path):
                 if self.stream.mirror_delete:       # what was in it is gone here
@@ -6384,12 +6415,12 @@ class RsyncTransport(Transport):
         differing = {p for p in missing if rows.get(p, (b'',))[0][:2] in (b'<f', b'cL')
                      and not rows[p][0].endswith(b'+' * 9)}
         damaged = {p for p in differing & self.doubts.names if rows[p][0][2:5] == b'c..'}    # only there
-        foreign = differing - sent - damaged
-        problems = self.refused(foreign)
-        foreign -= set(problems)
-        foreign -= self.send_renamed(batch, foreign, equal) \
-            if self.stream.zips and batch.root != self.stream.root else set()
-        backup = self.backup_options(batch, foreign, damaged)
+        steps = self.conflict_steps(batch, differing - sent - damaged)
+        problems = self.refused(steps)
+        renamed = {path for path, step in steps.items() if step == 'stamp'}
+        self.send_renamed(batch, renamed, equal)
+        foreign = set(steps) - set(problems) - renamed
+        backup = self.backup_options(foreign, damaged, steps)
         problems.update(self.in_the_way(batch, missing - set(rows)))
         again = foreign | damaged | self.make_way(problems)
         if self.stream.on_conflict != 'refuse':
@@ -6405,27 +6436,32 @@ class RsyncTransport(Transport):
                     show(path), self.reason_for(path, push)))
         return {path: problem for path, problem in problems.items() if path not in equal}
 
-    def refused(self, foreign):
+    def conflict_steps(self, batch, foreign):
+        """{path: conflict_step()}; a file of the incoming directory is never renamed, so there it is
+        theirs that gets another name."""
+        twins = batch.twins(foreign) if foreign else ()
+        steps = {path: conflict_step(self.stream, path, path in twins) for path in foreign}
+        return {path: 'backup' if step == 'stamp' and batch.root == self.stream.root else step
+                for path, step in steps.items()}
+
+    @staticmethod
+    def refused(steps):
         """{path: error} of those that may not be replaced."""
         problems = {}
-        for path in sorted(foreign):
-            try:
-                self.backup_or(path)
-                if self.stream.on_conflict == 'backup' and \
-                        len(os.path.basename(path)) + len(stamped(b'')) > 255:   # rsync would give up all
-                    raise Unfit('%s exists at the target with other content, and its name is too '
-                                'long for a backup' % show(path), 'rename one of them')
-            except ItemError as error:
-                problems[path] = error
+        for path, step in steps.items():
+            if step == 'refuse':
+                problems[path] = refused_conflict(path)
+            elif step == 'backup' and len(os.path.basename(path)) + len(stamped(b'')) > NAME_MAX:
+                # rsync would give up all
+                problems[path] = Unfit('%s exists at the target with other content, and its name is too '
+                                       'long for a backup' % show(path), 'rename one of them')
         return problems
 
-    def backup_options(self, batch, foreign, damaged):
+    def backup_options(self, foreign, damaged, steps):
         """How what is replaced is kept, if it is."""
         suffix = stamped(b'').decode()
-        # what was moved there may exist nowhere else: a zip, or a twin
-        kept = damaged or self.stream.move and foreign and (batch.twins(foreign) or any(
-            self.stream.zips and p.endswith(b'.zip') for p in foreign))
-        backup = ['--backup', '--suffix=' + suffix] if kept or self.stream.on_conflict == 'backup' else []
+        backup = ['--backup', '--suffix=' + suffix] if damaged or self.stream.on_conflict == 'backup' or any(
+            steps[path] == 'backup' for path in foreign) else []
         for path in sorted(foreign):
             log.info('other content had the name %s at the target and %s' % (
                 show(path),
@@ -6442,7 +6478,7 @@ class RsyncTransport(Transport):
                 for path in paths if path not in rows and done.code == 0}
 
     def send_renamed(self, batch, paths, equal):
-        """A zip never takes the name of one that stands there: it gets a time stamp."""
+        """A zip never takes the name of one that is there: it gets a time stamp."""
         for index, parcel in enumerate(batch.parcels):
             entry = parcel.entries[0]
             if entry.path in paths:
@@ -6452,7 +6488,6 @@ class RsyncTransport(Transport):
                 batch.parcels[index] = Parcel(parcel.item, [fresh])
                 self.push(batch, [new], ['-i'] + self.fresh_only())
                 equal.update(self.prove(batch, [new], ['--checksum'])[0])
-        return set(paths)
 
     def outcome(self, batch, parcel, equal, problems, sent):
         missing = next((e.path for e in parcel.entries if e.path not in equal), None)
@@ -6988,15 +7023,10 @@ class RcloneTransport(Transport):
     def replace(self, batch, paths, equal, push):
         """Other content has these names: on_conflict.  {path: ItemError}; what then is there goes
         into `equal`."""
-        problems = {}
-        for path in sorted(paths):
-            try:
-                self.backup_or(batch.final(path))
-            except ItemError as error:
-                problems[path] = error
-        paths = paths - set(problems)
-        backup = paths if self.stream.on_conflict == 'backup' else batch.twins(paths)
-        before = self.keep_old(batch, backup, problems)
+        twins = batch.twins(paths)
+        steps = {path: conflict_step(self.stream, path, path in twins) for path in paths}
+        problems = {path: refused_conflict(batch.final(path)) for path in paths if steps[path] == 'refuse'}
+        before = self.keep_old(batch, {path for path in paths if steps[path] == 'backup'}, problems)
         left = paths - set(problems)
         for path in sorted(left - set(before)):
             log.info('%s had other content at the target and is overwritten' % (

@@ -2107,6 +2107,19 @@ setattr(cls, verb, damaging)
 
 @spread
 class Conflicts(Case):
+    def test_every_cell_of_the_table(self):
+        def steps(policy, **known):
+            stream = mm.Settings('s', dict(dict(on_conflict=policy, zips=True, move=True), **known))
+            return [mm.conflict_step(stream, *asked) for asked in (
+                (b'day.zip',), (b'day.zip', True), (b'run', True), (b'run',))]
+
+        self.assertEqual(steps('refuse'), ['refuse'] * 4)
+        self.assertEqual(steps('backup'), ['stamp', 'stamp', 'backup', 'backup'])
+        self.assertEqual(steps('overwrite'), ['stamp', 'stamp', 'backup', 'overwrite'])
+        self.assertEqual(steps('overwrite', zips=False), ['overwrite', 'backup', 'backup', 'overwrite'])
+        self.assertEqual(steps('backup', zips=False), ['backup'] * 4)
+        self.assertEqual(steps('overwrite', zips=False, move=False), ['overwrite'] * 4)    # a mirror
+
     @on_sites()
     def test_on_conflict(self, site):
         for policy in ('backup', 'overwrite', 'refuse'):
