@@ -771,7 +771,7 @@ class Program:
                 while pieces[-1] and not self.chunks.empty():
                     pieces.append(self.chunks.get())
                 if len(pieces) > 1 and not pieces[-1]:
-                    self.chunks.put(pieces.pop())       # the end is told by itself
+                    self.chunks.put(pieces.pop())       # the end comes alone
                 return b''.join(pieces)
             except queue.Empty:
                 if self.process.poll() is not None and self.overdue(since, KILL_GRACE):
@@ -1404,7 +1404,7 @@ class Config:
         raise ConfigError('%s: %s' % (self.where(section, option), message), hint)
 
     def mistake(self, section, option, message, hint=''):
-        """Note it and go on, so that all are told at once.  Of one place the first one is told:
+        """Note it and go on, so that all are said at once.  Of one place only the first one is:
         another may be its consequence."""
         self.mistakes.setdefault((self.place(section, option), section, option), ConfigError(
             '%s: %s' % (self.where(section, option), message), hint))
@@ -1429,7 +1429,7 @@ def stamp_of(path):
 
 
 def read_ini(config, path):
-    """Read one file into config.sections, remembering where each option stands."""
+    """Read one file into config.sections, remembering where each option is."""
     import configparser
     config.stamps.append(stamp_of(path))        # before it is read: a change meanwhile is seen
     try:
@@ -1458,7 +1458,7 @@ def read_ini(config, path):
         raise ConfigError(first.message, '', more)
     for section in parser.sections():
         if section in config.sections:
-            config.fail(section, None, 'stands in %s too' % show(path), 'remove one of them')
+            config.fail(section, None, 'is in %s too' % show(path), 'remove one of them')
         config.sections[section] = dict(parser.items(section))
     section = None
     for number, line in enumerate(map(str.strip, text.splitlines()), 1):
@@ -1638,7 +1638,7 @@ def check_email(config):
 
 
 def check_monitor(config):
-    """The three levels go together, in order; a disk of 1 TB stands for all."""
+    """The three levels go together, in order; tried with a disk of 1 TB."""
     levels = [getattr(config.monitor, name) for name in ('level_vlow', 'level_low', 'level_good')]
     given = [level(1 << 40) for level in levels if level]
     if given and (len(given) < 3 or given != sorted(given)):
@@ -1924,7 +1924,7 @@ def defaults_as_text(option):
 
 def example_ini(protocols):
     """The text of mistamover.ini.example, made of the option table."""
-    lines = ['# MiStaMover: an example that runs as it stands.',
+    lines = ['# MiStaMover: an example that runs as it is.',
              '#',
              '#     mkdir incoming; echo hello > incoming/run001.dat',
              '#     python3 mistamover.py --once --config mistamover.ini.example',
@@ -2144,7 +2144,7 @@ class StreamLock:
         except OSError as error:
             if error.errno not in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
                 log.debug('no lock on %s: %s' % (show(self.stream.directory), error.strerror), self.stream)
-                return      # a share without locks: the local lock file still stands guard
+                return      # a share without locks: the local lock file still guards
             raise LockedError('stream %s: %s' % (self.stream.name, describe()),
                               'wait until it ends, or stop it')
 
@@ -2432,7 +2432,7 @@ class Failures:
     TOLD_AFTER = 3600           # seconds
 
     def to_tell(self, age):
-        """[(name, entry)] of those that fail for long and that nobody was told about; now they are."""
+        """[(name, entry)] of those that fail for long and that nobody has heard of; now somebody does."""
         new = [(name, entry) for name, entry in sorted(self.items.items())
                if not entry.get('told') and age(entry['first']) >= self.TOLD_AFTER]
         for _, entry in new:
@@ -2646,7 +2646,7 @@ class Progress:
         self.last['last_error'] = message
         self.last['last_error_time'] = utc_stamp()
 
-    def mended(self):
+    def recovered(self):
         """A whole pass went well: what was wrong before is history, for the log to tell."""
         self.last.pop('last_error', None)
         self.last.pop('last_error_time', None)
@@ -2762,7 +2762,7 @@ class Alerts:
     UNTOLD = 'bad, and nobody heard of it'
 
     def turn(self, key, bad, level, text):
-        """Something is bad or good: told when it changes, across runs, not while it lasts.  Who did
+        """Something is bad or good: an alert when it changes, across runs, not while it lasts.  Who did
         not hear that it was bad does not hear that it is good."""
         before = self.states.get(key)
         if bool(before) == bad:
@@ -2895,7 +2895,7 @@ class Entry(collections.namedtuple('Entry', 'path kind size mtime_ns ctime_ns de
 
 
 def tree_of(entries):
-    """What must be equal for a zip to stand for a tree: every file, and which directories.
+    """What must be equal for a zip to be as good as a tree: every file, and which directories.
     Directories' own times are left out: they change when a release empties them."""
     return [(e.path, e.kind) + (e.identity if e.kind == 'f' else ()) for e in entries]
 
@@ -3015,7 +3015,7 @@ class Watch:
                 self.fd = fd if fd >= 0 else None
 
     def look(self):
-        """Which directory the name stands for now: it may have been replaced."""
+        """Which directory has the name now: it may have been replaced."""
         with contextlib.suppress(OSError):
             info = os.stat(self.root)
             return info.st_dev, info.st_ino
@@ -3409,7 +3409,7 @@ def open_entry(root, entry, any_ctime=False):
 
 @contextlib.contextmanager
 def marked(directory):
-    """The name of an empty file that stands in a directory for a moment.  Raises OSError."""
+    """The name of an empty file that is in a directory for a moment.  Raises OSError."""
     marker = HERE_NAME + b'%d-%s' % (os.getpid(), random_hex(4))
     path = os.path.join(directory, marker)
     os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644))
@@ -3921,7 +3921,7 @@ def sum_file(stream, batch, parcel, outcome, stop):
 # A parcel is a whole item, or the one zip file made of it.
 Parcel = collections.namedtuple('Parcel', 'item entries')
 
-# What a transport answers for each parcel: error (None: every file of it stands proven at
+# What a transport answers for each parcel: error (None: every file of it is proven at
 # the target), checksum (of a single file), target (its name there, if it is another),
 # linked ({path: Link} of what of its batch is one file at both ends), sent (False: all of it
 # was there already), taken (a reader took a file away after it had been proven and named), proof
@@ -3985,7 +3985,7 @@ class Transport:
 
     Each verb raises TargetError when the target or the way to it is in trouble (with the path of
     the file under way, if one was), Interrupted on a stop request, and StateError when this
-    machine is; trouble with single files is told by finish().  Any of them may be called again
+    machine is; trouble with single files is in the answers of finish().  Any of them may be called again
     after an error, once open() was.
 
     verb            | thread                    | again with the same arguments
@@ -3993,7 +3993,7 @@ class Transport:
     open            | connecting, or the pass   | checks that the connection still is there
     close           | the pass                  | does nothing
     present, learned, free_space, arrived | the pass, between two batches | asks again
-    stands          | the pass, while it scans  | looks again
+    up_to_date      | the pass, while it scans  | looks again
     send            | the pass                  | sends again; what arrived whole may be kept
     finish          | proving, beside send()    | not: each part is finished once
     remove, delete_missing, tidy | the pass     | finds nothing to do
@@ -4027,10 +4027,10 @@ class Transport:
         """Give everything up; never raises."""
 
     def present(self, names):
-        """Which of these names stand in target_dir.  Raises TargetError if it is missing."""
+        """Which of these names exist in target_dir.  Raises TargetError if it is missing."""
         raise NotImplementedError
 
-    def stands(self, _item, _subdir, watch):
+    def up_to_date(self, _item, _subdir, watch):
         """Mirrors: whether all of an item is at the target already, where a look can tell.
         watch: the directories looked at are added to it, None if nobody wants to know; where
         it cannot tell what happens at the target, it is closed."""
@@ -4073,7 +4073,7 @@ class Transport:
         """Mirrors: raises TargetError if mirror_delete cannot list the target."""
 
     def delete_missing(self, kept):
-        """Mirrors: delete what stands at the target and is not in `kept`; returns the names."""
+        """Mirrors: delete what is at the target and not in `kept`; returns the names."""
         raise NotImplementedError
 
     def refusal(self, entries):
@@ -4719,7 +4719,7 @@ class Staging(Transport):
             raise ItemError('cannot write beside %s: %s' % (show(job.entry.path), error.strerror))
         if found:
             raise ItemError('%s at the target is the source itself' % show(job.final),
-                            'mend the link or mount that leads back')
+                            'fix the link or mount that leads back')
         self.apart.add((here, there))
 
     def keep_identical(self, job):
@@ -5106,7 +5106,7 @@ class LocalTransport(Staging):
             raise Changed('%s is open for writing' % show(job.entry.path))
         return link
 
-    def stands(self, item, subdir, watch):
+    def up_to_date(self, item, subdir, watch):
         finals = [os.path.join(subdir, e.path) if subdir else e.path for e in item.entries]
         for final in finals if watch else ():
             watch.add(self.base + os.path.dirname(final))
@@ -5592,7 +5592,7 @@ class LocalTransport(Staging):
             if os.path.lexists(path) and (os.path.islink(path) or not os.path.isdir(path)):
                 # a link may lead anywhere, on purpose: only a person can tell
                 if self.stream.move or os.path.isdir(path):
-                    raise ItemError('%s: something else has that name at the target' % show(path),
+                    raise ItemError('%s: something else is at the target' % show(path),
                                     'rename or remove it')
                 self.make_way(final)
             self.ensure([parent_of(final)])
@@ -5613,7 +5613,7 @@ class LocalTransport(Staging):
         return answer._replace(error=error, sent=answer.sent or any(found))
 
     def copy_link(self, batch, entry):
-        """Mirror a symlink as a link: True if it was made, None if it stood there, an error."""
+        """Mirror a symlink as a link: True if it was made, None if it was there already, an error."""
         final = self.path(batch.final(entry.path))
         staged = self.path(self.staged_name(entry))
         try:
@@ -5779,7 +5779,7 @@ printf '%%s\n' "${line%%"$(printf '\r')"}"
         return os.path.join(self.directory, self.socket)
 
     def command(self):
-        """ssh itself; it never becomes a master unless told, whatever ssh_config says."""
+        """ssh itself; it becomes a master only when asked to, whatever ssh_config says."""
         return [self.stream.ssh_command, '-T'] + self.options()
 
     # OpenSSH's PROTOCOL.mux: packets of a length and numbers of 32 bits.  To start an ssh for
@@ -5871,18 +5871,18 @@ class Rows(dict):
             match = self.ROW.match(line)
             if match:
                 row, checksum, name = match.groups()
-                self.told(unescaped(name).rstrip(b'/') or b'.', row, checksum)
+                self.note(unescaped(name).rstrip(b'/') or b'.', row, checksum)
                 continue
             match = self.progress and self.PROGRESS.match(line)
             if match:
                 self.progress.sent_bytes = self.before + int(re.sub(rb'\D', b'', match.group(1)))
 
-    def told(self, name, row, checksum):
+    def note(self, name, row, checksum):
         self[name] = row, checksum.strip()
 
 
 class Push(Rows):
-    """The rows of an rsync, or what an rclone reports, that sends a batch.  It tells a name when
+    """The rows of an rsync, or what an rclone reports, that sends a batch.  It says a name when
     its bytes have gone, so that what has gone is proven and released while the rest is under
     way: in parts, of which each is whatever went while the one before was proven.  Of a row only
     its first letter is kept: < or c for sent, . for left alone."""
@@ -5898,7 +5898,7 @@ class Push(Rows):
         self.awaited = {e.path: parcel for parcel in batch.parcels for e in parcel.entries}
         self.left = {id(parcel): len(parcel.entries) for parcel in batch.parcels
                      if len(parcel.entries) > 1}
-        self.gone = []              # parcels that were told to the last name, for the next part
+        self.gone = []              # parcels whose last name has gone, for the next part
         self.files = self.size = 0  # of these
         self.since = time.monotonic()
         self.late = []              # parcels that were not there yet when their part was proven
@@ -5907,7 +5907,7 @@ class Push(Rows):
         self.said = []              # what it, and those that proved it, wrote to standard error
         batch.jobs = self
 
-    def told(self, name, row, _checksum):
+    def note(self, name, row, _checksum):
         self[name] = row[:1]
         parcel = self.awaited.pop(name, None)
         if parcel is None:
@@ -5938,8 +5938,8 @@ class Push(Rows):
 
     def remainder(self):
         """The last part: all that was not handed on."""
-        untold = {id(parcel): parcel for parcel in self.awaited.values()}
-        self.last = self.batch.part(self.gone + list(untold.values()))
+        missing = {id(parcel): parcel for parcel in self.awaited.values()}
+        self.last = self.batch.part(self.gone + list(missing.values()))
         return self.last
 
 
@@ -6130,7 +6130,7 @@ class RsyncTransport(Transport):
         return done, rows
 
     def run_rsync(self, argv, feed, quiet_limit, rows, hashed):
-        # a proof by MD5 (--checksum-choice would be told to the target, which may not know it): it
+        # a proof by MD5 (--checksum-choice would be sent to the target, which may not know it): it
         # has a name that the ledger can hold, and people can check it; while they send, the two
         # agree on what is quickest
         secret = dict(self.secret(), **{'RSYNC_CHECKSUM_LIST': 'md5 md4'} if hashed else {})
@@ -6172,12 +6172,12 @@ class RsyncTransport(Transport):
                 open(os.path.join(empty, name), 'wb').close()
             done, rows = self.rsync(empty, [b''] + sorted(names),
                                     ['-n', '-i', '-i', '--ignore-existing'] + checksum, top)
-        standing = set(names) - set(rows)       # of what stands there, whatever it is, no row tells
-        if b'.' not in rows or standing and done.code:
+        existing = set(names) - set(rows)       # what exists there, whatever it is, has no row
+        if b'.' not in rows or existing and done.code:
             self.fail(done, 'cannot look at %s' % target_of(self.stream))
         self.hash = self.hash or next((self.OF_NOTHING[checksum] for _, checksum in rows.values()
                                        if checksum in self.OF_NOTHING), None)
-        found = {name: name in standing for name in names}
+        found = {name: name in existing for name in names}
         found[b'.'] = not rows[b'.'][0].endswith(b'+' * 9)
         return found
 
@@ -6284,7 +6284,7 @@ class RsyncTransport(Transport):
         return None
 
     def prove(self, batch, paths, options):
-        """{path: checksum} of those that stand at the target as they are here, and all rows."""
+        """{path: checksum} of those that are at the target as they are here, and all rows."""
         done, rows = self.rsync(batch.root, sorted(paths), ['-n', '-i', '-i'] + options,
                                 self.top(batch), self.patience(batch) + batch.size / CHECK_RATE)
         if done.code not in self.ENDED:
@@ -6346,7 +6346,7 @@ class RsyncTransport(Transport):
         by_size = sent if self.stream.verify == 'size' and self.sizes_tell(push) else set()
         equal.update(dict.fromkeys(quick))
         known = {}
-        # what was not sent stood there before: only its content can tell whether it is ours
+        # what was not sent was there before: only its content can tell whether it is ours
         for paths, option in ((by_size, '--size-only'), (everything - by_size - quick, '--checksum')):
             believed = paths - sent - self.doubts.names
             if self.stream.mirror and option == '--checksum' and believed:
@@ -6917,9 +6917,9 @@ class RcloneTransport(Transport):
                 push.refused.update((entry.path, error) for entry in parcel.entries)
         for entry in batch.entries:
             if entry.kind == 'd':
-                push.told(entry.path, b'.', None)
+                push.note(entry.path, b'.', None)
         push.report = Report(self.patience(batch.entries), self.progress, lambda name: (
-            push.told(name, b'<', None), push.offer()))
+            push.note(name, b'<', None), push.offer()))
         files = [e for e in batch.entries if e.kind == 'f' and e.path not in push.refused]
         whole = [e.path for e in files if not self.in_parts(e)]
         parts = [e.path for e in files if self.in_parts(e)]
@@ -7182,7 +7182,7 @@ def in_chunks(values, size):
 
 
 def tar_head(name, size, mode, mtime_ns=0, kind=b'0'):
-    """What stands before a member's bytes in a tar stream, in GNU format: the one that every
+    """What comes before a member's bytes in a tar stream, in GNU format: the one that every
     receiver reads with names of any bytes and length (tar(5)).  Times are whole seconds."""
     import tarfile
     info = tarfile.TarInfo(to_text(b'./' + name))
@@ -7273,7 +7273,7 @@ class ScpTransport(Staging):
     resumed, and one remote POSIX shell for hashing, renaming and the rest.
 
     Where the target has no tar, the scp program carries the bytes.  The names reach it as a
-    tree of symlinks in the spool, so no name ever stands in an argument list.
+    tree of symlinks in the spool, so no name is ever in an argument list.
     """
 
     takes = 'network host ssh scp chmod parallel'
@@ -9899,7 +9899,7 @@ class FtpTransport(Staging):
     def try_names(self, odd, name):
         try:
             return Staging.try_names(self, odd, name)
-        except TargetError:             # some hang up when they are told a name that is no UTF-8
+        except TargetError:             # some hang up when they get a name that is no UTF-8
             self.exist([self.area])     # unless the target is in trouble
             return False
 
@@ -10002,7 +10002,7 @@ class Kept:
                 self.remove(path)
 
     def remove(self, path):
-        """Delete one hour of copies, every one of which stands proven at the target."""
+        """Delete one hour of copies, every one of which is proven at the target."""
         import shutil
         shutil.rmtree(path, ignore_errors=True)
         with contextlib.suppress(OSError):
@@ -10137,7 +10137,7 @@ class Releaser:
             return self.release_plainly(entry)
         finally:
             if fd is not None:
-                # of a link nothing is freed: the inode stands at the target too
+                # of a link nothing is freed: the inode is at the target too
                 os.close(fd) if reason or link else self.close_later(fd)
 
     def hold(self, place):
@@ -10641,7 +10641,7 @@ class Delivery:
         self.hopeless = {}              # name -> its entry of failures.json
         self.restless = []              # names that never settle and are due to be copied
         self.copying = set()            # those under way
-        self.stood = False              # mirror: whether anything stood at the target already
+        self.any_there = False          # mirror: whether anything was at the target already
 
     def run(self, patient):
         """The straight line.  patient: items that failed before wait for their own back-off.
@@ -10655,7 +10655,7 @@ class Delivery:
                 stack.callback(duty)
             self.ask_here()                     # a share need not be scanned for nothing
             due = self.scan_and_settle(patient)
-            if self.stood:
+            if self.any_there:
                 self.ask_stop_files()           # nothing is due, but all the same
             for source in (lambda: self.look_again(due), lambda: self.take_ready()):
                 for batch in self.batches(source()):
@@ -10754,8 +10754,8 @@ class Delivery:
                     self.restless.append(item.name)
                 if self.stream.zips:
                     names.add(item.name)
-            elif self.stands(item):
-                self.stood = True
+            elif self.up_to_date(item):
+                self.any_there = True
                 self.failures.forget(item.name)
                 self.follow_with_ready(item)
             else:
@@ -10837,9 +10837,9 @@ class Delivery:
         with contextlib.suppress(OSError):
             os.unlink(os.path.join(to_bytes(self.stream.spool), name))
 
-    def stands(self, item):
+    def up_to_date(self, item):
         """Mirror: nothing is to be done for it, as a look at the target tells."""
-        return self.stream.mirror and self.transport.stands(item, self.dated(item), self.worker.watch)
+        return self.stream.mirror and self.transport.up_to_date(item, self.dated(item), self.worker.watch)
 
     def clash(self, row, names):
         """A directory `a` beside a file `a.zip`: both would be a.zip at the target."""
@@ -10935,7 +10935,7 @@ class Delivery:
         """What follows its item: check files, ready files, markers; the last ones last."""
         items = [Item(entry.path, [entry]) for entry in self.ready]
         for item in items + self.shared_checks() + self.lasts:
-            if not self.stands(item):
+            if not self.up_to_date(item):
                 yield item
 
     def shared_checks(self):
@@ -11405,7 +11405,7 @@ class Delivery:
                 os.unlink(os.path.join(batch.root, parcel.entries[0].path))
 
     def follow_with_ready(self, item):
-        """Also where the item stood there: a crash may have come between the two."""
+        """Also where the item was there already: a crash may have come between the two."""
         if item.check and not (self.scanner.checks.inside or self.scanner.checks.shared):
             self.ready.append(item.check)
             self.dates[item.check.path] = item.mtime_ns
@@ -11533,7 +11533,7 @@ class Delivery:
             self.hopeless[name] = entry
 
     def tell_of_failing(self):
-        """An item that fails for an hour is told about once, long before it is quarantined."""
+        """An item that fails for an hour makes one alert, long before it is quarantined."""
         new = self.failures.to_tell(self.worker.age)
         if new:
             name, entry = new[0]
@@ -12106,7 +12106,7 @@ class Worker:
                 os.unlink(self.dirty_path())
 
     def tell_of_staying(self, staying):
-        """Directories that are kept by what is never sent (.DS_Store): told once, not at each run
+        """Directories that are kept by what is never sent (.DS_Store): one warning, not at each run
         of cron."""
         if self.stays is None:
             self.stays = self.state.staying.read().get(self.stream.name, {})
@@ -12128,7 +12128,7 @@ class Worker:
                 raise StateError('cannot tell target_dir from the directory: %s' % error.strerror)
             return self.transport.present(names)    # a read-only source is mirrored, not eaten
         if marker in found:
-            raise TargetError('target_dir is the incoming directory itself', 'mend target_dir')
+            raise TargetError('target_dir is the incoming directory itself', 'fix target_dir')
         self.told_apart = True
         return found
 
@@ -12227,7 +12227,7 @@ class Worker:
         self.progress.last['last_pass'] = utc_stamp()
         self.note_waiting(result)
         if not (result.failed or result.waiting):
-            self.progress.mended()
+            self.progress.recovered()
         if delivery.connected:
             self.state.alerts.turn('target:' + self.stream.name, False, 'info',
                                    'Stream %s delivers to %s again.' % (
@@ -12237,7 +12237,7 @@ class Worker:
         return result
 
     def note_waiting(self, result):
-        """What waits is counted, and told when it waits for long.  What fails is told by itself."""
+        """What waits is counted; what waits for long makes an alert.  What fails has one of its own."""
         reasons = {}
         for why, names in (('has no ready file', self.scanner.lacking), ('is in use', result.busy),
                            ('keeps changing', result.settling)):

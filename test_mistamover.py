@@ -1446,7 +1446,7 @@ def fill(top, names=NAMES):
 
 
 def expected_target(site, source):
-    """What stands at the target after everything that the protocol carries was delivered."""
+    """What is at the target after everything that the protocol carries was delivered."""
     found = {}
     for name, value in source.items():
         if b'\n' in name and not site.carries_newline and not name.startswith(b'tree'):
@@ -1498,7 +1498,7 @@ class Helpers(unittest.TestCase):
 
 
 class Configuration(Case):
-    """Each wrong configuration: one line with file, section, option and mend, exit code 2."""
+    """Each wrong configuration: one line with file, section, option and fix, exit code 2."""
 
     def refused(self, text, *parts, **kwargs):
         top = tempfile.mkdtemp(dir=BASE)
@@ -2788,7 +2788,7 @@ os.rename = lambda a, b, **k: refuse() if k or b'release' in mm.to_bytes(b) else
         write(os.path.join(world.source, 'same'), b'same', OLD)
         for name in ('same', 'old'):
             write(os.path.join(world.target, name), b'same', OLD)
-        for ignored in (False, True):       # all stands there; or nothing is ever sent
+        for ignored in (False, True):       # all is there; or nothing is ever sent
             if ignored:
                 os.rename(os.path.join(world.source, 'same'), os.path.join(world.source, 'same.tmp'))
             for place in (world.source, world.target):
@@ -2803,7 +2803,7 @@ os.rename = lambda a, b, **k: refuse() if k or b'release' in mm.to_bytes(b) else
 
 @spread
 class Combinations(Doctored):
-    """What two options, or an option and what stands there, do together."""
+    """What two options, or an option and what is there, do together."""
 
     @on_sites(each=True, rsync=False)
     def test_a_target_that_leads_back_to_the_source_costs_nothing(self, site):
@@ -2889,7 +2889,7 @@ mm.LocalTransport.rename = refuse
         write(os.path.join(world.source, 'day', 'sub', 'f'), b'f')
         os.symlink('f', os.path.join(world.source, 'day', 'link'))
         before = tree(elsewhere)
-        self.assertIn('something else stands', self.assert_run(world, 1).output)
+        self.assertIn('something else is at the target', self.assert_run(world, 1).output)
         self.assertEqual(tree(elsewhere), before)
 
     def test_a_file_that_grows_is_not_followed(self):
@@ -4039,7 +4039,7 @@ def held_at_source(world):
 
 class Invariants(Doctored):
     def assert_nothing_lost(self, world, originals, story=''):
-        """I1: every byte is in one place or the other.  I2: nothing half stands at the target."""
+        """I1: every byte is in one place or the other.  I2: nothing half is at the target."""
         source, target = held_at_source(world), held_at_target(world)
         for name, content in originals.items():
             self.assertTrue(content in (source.get(name), target.get(name)),
@@ -6336,8 +6336,8 @@ class BadTarget(Invariants):
                          [b'old %03d' % n for n in range(60) if n % 2])
         self.assertEqual((tree(world.source), world.leftovers()), ({}, []))
 
-    def assert_kept_and_recovers(self, world, mend, *parts):
-        """A fault of the target: one clear error, everything kept, nothing counted; then mended."""
+    def assert_kept_and_recovers(self, world, fix, *parts):
+        """A fault of the target: one clear error, everything kept, nothing counted; then fixed."""
         write(os.path.join(world.source, 'item'), b'item')
         write(os.path.join(world.source, 'other'), b'other')
         done = self.assert_run(world, 1)
@@ -6347,7 +6347,7 @@ class BadTarget(Invariants):
         self.assertEqual(contents(tree(world.source)), {b'item': b'item', b'other': b'other'})
         self.assertEqual(held_at_target(world), {})
         self.assertEqual(mm.SharedJson(world.state, 'failures.json').read().get('s', {}), {})
-        mend()
+        fix()
         self.assert_run(world, 0)
         self.assertEqual((tree(world.source), held_at_target(world)),
                          ({}, {b'item': b'item', b'other': b'other'}))
@@ -6370,9 +6370,9 @@ class BadTarget(Invariants):
         trusted = world.environment
         world.environment = lambda: dict(os.environ, SSL_CERT_FILE='/dev/null')
 
-        def mend():
+        def fix():
             world.environment = trusted
-        self.assert_kept_and_recovers(world, mend, 'CERTIFICATE_VERIFY_FAILED')
+        self.assert_kept_and_recovers(world, fix, 'CERTIFICATE_VERIFY_FAILED')
 
     def test_a_certificate_for_another_name(self):
         world = self.world('ftps')
@@ -6388,10 +6388,10 @@ class BadTarget(Invariants):
         world.configure(target_port=expired.port)
         world.environment = lambda: dict(os.environ, SSL_CERT_FILE=expired.certificate)
 
-        def mend():
+        def fix():
             world.configure(target_port=port)
             world.environment = trusted
-        self.assert_kept_and_recovers(world, mend, 'CERTIFICATE_VERIFY_FAILED')    # 3.6 says no more
+        self.assert_kept_and_recovers(world, fix, 'CERTIFICATE_VERIFY_FAILED')    # 3.6 says no more
 
     @on_sites(each=True, remote=True)
     def test_a_server_that_is_restarted(self, site):
@@ -8587,7 +8587,7 @@ class Looking(Case):
                 name, labels, value = re.match(
                     r'([a-z_]+)(?:\{([a-z]+="[^"\\]*")\})? (\S+)$', line).groups()
                 found[name] = float(value)
-                self.assertIn(name, kinds, 'a type stands before each sample')
+                self.assertIn(name, kinds, 'a type comes before each sample')
                 self.assertEqual(name.endswith('_total'), kinds[name] == 'counter')
         self.assertEqual({k: v for k, v in found.items() if 'timestamp' not in k}, {
             'mistamover_build_info': 1, 'mistamover_config_last_reload_successful': 1,
