@@ -1712,6 +1712,20 @@ def check_settle_max(stream, fail):
              'it sends files before they are complete')
 
 
+def check_target_dir(stream, fail):
+    if re.search(r'[\0-\037]', stream.target_dir) or stream.target_dir.startswith('-'):
+        fail('target_dir', 'must not begin with a dash or hold control characters')
+    if '..' in stream.target_dir.split('/'):
+        fail('target_dir', 'must not hold ".."', 'write the path it means')
+    form = TARGET_FORMS[stream.protocol.target_form]
+    if form and not re.match(form[0], stream.target_dir):
+        fail('target_dir', *form[1:])
+    if stream.target_base == '.' != stream.target_dir:
+        fail('target_dir', 'must begin with a fixed part', 'dates go below it')
+    if stream.mirror_delete and stream.mirror and stream.target_dates:
+        fail('mirror_delete', 'does not go with dates in target_dir', 'mirror to a fixed directory')
+
+
 def check_stream(config, stream, protocols):
     """Everything that can be known to be wrong without touching anything."""
     section = 'stream:' + stream.name
@@ -1752,18 +1766,8 @@ def check_stream(config, stream, protocols):
     if bad is not None:
         fail('rclone_options', '%s is refused: it would break a promise, or is no --option=value' % show(bad),
              'remove it')
-    if re.search(r'[\0-\037]', stream.target_dir) or stream.target_dir.startswith('-'):
-        fail('target_dir', 'must not begin with a dash or hold control characters')
-    if '..' in stream.target_dir.split('/'):
-        fail('target_dir', 'must not hold ".."', 'write the path it means')
-    form = TARGET_FORMS[protocol.target_form]
-    if form and not re.match(form[0], stream.target_dir):
-        fail('target_dir', *form[1:])
-    if stream.target_base == '.' != stream.target_dir:
-        fail('target_dir', 'must begin with a fixed part', 'dates go below it')
-    if stream.mirror_delete and stream.mirror and stream.target_dates:
-        fail('mirror_delete', 'does not go with dates in target_dir', 'mirror to a fixed directory')
     stream.zips = 'zip' == (protocol.directories[0] if stream.directories == 'auto' else stream.directories)
+    check_target_dir(stream, fail)
 
 
 def overlap(one, two):
@@ -4362,9 +4366,13 @@ class Staging(Transport):
 
     def is_prefix(self, batch, job):
         """Whether what has its name is the beginning of it."""
+        return self.begins_with(batch, job, self.measure([job.final], True).get(job.final))
+
+    def begins_with(self, batch, job, there):
+        """Whether a file begins with what measure() found."""
         import hashlib
-        there, digest = self.measure([job.final], True).get(job.final), hashlib.sha256()
-        if not there or isinstance(there, ItemError) or there[0] is None or there[0] > job.entry.size:
+        digest = hashlib.sha256()
+        if not isinstance(there, tuple) or there[0] is None or there[0] > job.entry.size:
             return False
         copy_prefix(batch.root, job.entry, digest, there[0], self.stop)
         return digest.hexdigest() == there[1]
@@ -5702,6 +5710,11 @@ SSH_TROUBLE = (     # what ssh(1) says, in English as programs are run here, and
      'target_port'))
 
 
+def in_brackets(host):
+    """A host before a colon, as bytes: an IPv6 address has colons of its own."""
+    return to_bytes('[%s]' % host if ':' in host else host)
+
+
 def ssh_hint(stream, errors):
     """What to do about what ssh said; the command that tries it by hand."""
     import shlex
@@ -6602,9 +6615,7 @@ class RsyncSsh(RsyncTransport):
         return ['-e', ' '.join("'%s'" % to_text(w).replace("'", "''") for w in self.ssh.command())]
 
     def url(self, path):
-        host = self.stream.target_host
-        host = '[%s]' % host if ':' in host else host
-        return b'%s:%s' % (to_bytes(host), path)
+        return b'%s:%s' % (in_brackets(self.stream.target_host), path)
 
 
 class RsyncNative(RsyncTransport):
@@ -6622,9 +6633,8 @@ class RsyncNative(RsyncTransport):
 
     def url(self, path):
         stream = self.stream
-        host = '[%s]' % stream.target_host if ':' in stream.target_host else stream.target_host
         return b'rsync://%s%s%s/%s' % (
-            to_bytes(stream.username + '@' if stream.username else ''), to_bytes(host),
+            to_bytes(stream.username + '@' if stream.username else ''), in_brackets(stream.target_host),
             b':%d' % stream.target_port if stream.target_port else b'', path)
 
 
@@ -7641,9 +7651,7 @@ put() { place "$1" "$2" && rm -f -- "$1" && echo 1 || echo 0; }
         base = to_bytes(self.stream.target_base)
         if not base.startswith(b'/'):
             base = b'./' + base
-        host = to_bytes('[%s]' % self.stream.target_host if ':' in self.stream.target_host
-                        else self.stream.target_host)
-        target = b'%s:%s/' % (host, os.path.join(base, self.area))
+        target = b'%s:%s/' % (in_brackets(self.stream.target_host), os.path.join(base, self.area))
         failures, complaints = [], []
 
         def copy(tree):
@@ -8457,14 +8465,8 @@ class SftpTransport(Staging):
     def is_ours(self, batch, job):
         """Whether what has the staged name is from an earlier run; under a final name only the
         beginning of our file is."""
-        import hashlib
-        if self.stream.staging != 'none':
-            return True
-        found, digest = (yield from self.measured(job.staged, True)), hashlib.sha256()
-        if not isinstance(found, tuple) or found[0] is None or found[0] > job.entry.size:
-            return False
-        copy_prefix(batch.root, job.entry, digest, found[0], self.stop)
-        return digest.hexdigest() == found[1]
+        return self.stream.staging != 'none' or self.begins_with(
+            batch, job, (yield from self.measured(job.staged, True)))
 
     def writes(self, batch, job, handle, start):
         """The requests that carry a file's bytes, as they are read; job.digest is theirs."""
@@ -9340,6 +9342,13 @@ class FtpTransport(Staging):
                 return
         self.looker = b''
 
+    def check_looker(self, line, path, size):
+        """A verb that does not tell the size of a file of ours gives way to the other, or to none."""
+        if self.sizes(line, [path]) != [(True, size)]:
+            self.choose_looker(line, self.looker)
+            if self.sizes(line, [path]) != [(True, size)]:
+                self.looker = b''
+
     def is_there(self, line, path):
         """Whether something has this name: True, False, None for doubt.  Without a staging area
         a no is believed once the verb has shown that it can say yes."""
@@ -9522,10 +9531,7 @@ class FtpTransport(Staging):
     def choose_proof(self, line, probe, content):
         """How sizes and hashes are learned here, on a file of ours."""
         import hashlib
-        if self.sizes(line, [probe]) != [(True, len(content))]:
-            self.choose_looker(line, self.looker)
-            if self.sizes(line, [probe]) != [(True, len(content))]:
-                self.looker = b''
+        self.check_looker(line, probe, len(content))
         if self.stream.verify == 'accepted' or self.looker and self.stream.verify == 'size':
             return
         if self.choose_hasher(line, probe, lambda name: hashlib.new(name, content).hexdigest()):
@@ -9550,10 +9556,7 @@ class FtpTransport(Staging):
 
     def learn_from(self, line, job):
         """Without a staging area the first file shows how things are proven."""
-        if self.sizes(line, [job.staged]) != [(True, job.entry.size)]:
-            self.choose_looker(line, self.looker)
-            if self.sizes(line, [job.staged]) != [(True, job.entry.size)]:
-                self.looker = b''
+        self.check_looker(line, job.staged, job.entry.size)
         if job.hashed:
             self.choose_hasher(line, job.staged, lambda name: job.digest if name == 'sha256' else None)
         if not self.looker and not self.hasher and self.stream.verify != 'accepted':
@@ -10769,14 +10772,18 @@ class Delivery:
             self.failures.forget(name)
         self.worker.tell_of_staying(self.scanner.staying)
         self.follow_orphans()
-        for column in (1, 0):       # nothing behind the names is ever compared
-            due.sort(key=lambda row: row[column], reverse=True)
-        if self.failures.late:      # what failed before goes last
-            due.sort(key=lambda row: to_text(row[1]) not in self.failures.late)
+        self.put_in_order(due)
         if names:
             due = [row for row in due if not self.clash(row, names)]
         self.progress.begin(len(due), size, oldest)
         return due
+
+    def put_in_order(self, due):
+        """By `order`, then by name; what failed before goes last; the first to go is the last row."""
+        for column in (1, 0):       # nothing behind the names is ever compared
+            due.sort(key=lambda row: row[column], reverse=True)
+        if self.failures.late:
+            due.sort(key=lambda row: to_text(row[1]) not in self.failures.late)
 
     # -- settle_max
 
@@ -12324,11 +12331,7 @@ class Worker:
         failures, suspended, share = 0, None, random.random()
         self.stop.bell = self.stop.bell or Bell()
         while True:
-            if self.lock.misplaced():
-                log.info('%s was replaced' % show(self.stream.directory), self.stream)
-                self.end()
-                self.told_apart = False
-                self.start()
+            self.follow_replaced()
             self.watch = Watch(self.stream.root)
             try:
                 result = self.one_pass(True)
@@ -12358,6 +12361,14 @@ class Worker:
                 self.stop.rest(pause)
             finally:
                 self.watch.close()
+
+    def follow_replaced(self):
+        """Where another directory has the name of the one that is locked, that one is locked now."""
+        if self.lock.misplaced():
+            log.info('%s was replaced' % show(self.stream.directory), self.stream)
+            self.end()
+            self.told_apart = False
+            self.start()
 
     def rest_between(self, result, pause):
         """Sleep until the next pass: until something that happened in a watched directory has
