@@ -4000,7 +4000,7 @@ class Transport:
     up_to_date      | the pass, while it scans  | looks again
     send            | the pass                  | sends again; what arrived whole may be kept
     finish          | proving, beside send()    | not: each part is finished once
-    remove, delete_missing, tidy | the pass     | finds nothing to do
+    delete, delete_missing, tidy | the pass     | finds nothing to do
     """
 
     mirrors = False             # mirror mode works
@@ -4053,9 +4053,13 @@ class Transport:
         one part after the other, in another thread than send()."""
         raise NotImplementedError
 
-    def remove(self, name):
-        """Delete one file of ours in target_dir."""
+    def delete(self, names):
+        """Delete files of ours in target_dir, those that are there."""
         raise NotImplementedError
+
+    def missing(self, what='is missing'):
+        return TargetError('the target directory %s %s' % (target_of(self.stream), what),
+                           'create it or mount it, or set create_directories = yes')
 
     def free_space(self):
         """Bytes free at the target, or None where nobody can tell."""
@@ -4249,9 +4253,6 @@ class Staging(Transport):
         """Rename, overwriting.  Raises ItemError when the target refuses."""
         raise NotImplementedError
 
-    def delete(self, paths):
-        raise NotImplementedError
-
     def make_directories(self, paths):
         """Make directories and their parents where they are missing.  Raises ItemError."""
         raise NotImplementedError
@@ -4270,7 +4271,8 @@ class Staging(Transport):
 
     def send(self, batch, ready):
         try:
-            self.ensure([self.area] if self.stream.staging == 'area' else [])
+            if self.stream.staging == 'area':
+                self.make_area()
         except ItemError as error:
             raise TargetError(error.message, error.hint)
         parts = list(batch.parts(self.PART_FILES, self.PART_SIZE))
@@ -4280,6 +4282,10 @@ class Staging(Transport):
                 self.clear_places(part)
             self.stage(part, [job for job in part.jobs if not job.error and not job.equal])
             ready(part, part is not parts[-1])
+
+    def make_area(self):
+        """The staging area, ready for files.  Raises ItemError."""
+        self.ensure([self.area])
 
     def make_jobs(self, batch):
         jobs = []
@@ -4740,12 +4746,17 @@ class Staging(Transport):
     def overwrite(self, job):
         self.rename(job.staged, job.final)
 
+    @staticmethod
+    def jobs_by_parcel(batch):
+        """Yield (parcel, its Jobs): there is one for each file, in the same order."""
+        jobs = iter(batch.jobs)
+        for parcel in batch.parcels:
+            yield parcel, [next(jobs) for entry in parcel.entries if entry.kind == 'f']
+
     def outcomes(self, batch):
-        jobs = iter(batch.jobs)                 # one for each file, in the same order
         linked = {job.entry.path: job.linked for job in batch.jobs if job.linked}
         answers = []
-        for parcel in batch.parcels:
-            mine = [next(jobs) for entry in parcel.entries if entry.kind == 'f']
+        for parcel, mine in self.jobs_by_parcel(batch):
             error = next((job.error for job in mine if job.error), None)
             single = mine[0] if mine and len(parcel.entries) == 1 else None
             checksum = 'sha256:' + single.digest if single and single.digest else None
@@ -4762,14 +4773,6 @@ class Staging(Transport):
         if self.stream.verify == 'accepted':
             return 'accepted'
         return self.hashing if all(job.hashed for job in jobs) else 'size'
-
-    def missing(self):
-        what = 'the target directory %s is missing or no directory' % target_of(self.stream, False)
-        return TargetError(what, 'may this account make it there?' if self.stream.create_directories else
-                           'create it or mount it, or set create_directories = yes')
-
-    def remove(self, name):
-        self.delete([name])
 
     def arrived(self, entries):
         if self.stream.staging != 'area':
@@ -5031,9 +5034,7 @@ class LocalTransport(Staging):
 
     def hold_back(self, batch):
         """An item of which a file is being written, or has changed, waits as a whole."""
-        jobs = iter(batch.jobs)
-        for parcel in batch.parcels:
-            mine = [next(jobs) for entry in parcel.entries if entry.kind == 'f']
+        for _, mine in self.jobs_by_parcel(batch):
             why = next((job.error for job in mine if isinstance(job.error, Changed)), None)
             for job in mine if why else ():
                 job.error = job.error or why
@@ -5356,11 +5357,11 @@ class LocalTransport(Staging):
         except FileExistsError:
             return False
         try:
-            right = self.linked_rightly(job, final)
+            right = job.entry.is_at(os.lstat(final))
             if not right:
                 os.unlink(final)
         except FileNotFoundError:       # a reader was quicker; what did it get?
-            right = job.taken = self.linked_rightly(job, source)
+            right = job.taken = job.entry.is_at(os.lstat(source))
         if not right:
             raise Changed('%s was replaced' % show(job.entry.path))
         return True
@@ -5431,12 +5432,6 @@ class LocalTransport(Staging):
         return ItemError('%s cannot be placed: %s' % (show(self.path(name)), error.strerror),
                          'can that file system hold such a name? may this account write there?')
 
-    @staticmethod
-    def linked_rightly(job, path):
-        info = os.lstat(path)
-        return (job.entry.dev, job.entry.ino, job.entry.size, job.entry.mtime_ns) == \
-            (info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns)
-
     def exists(self, path):
         try:
             os.lstat(self.path(path))
@@ -5478,7 +5473,7 @@ class LocalTransport(Staging):
             self.make_way(job.final)
             self.overwrite(job)
             return
-        if job.linked and self.linked_rightly(job, final):
+        if job.linked and job.entry.is_at(os.lstat(final)):
             self.check_apart(job)
             return                      # a crash came between the link and the release
         Staging.settle_conflict(self, batch, job, twin)
@@ -5549,7 +5544,7 @@ class LocalTransport(Staging):
         except OSError:
             self.copy_instead(job)
             return
-        if not self.linked_rightly(job, staged):
+        if not job.entry.is_at(os.lstat(staged)):
             os.unlink(staged)
             raise Changed('%s was replaced' % show(job.entry.path))
 
@@ -6198,11 +6193,7 @@ class RsyncTransport(Transport):
         found = self.look(names)
         if not found.pop(b'.'):
             if not self.stream.create_directories:
-                raise TargetError(
-                    'the target directory %s is missing' % target_of(self.stream, False),
-                    'create it or mount it, or set create_directories = yes' + (
-                        '; behind rrsync, target_dir is relative to the directory that it allows'
-                        if self.base.startswith(b'/') else ''))
+                raise self.missing()
             self.make_base()
         return {name for name, there in found.items() if there}
 
@@ -6520,9 +6511,6 @@ class RsyncTransport(Transport):
             return ItemError('%s was sent and is not at the target any more' % show(path),
                              'did somebody take it before it was proven there? it is sent again')
         return ItemError('%s was not taken by the target: %s' % (show(path), self.reason_for(path, push)))
-
-    def remove(self, name):
-        self.delete([name])
 
     def delete(self, names):
         """Names that do not exist here are deleted there: what exists here cannot be hit."""
@@ -6850,8 +6838,7 @@ class RcloneTransport(Transport):
                                       self.remote(self.area + b'/' if self.bucket else b''))
         if code in self.NOTHING_THERE:
             if not self.stream.create_directories:
-                raise TargetError('%s is missing' % target_of(self.stream),
-                                  'create it or mount it, or set create_directories = yes')
+                raise self.missing()
             code, _, reason = self.answer('mkdir', ['--s3-no-check-bucket=false'], self.remote())
         if code:
             raise TargetError('cannot look at %s: %s' % (target_of(self.stream), reason))
@@ -7119,8 +7106,9 @@ class RcloneTransport(Transport):
 
     # -- the rest
 
-    def remove(self, name):
-        self.answer('deletefile', [], self.remote(name))
+    def delete(self, names):
+        for name in names:
+            self.answer('deletefile', [], self.remote(name))
 
     def learned(self):
         yield 'hashes', 'made by the target of what it holds%s' % (
@@ -7378,7 +7366,7 @@ put() { place "$1" "$2" && rm -f -- "$1" && echo 1 || echo 0; }
         self.hashing = 'hashed there' if self.hash else 'read back'
         if b'base' not in lines:
             self.end_dialogue()
-            raise self.missing()
+            raise self.missing('is missing or no directory')
         if not self.hash:
             log.once('%s has no program for SHA-256: what has to be compared is read back' % (
                 self.stream.target_host), self.stream)
@@ -7399,7 +7387,7 @@ put() { place "$1" "$2" && rm -f -- "$1" && echo 1 || echo 0; }
             b'elif [ -d "${f%%/*}" ] && [ ! -x "${f%%/*}" ]; then echo 2; else echo 0; fi; done\n'
             b'[ -x . ] && echo yes\n' % self.words(paths))
         if answer[-1:] != [b'yes'] or len(answer) != len(paths) + 1:
-            raise self.missing()
+            raise self.missing('is missing or no directory')
         return [{b'1': True, b'0': False}.get(line) for line in answer[:-1]]
 
     def try_absence(self):
@@ -8270,7 +8258,7 @@ class SftpTransport(Staging):
         base, *found = self.session.run([(None, self.is_directory(b''))] + [
             (None, self.is_there(name)) for name in names + [unknown]])
         if not base:
-            raise self.missing()
+            raise self.missing('is missing or no directory')
         self.traits['absence',] = found.pop() is False
         if self.traits['absence',] and None not in found:
             return {name for name, there in zip(names, found) if there}
@@ -9064,8 +9052,7 @@ class FtpTransport(Staging):
         base = to_bytes(self.stream.target_base)
         if not line.command(b'CWD ' + base).done:
             if not self.stream.create_directories:
-                raise TargetError('the target directory %s is missing' % target_of(self.stream, False),
-                                  'create it, or set create_directories = yes')
+                raise self.missing()
             for step in prefixes(base):
                 line.command(b'MKD ' + step)        # whatever it says: CWD tells
             reply = line.command(b'CWD ' + base)
@@ -9478,15 +9465,11 @@ class FtpTransport(Staging):
 
     # -- learning, on a small file of ours
 
-    def send(self, batch, ready):
-        if not self.rehearsed and self.stream.staging == 'area':
-            try:
-                self.ensure([self.area])
-                self.rehearse()
-            except ItemError as error:
-                raise TargetError(error.message, error.hint)
+    def make_area(self):
+        Staging.make_area(self)
+        if not self.rehearsed:
+            self.rehearse()
             self.rehearsed = True
-        Staging.send(self, batch, ready)
 
     def rehearse(self):
         """Do with a small file what will be done with each: STOR, the proof, RNFR, RNTO, DELE.
@@ -12154,7 +12137,7 @@ class Worker:
             for outcome in self.transport.finish(parts[-1]):
                 if outcome.error:
                     raise outcome.error
-            self.transport.remove(name)
+            self.transport.delete([name])
         finally:
             os.unlink(os.path.join(spool, name))
 
