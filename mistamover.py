@@ -2205,16 +2205,16 @@ class Ledger:
             names = sorted(n for n in os.listdir(self.state_dir) if re.match(r'ledger-\d{4}-\d\d\.jsonl$', n))
         return [os.path.join(self.state_dir, name) for name in names[-months:]]
 
-    def read(self, months=0):
-        """Every record of the last `months` files (0: all), oldest first; a torn line is
-        skipped.  Raises StateError."""
+    def read(self, months=0, stream=None):
+        """Every record of the last `months` files (0: all), or those of one stream, by its name;
+        oldest first; a torn line is skipped.  Raises StateError."""
         for path in self.paths(months):
             with own_files('cannot read the ledger %s' % show(path)), \
                     open(path, encoding='ascii', errors='replace') as handle:
                 for line in handle:
                     with contextlib.suppress(ValueError):
                         record = from_json(line)
-                        if self.sound(record):
+                        if self.sound(record) and stream in (None, record.get('stream')):
                             yield record
 
     @staticmethod
@@ -4042,8 +4042,8 @@ class Transport:
             watch.close()
         return False
 
-    def send(self, batch, ready):
-        """Bring the bytes to the target under names nobody reads; ready(part, more, wait=True)
+    def send(self, batch, hand_on):
+        """Bring the bytes to the target under names nobody reads; hand_on(part, more, wait=True)
         is called with each part of the batch that can be finished, and whether another will
         come.  It answers False if it should not wait, and the part before is not finished yet."""
         raise NotImplementedError
@@ -4080,8 +4080,8 @@ class Transport:
     def check_listing(self):
         """Mirrors: raises TargetError if mirror_delete cannot list the target."""
 
-    def delete_missing(self, kept):
-        """Mirrors: delete what is at the target and not in `kept`; returns the names."""
+    def delete_missing(self, wanted):
+        """Mirrors: delete what is at the target and not in `wanted`; returns the names."""
         raise NotImplementedError
 
     def refusal(self, entries):
@@ -4232,7 +4232,7 @@ class Staging(Transport):
         """Whether anything has this name; None if the target does not say so clearly."""
         raise NotImplementedError
 
-    def exist(self, paths):
+    def exist_all(self, paths):
         """exists() of each, in order."""
         return [self.exists(path) for path in paths]
 
@@ -4269,7 +4269,7 @@ class Staging(Transport):
 
     # -- the one way to do it
 
-    def send(self, batch, ready):
+    def send(self, batch, hand_on):
         try:
             if self.stream.staging == 'area':
                 self.make_area()
@@ -4281,7 +4281,7 @@ class Staging(Transport):
             if self.stream.staging != 'area':
                 self.clear_places(part)
             self.stage(part, [job for job in part.jobs if not job.error and not job.equal])
-            ready(part, part is not parts[-1])
+            hand_on(part, part is not parts[-1])
 
     def make_area(self):
         """The staging area, ready for files.  Raises ItemError."""
@@ -4558,7 +4558,7 @@ class Staging(Transport):
         if not paths:
             return {}
         if not self.lists or self.trait('absence'):
-            return dict(zip(paths, self.exist(paths)))
+            return dict(zip(paths, self.exist_all(paths)))
         found = {}
         for directory in {parent_of(path) for path in paths}:
             names = self.listing(directory)
@@ -4596,7 +4596,7 @@ class Staging(Transport):
         """Whether a reader took a file away: it was proven, its rename was acknowledged, nothing
         has its name; and the target shows the new name of another file of ours there."""
         if oddities(os.path.basename(job.final)) or \
-                self.exist([job.final, job.staged]) != [False, False]:
+                self.exist_all([job.final, job.staged]) != [False, False]:
             return False
         marker = {to_bytes(self.stream.target_marker)} if self.stream.target_marker else set()
         return marker <= self.present(marker) and \
@@ -4716,7 +4716,7 @@ class Staging(Transport):
         """Rename what has the final name; the new name.  Raises ItemError unless it is found there."""
         backup = stamped(job.final)
         self.rename(job.final, backup)
-        if self.exist([job.final, backup]) != [False, True]:
+        if self.exist_all([job.final, backup]) != [False, True]:
             raise ItemError('%s: nobody can tell whether the file that was there is %s now' % (
                 show(job.final), show(backup)), 'look at the target, or set on_conflict = refuse')
         return backup
@@ -5651,15 +5651,15 @@ class LocalTransport(Staging):
         shutil.rmtree(self.path(self.area), ignore_errors=True)
         return not os.path.lexists(self.path(self.area))
 
-    def delete_missing(self, kept):
+    def delete_missing(self, wanted):
         gone, self.cleared = self.cleared, []
         same = {}                       # folded names of what is kept, if that ever matters
 
         def stays(relative):
-            if relative in kept or protected(relative, self.stream):
+            if relative in wanted or protected(relative, self.stream):
                 return True
             if not same:
-                same.update((folded(path), path) for path in kept)
+                same.update((folded(path), path) for path in wanted)
             return folded(relative) in same and self.trait('folds')
         gone += self.remove_below(b'', stays)
         if ('folds',) in self.traits:
@@ -5900,9 +5900,9 @@ class Push(Rows):
     PART_FILES = 1000           # at least, for each part costs such a login
     PART_SIZE = 1 << 30         # or as many bytes
 
-    def __init__(self, batch, ready, progress):
+    def __init__(self, batch, hand_on, progress):
         Rows.__init__(self, progress)
-        self.batch, self.ready = batch, ready
+        self.batch, self.hand_on = batch, hand_on
         self.awaited = {e.path: parcel for parcel in batch.parcels for e in parcel.entries}
         self.left = {id(parcel): len(parcel.entries) for parcel in batch.parcels
                      if len(parcel.entries) > 1}
@@ -5934,9 +5934,9 @@ class Push(Rows):
 
     def offer(self):
         """Hand on what has gone, if it is a part and the part before is finished."""
-        if self.ready and (self.files >= self.PART_FILES or self.size >= self.PART_SIZE) and \
+        if self.hand_on and (self.files >= self.PART_FILES or self.size >= self.PART_SIZE) and \
                 time.monotonic() - self.since >= self.PART_AFTER:
-            if self.ready(self.batch.part(self.gone), True, wait=False):
+            if self.hand_on(self.batch.part(self.gone), True, wait=False):
                 self.gone, self.files, self.size = [], 0, 0
 
     def end(self, done):
@@ -6257,16 +6257,16 @@ class RsyncTransport(Transport):
         """Only a mirror may believe rsync's own look at size and time."""
         return self.stream.mirror and self.stream.on_conflict == 'overwrite'
 
-    def send(self, batch, ready):
+    def send(self, batch, hand_on):
         self.ensure(batch.subdir)
         paths = [entry.path for entry in batch.entries]
-        push = Push(batch, ready if self.stream.move and self.overlaps else None, self.progress)
+        push = Push(batch, hand_on if self.stream.move and self.overlaps else None, self.progress)
         options = ['-i', '-i'] + self.fresh_only()
         if self.doubting:
             self.doubts.begin(push, paths)
         try:
             done = self.send_all(batch, paths, options, push)
-            ready(push.end(done), False)
+            hand_on(push.end(done), False)
         except BaseException:           # or the last part is never proven
             self.settle_doubts(push, paths)
             raise
@@ -6536,16 +6536,16 @@ class RsyncTransport(Transport):
             self.fail(done, 'mirror_delete cannot list %s' % target_of(self.stream))
         return listed
 
-    def delete_missing(self, kept):
+    def delete_missing(self, wanted):
         """List the target, then name what must go; a name that exists here by then is safe."""
         listed = self.check_listing()
         # a target that folds case or accents may show what is here under another name; else none
         # of these is left, and nothing needs to be folded
-        shown = {folded(path) for path in kept.difference(name for name, _ in listed)}
+        shown = {folded(path) for path in wanted.difference(name for name, _ in listed)}
         cleared, self.cleared = self.cleared, []
         return cleared + self.delete_all(self.stream.root, [
             (name, is_directory) for name, is_directory in listed
-            if name not in kept and not protected(name, self.stream) and
+            if name not in wanted and not protected(name, self.stream) and
             not (shown and folded(name) in shown)])
 
     def make_way(self, paths):
@@ -6902,9 +6902,9 @@ class RcloneTransport(Transport):
         code = match.group(1)[0] - 0x80
         return bytes([0x7f if code == 0x21 else code])
 
-    def send(self, batch, ready):
+    def send(self, batch, hand_on):
         self.try_names(batch.entries)
-        push = Push(batch, ready if self.overlaps else None, self.progress)
+        push = Push(batch, hand_on if self.overlaps else None, self.progress)
         push.refused = {}
         for parcel in batch.parcels:
             odd = [e.path for e in parcel.entries if not self.carried.get(self.odd(e.path), True)]
@@ -6922,7 +6922,7 @@ class RcloneTransport(Transport):
         parts = [e.path for e in files if self.in_parts(e)]
         for paths, condition in ((whole, 'If-None-Match: *'), (parts, None)):
             self.copy(batch, paths, ['--immutable', '--checksum'], condition, push.report)
-        ready(push.remainder(), False)
+        hand_on(push.remainder(), False)
 
     def in_parts(self, entry):
         """Whether S3 makes an object of several: then it has no hash of the whole, and no condition."""
@@ -7328,7 +7328,7 @@ put() { place "$1" "$2" && rm -f -- "$1" && echo 1 || echo 0; }
 
     def present(self, names):
         names = list(names)
-        return {name for name, there in zip(names, self.exist(names)) if there}
+        return {name for name, there in zip(names, self.exist_all(names)) if there}
 
     def start_dialogue(self):
         self.prepared = [self.new_feed()]       # its session begins while the first questions are asked
@@ -7381,7 +7381,7 @@ put() { place "$1" "$2" && rm -f -- "$1" && echo 1 || echo 0; }
             self.stream.target_host, error.message),
             'use transfer_protocol = sftp, or give it another login shell (chsh)')
 
-    def exist(self, paths):
+    def exist_all(self, paths):
         answer = self.talk.ask(
             b'cd -- "$B" && for f in %s; do if [ -e "$f" ] || [ -L "$f" ]; then echo 1\n'
             b'elif [ -d "${f%%/*}" ] && [ ! -x "${f%%/*}" ]; then echo 2; else echo 0; fi; done\n'
@@ -7391,7 +7391,7 @@ put() { place "$1" "$2" && rm -f -- "$1" && echo 1 || echo 0; }
         return [{b'1': True, b'0': False}.get(line) for line in answer[:-1]]
 
     def try_absence(self):
-        return self.exist([self.area, os.path.join(self.area, random_hex(8))]) == [True, False]
+        return self.exist_all([self.area, os.path.join(self.area, random_hex(8))]) == [True, False]
 
     PATTERNS = b'*', b'.[!.]*', b'..?*'         # all names; one that fits nothing is printed as it is
 
@@ -7726,7 +7726,7 @@ put() { place "$1" "$2" && rm -f -- "$1" && echo 1 || echo 0; }
         self.sync()             # before they have names: what is proven must survive a power cut there
 
     def exists(self, path):
-        return self.exist([path])[0]
+        return self.exist_all([path])[0]
 
     def sync(self):
         self.talk.ask(b'sync -f . 2>/dev/null || sync\n', self.hash_limit())
@@ -7874,7 +7874,7 @@ class SftpWork:
 
     def __init__(self, tasks):
         self.fresh = enumerate(tasks)
-        self.ready = collections.deque()        # tasks with requests to send
+        self.to_send = collections.deque()      # tasks with requests to send
         self.active = 0
         self.exhausted = False
         self.results = {}
@@ -8012,11 +8012,11 @@ class SftpSession:
     def packet_of(self, work):
         """The next packet of a work; one task after the other, so that few are half done."""
         while True:
-            if work.ready:
-                task = work.ready[0]
+            if work.to_send:
+                task = work.to_send[0]
                 packet = self.draw(task)
                 if packet is None or task.drawn == task.count:
-                    work.ready.popleft()
+                    work.to_send.popleft()
                     task.asked = None
                 if packet is not None:
                     return packet
@@ -8071,7 +8071,7 @@ class SftpSession:
             task.answers = [None] * (task.count or 0)
             task.drawn = 0
             task.asked = iter(asked)
-            task.work.ready.append(task)
+            task.work.to_send.append(task)
 
     def end_task(self, task, result):
         task.work.results[task.index] = result
@@ -8245,7 +8245,7 @@ class SftpTransport(Staging):
     def exists(self, path):
         return self.run(self.is_there(path))
 
-    def exist(self, paths):
+    def exist_all(self, paths):
         return self.session.run((self.sources.get(path), self.is_there(path)) for path in paths)
 
     def listing(self, directory):
@@ -8588,19 +8588,19 @@ class SftpTransport(Staging):
         one, two, three = (os.path.join(self.area, b'try-' + random_hex(4)) for _ in range(3))
         publish_by = 'look'
         good = yield from self.make_files([(one, b''), (two, b'22')])
-        if good and (yield from self.kept(self.to_rename(one, two), [(one, 0), (two, 2)], False)):
+        if good and (yield from self.behaves(self.to_rename(one, two), [(one, 0), (two, 2)], False)):
             publish_by = 'rename'
         elif good and b'hardlink@openssh.com' in self.session.extensions:
             one = os.path.join(self.area, b'try-' + random_hex(4))
             good = yield from self.make_files([(one, b'1')])
-            if good and (yield from self.kept(self.to_link(one, two), [(one, 1)], False)) and \
-                    (yield from self.kept(self.to_link(one, three), [(one, 1), (three, 1)], True)) and \
-                    (yield from self.kept((Fxp.REMOVE, self.path(one)), [(three, 1)], True)):
+            if good and (yield from self.behaves(self.to_link(one, two), [(one, 1)], False)) and \
+                    (yield from self.behaves(self.to_link(one, three), [(one, 1), (three, 1)], True)) and \
+                    (yield from self.behaves((Fxp.REMOVE, self.path(one)), [(three, 1)], True)):
                 publish_by = 'link'
         yield [(Fxp.REMOVE, self.path(name)) for name in (one, two, three)]
         self.publish_by = publish_by
 
-    def kept(self, request, sizes, good):
+    def behaves(self, request, sizes, good):
         """Make a request that should go well or not; whether it says so and these have their sizes."""
         answer, = yield [request]
         if (Fxp.good(answer)) != good:
@@ -9352,7 +9352,7 @@ class FtpTransport(Staging):
         with self.connection() as line:
             return self.is_there(line, path)
 
-    def exist(self, paths):
+    def exist_all(self, paths):
         """Of files; a directory that is in the way refuses the RNTO."""
         found = []
 
@@ -9384,7 +9384,7 @@ class FtpTransport(Staging):
             with self.connection() as line:
                 return self.names_in(line, directory)
         except TargetError:             # some hang up when they come to a name that is no UTF-8
-            self.exist([self.area])     # unless the target is in trouble
+            self.exist_all([self.area])     # unless the target is in trouble
             return None
 
     def names_in(self, line, directory):
@@ -9886,7 +9886,7 @@ class FtpTransport(Staging):
         try:
             return Staging.try_names(self, odd, name)
         except TargetError:             # some hang up when they get a name that is no UTF-8
-            self.exist([self.area])     # unless the target is in trouble
+            self.exist_all([self.area])     # unless the target is in trouble
             return False
 
 
@@ -10607,13 +10607,13 @@ class Delivery:
         self.failures = worker.failures
         self.releaser = worker.releaser
         self.result = Result()
-        self.ready = []                 # ready and check files whose item has been delivered
+        self.followers = []             # ready and check files whose item has been delivered
         self.lasts = []                 # Items of the markers inside of those
         self.answered = []              # (batch, outcomes) that wait for their sums
         self.dates = {}                 # name of such a file -> mtime_ns of its item
         self.connected = False
         self.connecting = Pipeline(self.connect)
-        self.releasing = Pipeline(self.finish)      # while one part is recorded and released,
+        self.releasing = Pipeline(self.record_and_release)  # while one part is recorded and released,
         self.proving = Pipeline(self.prove, self.releasing)     # the next is proven, the third sent
         self.seen = set()               # hashes of folded names that were sent in earlier batches
         self.open = collections.OrderedDict()   # name -> (place, Parcel): sent, not answered yet
@@ -10849,7 +10849,7 @@ class Delivery:
             known = self.worker.spent.record(entry)
             if known is not None:
                 self.ask_stop_files()
-                self.ready.append(entry)
+                self.followers.append(entry)
                 self.dates[entry.path] = known['mtime_ns']
         for entry in self.scanner.orphans if self.stream.move else ():
             known = self.worker.spent.record(entry)
@@ -10857,7 +10857,7 @@ class Delivery:
                 continue
             self.ask_stop_files()
             if self.stream.ready_file_send:
-                self.ready.append(entry)
+                self.followers.append(entry)
                 self.dates[entry.path] = known['mtime_ns']
             else:
                 self.drop_ready(entry)
@@ -10918,12 +10918,12 @@ class Delivery:
         """Whether the item was delivered after its check file was made: then a part of it may have been
         released before a crash."""
         made = item.check.ctime_ns / 1e9
-        return any(r['item'] == to_text(item.name) and r.get('stream') == self.stream.name and
-                   epoch(r['time']) >= made for r in self.worker.ledger.read() if r.get('time'))
+        return any(r['item'] == to_text(item.name) and epoch(r['time']) >= made
+                   for r in self.worker.ledger.read(stream=self.stream.name) if r.get('time'))
 
     def take_ready(self):
         """What follows its item: check files, ready files, markers; the last ones last."""
-        items = [Item(entry.path, [entry]) for entry in self.ready]
+        items = [Item(entry.path, [entry]) for entry in self.followers]
         for item in items + self.shared_checks() + self.lasts:
             if not self.up_to_date(item):
                 yield item
@@ -10942,7 +10942,7 @@ class Delivery:
 
     def report_absent(self, entry):
         """A shared check file goes, and names what never came.  Raises as CheckFiles.sums()."""
-        went = {r['item'] for r in self.worker.ledger.read() if r.get('stream') == self.stream.name}
+        went = {record['item'] for record in self.worker.ledger.read(stream=self.stream.name)}
         never = []
         for path in sorted(self.scanner.checks.sums(entry)) if self.stream.move else ():
             if not went.intersection(map(to_text, prefixes(path))):
@@ -11134,9 +11134,9 @@ class Delivery:
     def make_sums(self, batch, pairs):
         """({number of a pair: the Parcel of its checksum file, in the spool}, {number: its fault})."""
         sums, faults = {}, {}
-        followers = {entry.path for entry in self.ready + self.scanner.shared}
+        own = {entry.path for entry in self.followers + self.scanner.shared}
         for number, (parcel, outcome) in enumerate(pairs):
-            if outcome.error or not outcome.sent or parcel.item.name in followers or \
+            if outcome.error or not outcome.sent or parcel.item.name in own or \
                     any(parcel.item is item for item in self.lasts):
                 continue
             try:
@@ -11272,7 +11272,7 @@ class Delivery:
         else:
             self.releasing.put((batch, pairs))
 
-    def finish(self, proven):
+    def record_and_release(self, proven):
         batch, outcomes = proven
         good = [pair for pair in outcomes if pair[1].error is None]
         self.record(good)
@@ -11397,13 +11397,13 @@ class Delivery:
     def follow_with_ready(self, item):
         """Also where the item was there already: a crash may have come between the two."""
         if item.check and not (self.scanner.checks.inside or self.scanner.checks.shared):
-            self.ready.append(item.check)
+            self.followers.append(item.check)
             self.dates[item.check.path] = item.mtime_ns
         if item.last and not self.stream.zips:
             self.lasts.append(Item(item.name, [e for e in item.entries if e.kind == 'd'] + [item.last]))
             self.dates[item.name] = item.mtime_ns
         if item.ready and self.stream.ready_file_send:
-            self.ready.append(item.ready)
+            self.followers.append(item.ready)
             self.dates[item.ready.path] = item.mtime_ns
         elif item.ready and self.stream.move:
             self.drop_ready(item.ready)
@@ -12038,7 +12038,7 @@ class Caretaker:
 # ------------|----------------------------------------|------------------------------------------
 # main        | Supervisor.run(): signals, reload      | StopRequest, which locks itself
 # NAME        | Worker.run(): the passes of one stream | state_dir by Ledger, SharedJson, Alerts
-# pipeline    | Delivery.connect, .prove, .finish      | the Delivery: one value at a time each, and
+# pipeline    | Delivery.connect, .prove, .record_...  | the Delivery: one value at a time each, and
 #             |                                        | who drains it waits; Transport: see there
 # ssh, rsync, | Program._read: what a child prints     | Program.chunks, a queue
 #   ...       |                                        |
@@ -12161,9 +12161,8 @@ class Worker:
     def copies(self):
         """{path: (SHA-256, wall time)} of what settle_max sent last.  Raises StateError."""
         return {to_bytes(record['item']): (record['checksum'][7:], epoch(record['time']))
-                for record in self.ledger.read(2)
-                if record.get('stream') == self.stream.name and record['outcome'] == 'copied' and
-                (record.get('checksum') or '').startswith('sha256:')}
+                for record in self.ledger.read(2, self.stream.name)
+                if record['outcome'] == 'copied' and (record.get('checksum') or '').startswith('sha256:')}
 
     def delivered_trees(self):
         """{name: snapshot} of what was delivered as a zip and perhaps not released, by the ledger;
@@ -12171,8 +12170,7 @@ class Worker:
         if self.zipped is None:
             self.zipped = {
                 record['item']: record['snapshot'] if record.get('outcome') == 'delivered' else None
-                for record in self.ledger.read(2)
-                if record.get('stream') == self.stream.name and record.get('snapshot')}
+                for record in self.ledger.read(2, self.stream.name) if record.get('snapshot')}
         return self.zipped
 
     def sweep(self):
