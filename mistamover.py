@@ -9905,6 +9905,17 @@ TRANSPORTS = {
 # 15  delivery: the straight line
 # ----------------------------------------------------------------------------------------
 
+def make_incoming(stream):
+    """The incoming directory, made if it is missing and may be made.  Raises StateError if it cannot
+    be used."""
+    trouble = directory_trouble('the directory', stream.root)
+    if trouble and not (trouble[0] == errno.ENOENT and stream.create_directories):
+        raise StateError(*trouble[1:])
+    if trouble:
+        with own_files('cannot make %s' % show(stream.directory)):
+            os.makedirs(stream.root, exist_ok=True)
+
+
 def in_window(window, now):
     """Whether a local time lies in a transfer window, which may go past midnight."""
     if window is None:
@@ -10660,12 +10671,7 @@ class Delivery:
     def prepare(self):
         """Make directories that may be made, finish what a crash left."""
         stream = self.stream
-        trouble = directory_trouble('the directory', stream.root)
-        if trouble and trouble[0] != errno.ENOENT:
-            raise StateError(*trouble[1:])
-        if trouble and stream.create_directories:
-            with own_files('cannot make %s' % show(stream.directory)):
-                os.makedirs(stream.root)
+        make_incoming(stream)
         if stream.move:
             self.releaser.recover()
             self.releaser.remove_fresh()
@@ -12145,11 +12151,7 @@ class Worker:
 
     def start(self):
         """Take the lock and read what earlier runs left.  Raises LockedError, StateError."""
-        trouble = directory_trouble('the directory', self.stream.root)
-        if trouble and not (trouble[0] == errno.ENOENT and self.stream.create_directories):
-            raise StateError(*trouble[1:])
-        with own_files('cannot make %s' % show(self.stream.directory)):
-            os.makedirs(self.stream.root, exist_ok=True)
+        make_incoming(self.stream)
         make_private_directory(self.state_dir)
         self.lock.acquire()
         self.sweep()
@@ -13298,17 +13300,8 @@ def wait_for_report(reader):
     os._exit(code)
 
 
-def detach(config):
-    """Go to the background; returns report(exit code or None, text) in the child only.
-
-    The parent waits for the report: None once a stream runs, else why none does.
-    """
-    if WINDOWS:
-        raise ConfigError('--background does not work on Windows', 'use the task scheduler')
-    if not config.settings.log_file:
-        raise ConfigError('--background needs a log_file in [mistamover]', 'else nobody hears of it')
-    make_private_directory(config.settings.state_dir)
-    path = os.path.join(config.settings.state_dir, 'mistamover.pid')
+def fork_twice():
+    """Go to the background; in the child only: a descriptor for the report that the parent waits for."""
     reader, writer = os.pipe()
     if os.fork():
         os.close(writer)
@@ -13320,7 +13313,21 @@ def detach(config):
     null = os.open(os.devnull, os.O_RDWR)
     for fd in (0, 1, 2):
         os.dup2(null, fd)
-    reported = []
+    return writer
+
+
+def detach(config):
+    """Go to the background; returns report(exit code or None, text) in the child only.
+
+    The parent waits for the report: None once a stream runs, else why none does.
+    """
+    if WINDOWS:
+        raise ConfigError('--background does not work on Windows', 'use the task scheduler')
+    if not config.settings.log_file:
+        raise ConfigError('--background needs a log_file in [mistamover]', 'else nobody hears of it')
+    make_private_directory(config.settings.state_dir)
+    path = os.path.join(config.settings.state_dir, 'mistamover.pid')
+    writer, reported = fork_twice(), []
 
     def report(code, text=''):
         if not reported:
