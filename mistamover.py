@@ -4199,6 +4199,14 @@ class Staging(Transport):
             self.staged = self.digest = self.error = None
             self.equal = self.linked = self.taken = False
 
+        @contextlib.contextmanager
+        def own_faults(self):
+            """What is this file's own trouble is noted here, and goes no further."""
+            try:
+                yield
+            except (Changed, ItemError) as error:
+                self.error = error
+
     def __init__(self, *args, **kwargs):
         Transport.__init__(self, *args, **kwargs)
         self.traits = {}            # (name, ...) -> what an experiment showed; of one connection
@@ -4321,11 +4329,9 @@ class Staging(Transport):
                 self.sending = {to_bytes(name) for name in from_json(handle.read().decode())}
             self.sending = self.sending or set()
         for job in jobs if self.stream.staging == 'none' else ():
-            try:
+            with job.own_faults():
                 if not job.error:
                     self.clear_way(batch, job)
-            except (ItemError, Changed) as error:
-                job.error = error
         self.note_sending({job.staged for job in jobs if not job.error and not job.equal}, ())
 
     def sending_path(self):
@@ -4427,10 +4433,8 @@ class Staging(Transport):
         twins = batch.twins([job.entry.path for job in refused]) if refused else ()
         for job in refused:
             if not job.error:
-                try:
+                with job.own_faults():
                     self.settle_conflict(batch, job, job.entry.path in twins)
-                except (ItemError, Changed) as error:
-                    job.error = error
         self.confirm([job for job in jobs if not job.error and not job.linked])
         self.delete([job.staged for job in jobs if job.error and job.staged])
         if jobs:
@@ -4633,23 +4637,24 @@ class Staging(Transport):
             chosen = [job for job in jobs if job.hashed == hashed]
             found = self.measure([job.staged for job in chosen], hashed) if chosen else {}
             for job in chosen:
-                try:
-                    if isinstance(found.get(job.staged), ItemError):
-                        raise found[job.staged]
-                    size, digest = found.get(job.staged, (None, None))
-                    if size not in (None, job.entry.size) or job.staged not in found:
-                        job.error = ItemError('%s did not arrive whole (%s of %d bytes)' % (
-                            show(job.final), 'nothing' if size is None else size, job.entry.size))
-                        wrong.append(job.staged)
-                    elif hashed and digest != self.digest(batch, job):
-                        job.error = IntegrityError('%s arrived damaged' % show(job.final))
-                        wrong.append(job.staged)
-                    elif hashed:
-                        job.digest = digest
-                except (Changed, ItemError) as error:
-                    job.error = error
+                with job.own_faults():
+                    self.compare(batch, job, found.get(job.staged), hashed)
+                if job.error:
                     wrong.append(job.staged)
         self.delete(wrong)
+
+    def compare(self, batch, job, there, hashed):
+        """there: what measure() found under its staged name.  Raises ItemError, Changed."""
+        if isinstance(there, ItemError):
+            raise there
+        size, digest = there or (None, None)
+        if not there or size not in (None, job.entry.size):
+            raise ItemError('%s did not arrive whole (%s of %d bytes)' % (
+                show(job.final), 'nothing' if size is None else size, job.entry.size))
+        if hashed and digest != self.digest(batch, job):
+            raise IntegrityError('%s arrived damaged' % show(job.final))
+        if hashed:
+            job.digest = digest
 
     def settle_conflict(self, batch, job, twin):
         """Something has the final name; twin: perhaps another file of this batch, at a target that
@@ -5042,7 +5047,7 @@ class LocalTransport(Staging):
 
     def stage_one(self, batch, job, together):
         job.equal = self.stream.mirror and self.looks_like(job.entry, job.final, True)
-        try:
+        with job.own_faults():
             if job.equal:
                 self.progress.sent(job.entry.size)
             elif job.linked:
@@ -5054,8 +5059,6 @@ class LocalTransport(Staging):
                 if parent_of(job.final) in self.beyond:
                     job.staged = self.beside(job)
                 self.copy(batch, job, not together or parent_of(job.final) in self.beyond)
-        except (Changed, ItemError) as error:
-            job.error = error
 
     @contextlib.contextmanager
     def synced_together(self, jobs):
@@ -7520,12 +7523,10 @@ put() { place "$1" "$2" && rm -f -- "$1" && echo 1 || echo 0; }
         found = []
         for job in jobs:
             job.hashed = True
-            try:
+            with job.own_faults():
                 if not job.error and (job.staged not in there or
                                       there[job.staged][1] != self.digest(batch, job)):
                     found.append(job)
-            except (Changed, ItemError) as error:
-                job.error = error
         return found
 
     def refuse(self, jobs, reason):
@@ -7555,11 +7556,9 @@ put() { place "$1" "$2" && rm -f -- "$1" && echo 1 || echo 0; }
             if job.hashed:
                 digest.update(block)
         feed.write(tar_head(job.staged[len(self.area) + 1:], entry.size, self.mode_of(entry), entry.mtime_ns))
-        try:
+        with job.own_faults():
             copy_entry(batch.root, entry, write, self.stop)
             job.digest = digest.hexdigest() if job.hashed else None
-        except (Changed, ItemError) as error:
-            job.error = error
         feed.write(bytes(entry.size - sent + -entry.size % 512))
         self.progress.sent(sent)
 
@@ -7596,12 +7595,10 @@ put() { place "$1" "$2" && rm -f -- "$1" && echo 1 || echo 0; }
             feed.write(block)
             digest.update(block)
             self.progress.sent(len(block))
-        try:
+        with job.own_faults():
             copy_prefix(batch.root, job.entry, digest, start, self.stop)
             copy_entry(batch.root, job.entry, write, self.stop, start)
             job.digest = digest.hexdigest() if job.hashed else None
-        except (Changed, ItemError) as error:
-            job.error = error
 
     # -- the bytes, by the scp program
 
@@ -9521,8 +9518,11 @@ class FtpTransport(Staging):
             return
         reply, data = self.download(line, b'RETR ' + self.name(probe))
         if not reply.done or data != content:
-            raise TargetError('nothing can be proven at %s: RETR: %s' % (target_of(self.stream), reply),
-                              self.blind_hint())
+            raise self.unproven(reply)
+
+    def unproven(self, reply):
+        return TargetError('nothing can be proven at %s: RETR: %s' % (target_of(self.stream), reply),
+                           self.blind_hint())
 
     def blind_hint(self):
         return 'an account that may not read needs verify = %s' % ('size' if self.looker else 'accepted')
@@ -9545,8 +9545,7 @@ class FtpTransport(Staging):
         if not self.looker and not self.hasher and self.stream.verify != 'accepted':
             reply, _ = self.download(line, b'RETR ' + self.name(job.staged), len)
             if not reply.done:
-                raise TargetError('nothing can be proven at %s: RETR: %s' % (target_of(self.stream), reply),
-                                  self.blind_hint())
+                raise self.unproven(reply)
         self.rehearsed = True
 
     def asked_hash(self, line, path, row):
@@ -10851,22 +10850,21 @@ class Delivery:
         """Ready files follow their item: of one that did its work and is still here, a crash came
         between the two.  Any other waits for its item to come."""
         self.result.unready = self.scanner.unready
-        for entry in self.scanner.lonely if self.stream.move else ():
-            known = self.worker.spent.record(entry)
-            if known is not None:
-                self.ask_stop_files()
-                self.followers.append(entry)
-                self.dates[entry.path] = known['mtime_ns']
-        for entry in self.scanner.orphans if self.stream.move else ():
+        dropped = set() if self.stream.ready_file_send else set(self.scanner.orphans)
+        for entry in self.scanner.lonely + self.scanner.orphans if self.stream.move else ():
             known = self.worker.spent.record(entry)
             if known is None:
                 continue
             self.ask_stop_files()
-            if self.stream.ready_file_send:
-                self.followers.append(entry)
-                self.dates[entry.path] = known['mtime_ns']
-            else:
+            if entry in dropped:
                 self.drop_ready(entry)
+            else:
+                self.follow(entry, known['mtime_ns'])
+
+    def follow(self, entry, mtime_ns):
+        """A ready or check file goes after its item, to the same place by date."""
+        self.followers.append(entry)
+        self.dates[entry.path] = mtime_ns
 
     def look_again(self, due):
         """Yield the items of such rows, if they still are what they were."""
@@ -11403,14 +11401,12 @@ class Delivery:
     def follow_with_ready(self, item):
         """Also where the item was there already: a crash may have come between the two."""
         if item.check and not (self.scanner.checks.inside or self.scanner.checks.shared):
-            self.followers.append(item.check)
-            self.dates[item.check.path] = item.mtime_ns
+            self.follow(item.check, item.mtime_ns)
         if item.last and not self.stream.zips:
             self.lasts.append(Item(item.name, [e for e in item.entries if e.kind == 'd'] + [item.last]))
             self.dates[item.name] = item.mtime_ns
         if item.ready and self.stream.ready_file_send:
-            self.followers.append(item.ready)
-            self.dates[item.ready.path] = item.mtime_ns
+            self.follow(item.ready, item.mtime_ns)
         elif item.ready and self.stream.move:
             self.drop_ready(item.ready)
 
