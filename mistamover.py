@@ -10601,6 +10601,11 @@ ORDER_KEYS = {'oldest': lambda item: item.mtime_ns, 'newest': lambda item: -item
               'name': lambda item: 0}
 
 
+# What is due, as a scan found it: key (by `order`), name, ready (the Entry of its ready file),
+# is_directory, item (None: it is looked at again before it goes)
+Due = collections.namedtuple('Due', 'key name ready is_directory item')
+
+
 class Delivery:
     """One pass over one stream."""
 
@@ -10721,9 +10726,8 @@ class Delivery:
     # -- scan, settle
 
     def scan_and_settle(self, patient):
-        """What is due, as rows of (key, name, its ready entry, whether it is a directory, Item),
-        the first to go last.  A file that is opened before it goes needs no second look and is
-        held, while they are few: there may be a million."""
+        """What is due, a list of Due, the first to go last.  A file that is opened before it goes needs
+        no second look and is held, while they are few: there may be a million."""
         self.progress.enter('scanning', save=False)
         now, wall = time.monotonic(), self.worker.wall()
         settler = self.worker.settler
@@ -10755,7 +10759,7 @@ class Delivery:
                 if self.stream.zips:
                     names.add(item.name)
                 hold = self.stream.move and not item.is_directory and len(due) < self.HELD
-                due.append((key(item), item.name, item.ready, item.is_directory, item if hold else None))
+                due.append(Due(key(item), item.name, item.ready, item.is_directory, item if hold else None))
         for name in gone:
             self.failures.forget(name)
         self.worker.tell_of_staying(self.scanner.staying)
@@ -10768,10 +10772,10 @@ class Delivery:
 
     def put_in_order(self, due):
         """By `order`, then by name; what failed before goes last; the first to go is the last row."""
-        for column in (1, 0):       # nothing behind the names is ever compared
-            due.sort(key=lambda row: row[column], reverse=True)
+        due.sort(key=lambda row: row.name, reverse=True)
+        due.sort(key=lambda row: row.key, reverse=True)
         if self.failures.late:
-            due.sort(key=lambda row: to_text(row[1]) not in self.failures.late)
+            due.sort(key=lambda row: to_text(row.name) not in self.failures.late)
 
     # -- settle_max
 
@@ -10838,8 +10842,8 @@ class Delivery:
 
     def clash(self, row, names):
         """A directory `a` beside a file `a.zip`: both would be a.zip at the target."""
-        name, is_directory = row[1], row[3]
-        other = name + b'.zip' if is_directory else name[:-4] if name.endswith(b'.zip') else None
+        name = row.name
+        other = name + b'.zip' if row.is_directory else name[:-4] if name.endswith(b'.zip') else None
         if other not in names:
             return False
         self.fail(name, ItemError('%s and %s would have one name at the target' % (
@@ -10870,12 +10874,13 @@ class Delivery:
         """Yield the items of such rows, if they still are what they were."""
         now = time.monotonic()
         while due:
-            _, name, ready, _, item = due.pop()
+            row = due.pop()
+            name, item = row.name, row.item
             if item is None:
                 item = self.scanner.look(name)
                 if item is None:
                     continue
-                item.ready = ready
+                item.ready = row.ready
                 item.check = self.scanner.checks and self.scanner.checks.of(name)
                 if item.fault:
                     self.fail(name, item.fault)
