@@ -4057,9 +4057,11 @@ class Transport:
         """Delete files of ours in target_dir, those that are there."""
         raise NotImplementedError
 
-    def missing(self, what='is missing'):
-        return TargetError('the target directory %s %s' % (target_of(self.stream), what),
-                           'create it or mount it, or set create_directories = yes')
+    def missing(self, what='is missing', more=''):
+        """more: to be added to the hint."""
+        return TargetError('the target directory %s %s' % (target_of(self.stream, False), what),
+                           'may this account make it there?' if self.stream.create_directories else
+                           'create it or mount it, or set create_directories = yes' + more)
 
     def free_space(self):
         """Bytes free at the target, or None where nobody can tell."""
@@ -5598,7 +5600,7 @@ class LocalTransport(Staging):
             if os.path.lexists(path) and (os.path.islink(path) or not os.path.isdir(path)):
                 # a link may lead anywhere, on purpose: only a person can tell
                 if self.stream.move or os.path.isdir(path):
-                    raise ItemError('%s: something else is at the target' % show(path),
+                    raise ItemError('%s: something else has that name at the target' % show(path),
                                     'rename or remove it')
                 self.make_way(final)
             self.ensure([parent_of(final)])
@@ -6196,7 +6198,8 @@ class RsyncTransport(Transport):
         found = self.look(names)
         if not found.pop(b'.'):
             if not self.stream.create_directories:
-                raise self.missing()
+                raise self.missing(more='; behind rrsync, target_dir is relative to the directory that '
+                                        'it allows' if self.base.startswith(b'/') else '')
             self.make_base()
         return {name for name, there in found.items() if there}
 

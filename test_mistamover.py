@@ -2889,7 +2889,7 @@ mm.LocalTransport.rename = refuse
         write(os.path.join(world.source, 'day', 'sub', 'f'), b'f')
         os.symlink('f', os.path.join(world.source, 'day', 'link'))
         before = tree(elsewhere)
-        self.assertIn('something else is at the target', self.assert_run(world, 1).output)
+        self.assertIn('something else has that name', self.assert_run(world, 1).output)
         self.assertEqual(tree(elsewhere), before)
 
     def test_a_file_that_grows_is_not_followed(self):
