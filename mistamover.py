@@ -10566,7 +10566,7 @@ class Result:
     def __init__(self):
         self.items = self.bytes = 0         # delivered
         self.copied = 0                     # of those that never rest
-        self.kept = 0                       # delivered, but changed and so not released
+        self.withheld = 0                   # delivered, but changed and so not released
         self.failed = 0
         self.settling = []                  # names that are still changing, or too fresh
         self.busy = []                      # names that somebody has open, or that changed
@@ -10578,18 +10578,18 @@ class Result:
     @property
     def disturbed(self):
         """Whether the pass itself may have changed something in the directory."""
-        return bool(self.items or self.kept or self.failed or self.quarantined)
+        return bool(self.items or self.withheld or self.failed or self.quarantined)
 
     @property
     def idle(self):
         """Whether nothing was done, and nothing is there that time alone makes due."""
-        return not (self.items or self.kept or self.failed or self.settling or self.busy or
+        return not (self.items or self.withheld or self.failed or self.settling or self.busy or
                     self.waiting or self.quarantined)
 
     def line(self):
         parts = ['delivered %s (%s) in %s' % (count_of(self.items, 'item'), format_size(self.bytes),
                                               format_duration(self.seconds))]
-        for number, text in ((self.failed, 'failed'), (self.kept, 'changed meanwhile and kept'),
+        for number, text in ((self.failed, 'failed'), (self.withheld, 'changed meanwhile and kept'),
                              (len(self.settling) + len(self.busy), 'still settling'),
                              (self.waiting, 'waiting to be tried again'),
                              (self.unready, 'waiting for the ready file'),
@@ -10647,8 +10647,8 @@ class Delivery:
         self.copying = set()            # those under way
         self.any_there = False          # mirror: whether anything was at the target already
 
-    def run(self, patient):
-        """The straight line.  patient: items that failed before wait for their own back-off.
+    def run(self, backing_off):
+        """The straight line.  backing_off: items that failed before wait for their own back-off.
 
         Raises TargetError, Suspended, Interrupted; returns a Result.
         """
@@ -10658,7 +10658,7 @@ class Delivery:
             for duty in (self.leave, self.proving.drain, self.connecting.drain):
                 stack.callback(duty)
             self.ask_here()                     # a share need not be scanned for nothing
-            due = self.scan_and_settle(patient)
+            due = self.scan_and_settle(backing_off)
             if self.any_there:
                 self.ask_stop_files()           # nothing is due, but all the same
             for source in (lambda: self.look_again(due), lambda: self.take_ready()):
@@ -10728,7 +10728,7 @@ class Delivery:
 
     # -- scan, settle
 
-    def scan_and_settle(self, patient):
+    def scan_and_settle(self, backing_off):
         """What is due, a list of Due, the first to go last.  A file that is opened before it goes needs
         no second look and is held, while they are few: there may be a million."""
         self.progress.enter('scanning', save=False)
@@ -10741,7 +10741,7 @@ class Delivery:
             if gone:
                 gone.difference_update(to_text(name) for name in (
                     item.name, item.ready.path if item.ready else item.name))
-            if patient and self.failures.must_wait(item.name, wall):
+            if backing_off and self.failures.must_wait(item.name, wall):
                 self.result.waiting += 1
             elif item.fault:
                 self.fail(item.name, item.fault)
@@ -11387,7 +11387,7 @@ class Delivery:
         if reasons:
             links = [outcome.linked[e.path] for e in item.files if e.path in outcome.linked]
             word = 'withdrawn' if any(link.taken_back for link in links) else 'kept'
-            self.result.kept += 1
+            self.result.withheld += 1
             log.info('; '.join(reasons[:3]), self.stream)
             self.worker.ledger.append(self.lines([(parcel, outcome)], word))
             return 0
@@ -12199,11 +12199,11 @@ class Worker:
                 self.progress.save()    # while the status is still ours to write
             self.lock.release()
 
-    def one_pass(self, patient):
+    def one_pass(self, backing_off):
         """Raises TargetError (with the connection given up), Suspended, Interrupted."""
         delivery = Delivery(self)
         try:
-            result = delivery.run(patient)
+            result = delivery.run(backing_off)
         except Suspended:
             self.waits.hold(self.wall())
             self.waits.save(True)
@@ -12226,7 +12226,7 @@ class Worker:
             self.state.alerts.turn('target:' + self.stream.name, False, 'info',
                                    'Stream %s delivers to %s again.' % (
                                        self.stream.name, target_of(self.stream)))
-        if result.items or result.failed or result.kept or not patient:
+        if result.items or result.failed or result.withheld or not backing_off:
             log.info(result.line(), self.stream)
         return result
 
