@@ -41,13 +41,14 @@ Where it is decided, by what a reader asks first:
     when a stop file is asked for           Delivery.ask_here, Delivery.ask_there
     when a zip is made, and not again       Delivery.parcel, by Worker.delivered_trees
     how a file gets its final name          Staging.finish; rsync and rclone: their finish
-    what happens to a name that is taken    Staging.make_backup, RsyncTransport.refused
+    what happens to a name that is taken    conflict_step, then Staging.settle_conflict,
+                                            RsyncTransport.send_again, RcloneTransport.replace
     the name of a backup                    stamped
     whose fault a failure is                next_step, asked by Delivery.judge_suspects
     what goes into quarantine               Failures.hopeless, then Delivery.quarantine
     when a source is deleted, and how       Delivery.release, by Releaser.release
     what a crash left, on both sides        Releaser.recover, Transport.tidy
-    when the next try is                    Worker.pause_after
+    when the next try is                    backoff, by Worker.pause_after, Failures.must_wait
     what --check tries                      check_steps; what --explain knows: explain
     the exit code                           Worker.once, Supervisor.run
 """

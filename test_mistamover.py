@@ -8871,8 +8871,9 @@ class Documents(Case):
         self.assertIn(b'moved run001.dat, 6 B', done.stdout)
 
     def test_what_the_first_lines_of_the_program_name_is_there(self):
-        names = re.findall(r'\b[A-Z]\w+\.\w+|\b(?:stamped|next_step|check_\w+|explain)\b',
-                           mm.__doc__.split('Where it is decided')[1])
+        names = re.findall(
+            r'\b[A-Z]\w+\.\w+|\b(?:stamped|next_step|conflict_step|backoff|check_\w+|explain)\b',
+            mm.__doc__.split('Where it is decided')[1])
         self.assertGreater(len(names), 25)
         for name in names:
             self.assertTrue(callable(functools.reduce(getattr, name.split('.'), mm)), name)
