@@ -2995,7 +2995,7 @@ class Watch:
 
     Where nobody can tell, it says yes: outside Linux, on a file system that others change as
     well, when there are many directories or the kernel has no watch left, or when something
-    was mounted.  What makes no event (a mapping, another hard link) is seen by the scan that
+    was mounted there.  What makes no event (a mapping, another hard link) is seen by the scan that
     comes every LOOK_ANYWAY seconds.  For one thread.
     """
 
@@ -3047,7 +3047,7 @@ class Watch:
     def stirred(self):
         """Whether anything happened that was not our own doing, or nobody can tell: 'written' if
         files were only written to, else 'changed'; None if nothing did."""
-        if self.fd is None or (self.look(), mounts()) != (self.place, self.mounts):
+        if self.fd is None or self.look() != self.place or self.remounted():
             return 'changed'
         happened = None
         while True:
@@ -3063,6 +3063,23 @@ class Watch:
                         return 'changed'
                     happened = 'written'
                 events = events[end:]
+
+    def remounted(self):
+        """Whether something was mounted or unmounted above, at or below one of the directories;
+        what others mount elsewhere is their own business."""
+        before, self.mounts = self.mounts, mounts()
+        return before != self.mounts and self.near(before) != self.near(self.mounts)
+
+    def near(self, table):
+        """{(device, mount point)} of what concerns one of the directories."""
+        places = [os.path.join(os.path.realpath(path), b'') for path in self.added | {self.root}]
+        found = set()
+        for words in map(bytes.split, table.splitlines()):
+            point = re.sub(rb'\\([0-7]{3})', lambda m: bytes([int(m.group(1), 8)]), words[4])
+            below = os.path.join(point, b'')
+            if any(place.startswith(below) or below.startswith(place) for place in places):
+                found.add((words[2], point))
+        return found
 
     def close(self):
         if self.fd is not None:

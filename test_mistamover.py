@@ -3564,6 +3564,27 @@ class Watching(Doctored):
         watch.add(b'/proc')                 # another file system below this one
         self.assertTrue(watch.stirred())
 
+    def test_what_others_mount_elsewhere_is_no_news(self):
+        root = tempfile.mkdtemp(dir=BASE)
+        watch = mm.Watch(mm.to_bytes(root))
+        self.addCleanup(watch.close)
+        watch.add(mm.to_bytes(root))
+        place = os.path.join(tempfile.mkdtemp(dir=BASE), 'with space')
+        os.mkdir(place)
+        before = mm.mounts()
+        if subprocess.call(['mount', '-t', 'tmpfs', 'tmpfs', place], stderr=subprocess.DEVNULL):
+            self.skipTest('this account may not mount')
+        self.addCleanup(subprocess.call, ['umount', place], stderr=subprocess.DEVNULL)
+        self.assertNotEqual(mm.mounts(), before)
+        self.assertFalse(watch.stirred())
+        other = mm.Watch(mm.to_bytes(place))
+        self.addCleanup(other.close)
+        other.add(mm.to_bytes(place))
+        subprocess.check_call(['mount', '-t', 'tmpfs', 'tmpfs', place])
+        self.addCleanup(subprocess.call, ['umount', place], stderr=subprocess.DEVNULL)
+        self.assertTrue(other.stirred())
+        self.assertFalse(watch.stirred())
+
     def test_what_is_mounted_is_noticed_though_it_makes_no_event(self):
         for name in (b'', b'sub'):
             top, watch = self.watched()
