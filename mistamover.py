@@ -1783,6 +1783,16 @@ def overlap(one, two):
     return paths[0].startswith(paths[1]) or paths[1].startswith(paths[0])
 
 
+def rivals(config):
+    """Yield the pairs of streams of which one may replace what the other has just delivered: both
+    deliver into one place, and a name cannot be asked for and taken in one step."""
+    for number, one in enumerate(config.streams):
+        for two in config.streams[number + 1:]:
+            if overlap(one, two) and any(
+                    s.protocol.replaces or s.on_conflict == 'overwrite' for s in (one, two)):
+                yield one, two
+
+
 def check_mirror_delete(config, stream):
     """What a mirror deletes must be its own: not what was moved there, nor what others keep."""
     def fail(message, hint):
@@ -4029,6 +4039,7 @@ class Transport:
     littered = False            # an earlier run ended in the middle: more for tidy() to look for
     takes = 'network'           # words of the option table's column `need` that it fulfils
     modules = ()                # what it imports where it needs it
+    replaces = False            # its last step may replace what another sender has put there meanwhile
     knows_own_copies = False    # replaces what settle_max sent before without a backup, by its hash
     overlaps = True             # sending takes so long that the part before is finished meanwhile
     asks_at_once = False        # present() costs nothing
@@ -8919,6 +8930,7 @@ class FtpTransport(Staging):
     it says something else of what is there; any other answer is doubt.
     """
 
+    replaces = True             # RNTO on most servers
     takes = 'network host password password_file tls chmod parallel staging'
     modules = ('ssl',)
     forbidden = b'\r\n\0'
@@ -12588,6 +12600,10 @@ class Supervisor:
         for stream in self.config.streams:
             if stream.status == 'stopped':
                 log.info('status = stopped', stream)
+        for one, two in rivals(self.config):
+            log.warning('stream %s delivers into the same place: of two files of one name that come at the '
+                        'same moment one may replace the other (give each its own target_dir, or set '
+                        'on_conflict = backup)' % two.name, one)
         if self.daemon:
             threading.Thread(target=self.caretaker.run, args=(self.stop,), name='care',
                              daemon=True).start()

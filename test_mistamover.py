@@ -2172,6 +2172,20 @@ class Conflicts(Case):
 
 
 @spread
+class Rivals(Case):
+    def test_two_streams_into_one_place_are_warned_of_where_one_may_replace_the_other(self):
+        world = self.world('local')
+        other = os.path.join(world.top, 'other')
+        os.mkdir(other)
+        for conflict, said in (('overwrite', 1), ('backup', 0)):
+            world.configure(on_conflict=conflict)
+            with open(world.ini, 'a') as handle:
+                handle.write('[stream:t]\ntransfer_protocol = local\ndirectory = %s\ntarget_dir = %s/below\n'
+                             'create_directories = yes\n' % (other, world.target))
+            done = self.assert_run(world, 0)
+            self.assertEqual(done.output.count('s: stream t delivers into the same place'), said, str(done))
+
+
 class Twins(Case):
     """Names that are one at the target: nothing that was delivered is overwritten by the other."""
 
