@@ -12155,7 +12155,10 @@ class Worker:
                 found = self.transport.present(names | {marker})
         except OSError as error:
             if self.stream.move:
-                raise StateError('cannot tell target_dir from the directory: %s' % error.strerror)
+                hints = {errno.EACCES: 'what was delivered is deleted there: change its permissions',
+                         errno.EROFS: 'mount it for writing, or set transfer_mode = mirror'}
+                raise StateError('cannot write in the directory %s: %s' % (
+                    show(self.stream.directory), error.strerror), hints.get(error.errno, ''))
             return self.transport.present(names)    # a read-only source is mirrored, not eaten
         if marker in found:
             raise TargetError('target_dir is the incoming directory itself', 'fix target_dir')
@@ -12356,7 +12359,7 @@ class Worker:
                     log.info('goes on', self.stream)
                 suspended = None
                 if failures:
-                    log.info('%s is back' % target_of(self.stream), self.stream)
+                    log.info('works again, after %s' % count_of(failures, 'failure'), self.stream)
                 failures = 0
                 worked = result.items or result.quarantined
                 self.progress.enter('settling' if result.settling else 'idle')

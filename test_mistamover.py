@@ -3769,7 +3769,7 @@ mm.Delivery.leave = leave
                  'the status')
         os.makedirs(world.target)
         wait_for(lambda: len(tree(world.target)) == 20 and not world.leftovers(), 'the recovery')
-        wait_for(lambda: 'is back' in world.said(), 'the good news')
+        wait_for(lambda: 'works again' in world.said(), 'the good news')
         process.terminate()
         self.ended(process)
         self.assertEqual(world.said().count('ERROR'), 1, world.said())
@@ -4478,7 +4478,7 @@ class BadNetwork(Invariants):
         wait_for(lambda: '(try 3)' in world.said(), 'the third try')
         proxy.set('pass')
         wait_for(lambda: not tree(world.source) and not world.leftovers(), 'the recovery', 60)
-        wait_for(lambda: 'is back' in world.said(), 'the good news')
+        wait_for(lambda: 'works again' in world.said(), 'the good news')
         process.terminate()
         self.ended(process)
         self.assertEqual(world.said().count('ERROR'), 1, world.said())
@@ -8739,6 +8739,20 @@ class Status(Case):
 
 
 class Explaining(Case):
+    def test_a_directory_that_may_not_be_written_is_named(self):
+        if os.geteuid() == 0:
+            raise unittest.SkipTest('root may write everywhere')
+        world = self.world('local', retry_count='1')
+        write(os.path.join(world.source, 'item'), b'item')
+        os.chmod(world.source, 0o555)
+        try:
+            output = self.assert_run(world, 1).output
+        finally:
+            os.chmod(world.source, 0o755)
+        self.assertIn('cannot write in the directory %s: Permission denied (what was delivered is deleted '
+                      'there: change its permissions)' % world.source, output)
+        self.assertEqual((contents(tree(world.source)), tree(world.target)), ({b'item': b'item'}, {}))
+
     def test_explain(self):
         world = self.world('local', settle_time='1h', only='*.dat', ready_file=None)
         write(os.path.join(world.source, 'fresh.dat'), b'', time.time())
