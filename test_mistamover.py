@@ -2360,17 +2360,18 @@ mm.Releaser.release_open, mm.Releaser.discard = release_open, discard
             world = self.world('local', directories='zip')
             for name in ('a', 'sub/b', 'c'):
                 write(os.path.join(world.source, 'day', name), name.encode())
-            done = self.doctored(world, """
-import os, signal
-real = mm.Releaser.discard
-def discard(self, name, *args):
-    if %r == 'after':
-        real(self, name, *args)
-    if name == b'b':
-        os.kill(os.getpid(), signal.SIGKILL)
-    real(self, name, *args)
-mm.Releaser.discard = discard
-""" % moment)
+
+            def doctor():
+                real = mm.Releaser.discard
+                def discard(self, name, *args):
+                    if moment == 'after':
+                        real(self, name, *args)
+                    if name == b'b':
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    real(self, name, *args)
+                mm.Releaser.discard = discard
+
+            done = self.doctored(world, doctor)
             self.assertEqual(done.code, -9, str(done))
             self.assert_run(world, 0)
             self.assertEqual(tree(world.source), {})
@@ -2511,15 +2512,16 @@ mm.TRANSPORTS[%r].finish = finish
             world = self.world(site)
             for name in ('a', 'b', 'c'):
                 write(os.path.join(world.source, 'day', name), name.encode())
-            done = self.doctored(world, """
-import os, shutil, signal
-def dying(self, *args):
-    if %r:
-        path = os.path.join(SOURCE, '.mistamover-release', 'day', %r)
-        (os.unlink if %r else shutil.rmtree)(path)
-    os.kill(os.getpid(), signal.SIGKILL)
-mm.Releaser.%s = dying
-""" % (deleted is not None, deleted or '', bool(deleted), verb))
+
+            def doctor():
+                def dying(self, *args):
+                    if deleted is not None:
+                        path = os.path.join(world.source, '.mistamover-release', 'day', deleted or '')
+                        (os.unlink if bool(deleted) else shutil.rmtree)(path)
+                    os.kill(os.getpid(), signal.SIGKILL)
+                setattr(mm.Releaser, verb, dying)
+
+            done = self.doctored(world, doctor)
             self.assertEqual(done.code, -9, str(done))
             self.assert_run(world, 0)
             self.assertEqual(tree(world.source), {})
@@ -2673,13 +2675,14 @@ class Options(Doctored):
         world = self.world(site)
         write(os.path.join(world.source, 'item'), b'item')
         write(os.path.join(world.source, 'dir', 'item'), b'item')
-        done = self.doctored(world, """
-import os
-def refuse(*args, **kwargs):
-    raise PermissionError(13, 'Permission denied')
-real = os.rename
-os.rename = lambda a, b, **k: refuse() if k or b'release' in mm.to_bytes(b) else real(a, b)
-""")
+
+        def doctor():
+            def refuse(*args, **kwargs):
+                raise PermissionError(13, 'Permission denied')
+            real = os.rename
+            os.rename = lambda a, b, **k: refuse() if k or b'release' in mm.to_bytes(b) else real(a, b)
+
+        done = self.doctored(world, doctor)
         self.assertEqual(done.code, 1, str(done))
         self.assertIn('was delivered, but cannot be deleted', done.output)
         self.assertEqual(len(tree(world.source)), 3)
@@ -2850,10 +2853,12 @@ class Combinations(Doctored):
         world = self.world('local', on_conflict='overwrite', target_chmod='644')
         for name in ('run/DATA.bin', 'run/data.bin'):
             write(os.path.join(world.source, name), name.encode())
-        self.assertEqual(self.doctored(world, """
-real = mm.LocalTransport.path
-mm.LocalTransport.path = lambda self, relative: real(self, relative.lower())
-""").code, 0)
+
+        def doctor():
+            real = mm.LocalTransport.path
+            mm.LocalTransport.path = lambda self, relative: real(self, relative.lower())
+
+        self.assertEqual(self.doctored(world, doctor).code, 0)
         self.assertEqual(tree(world.source), {})
         self.assertEqual(sorted(v for v in contents(tree(world.target)).values() if v != 'directory'),
                          [b'run/DATA.bin', b'run/data.bin'])
@@ -2863,11 +2868,13 @@ mm.LocalTransport.path = lambda self, relative: real(self, relative.lower())
         write(os.path.join(world.source, 'f'), b'today')
         write(os.path.join(world.target, 'f'), b'yesterday')
         for _ in range(2):
-            done = self.doctored(world, """
-def refuse(self, old, new):
-    raise mm.ItemError('no')
-mm.LocalTransport.rename = refuse
-""")
+
+            def doctor():
+                def refuse(self, old, new):
+                    raise mm.ItemError('no')
+                mm.LocalTransport.rename = refuse
+
+            done = self.doctored(world, doctor)
             self.assertEqual(done.code, 1, str(done))
             self.assertIn('ERROR   s: no', done.output)
         self.assertEqual((contents(tree(world.source)), contents(tree(world.target))),
@@ -3162,18 +3169,20 @@ mm.Ledger.read = lambda self, *months: print('READ') or read(self, *months)
             write(os.path.join(world.source, name), b'x', before)
             os.utime(os.path.join(world.source, os.path.dirname(name)), (before, before))
         # renamed in from elsewhere long ago, but its directory has just been used
-        done = self.doctored(world, """
-import os, time
-real = mm.Scanner.scan
-def scan(self, watch=None):
-    os.rename(os.path.join(SOURCE, 'new/deep/file'), os.path.join(SOURCE, 'new/deep/file2'))
-    os.rename(os.path.join(SOURCE, 'new/deep/file2'), os.path.join(SOURCE, 'new/deep/file'))
-    return real(self, watch)
-mm.Scanner.scan = scan
-mm.Settler.settled = lambda self, item, now: True
-for top in ('old', 'old/deep'):
-    os.utime(os.path.join(SOURCE, top), (time.time() - 100,) * 2)
-""")
+
+        def doctor():
+            real = mm.Scanner.scan
+            def scan(self, watch=None):
+                path = os.path.join(world.source, 'new/deep/file')
+                os.rename(path, path + '2')
+                os.rename(path + '2', path)
+                return real(self, watch)
+            mm.Scanner.scan = scan
+            mm.Settler.settled = lambda self, item, now: True
+            for top in ('old', 'old/deep'):
+                os.utime(os.path.join(world.source, top), (time.time() - 100,) * 2)
+
+        done = self.doctored(world, doctor)
         self.assertEqual(done.code, 0, str(done))
         self.assertEqual(contents(tree(world.source)), {b'new': 'directory', b'new/deep': 'directory'})
 
@@ -3216,10 +3225,11 @@ class Companions(Doctored):
             item, ready = (os.path.join(world.source, name) for name in ('run1', 'run1.done'))
             write(item, b'first', OLD)
             write(ready, b'', OLD)
-            done = self.doctored(world, """
-import os
-mm.Delivery.follow_with_ready = lambda self, item: os._exit(9)
-""")
+
+            def doctor():
+                mm.Delivery.follow_with_ready = lambda self, item: os._exit(9)
+
+            done = self.doctored(world, doctor)
             self.assertEqual((done.code, sorted(tree(world.source))),
                              (9, [b'.mistamover-release', b'run1.done']))
             write(item, b'half of the sec', OLD + 5)
@@ -3241,10 +3251,11 @@ mm.Delivery.follow_with_ready = lambda self, item: os._exit(9)
         world = self.world('local', ready_file='{name}.done')
         for name in ('run1', 'run1.done', 'day/file', 'day.done'):
             write(os.path.join(world.source, name), name.encode())
-        done = self.doctored(world, """
-import os
-mm.Releaser.release = lambda self, item, linked: os._exit(9)
-""")
+
+        def doctor():
+            mm.Releaser.release = lambda self, item, linked: os._exit(9)
+
+        done = self.doctored(world, doctor)
         self.assertEqual(done.code, 9)
         self.assertEqual(len(contents(tree(world.source))), 5)
         self.assert_run(world, 0)
@@ -3284,15 +3295,16 @@ mm.Releaser.release = lambda self, item, linked: os._exit(9)
         world = self.world('local', items='files')
         for name in ('day/x', 'fine/y'):
             write(os.path.join(world.source, name), b'x')
-        done = self.doctored(world, """
-import os
-real = os.scandir
-def scandir(path):
-    if isinstance(path, bytes) and path.endswith(b'/day'):
-        raise PermissionError(13, 'Permission denied', path)
-    return real(path)
-os.scandir = scandir
-""")
+
+        def doctor():
+            real = os.scandir
+            def scandir(path):
+                if isinstance(path, bytes) and path.endswith(b'/day'):
+                    raise PermissionError(13, 'Permission denied', path)
+                return real(path)
+            os.scandir = scandir
+
+        done = self.doctored(world, doctor)
         self.assertEqual(done.code, 1, str(done))
         self.assertIn('day cannot be read', done.output)
         self.assertEqual(contents(tree(world.target)), {b'fine': 'directory', b'fine/y': b'x'})
@@ -3367,7 +3379,13 @@ class OneAtATime(Doctored):
             write(os.path.join(world.source, 'f%02d' % number), b'%d' % number * 100000)
         before = tree(world.source)
         # each answer about stop files is too old at once: it is asked for during the push, too
-        done = self.doctored(world, 'mm.Push.PART_AFTER = 0; mm.Push.PART_FILES = 2\nmm.STOP_FILE_AGE = 0\n')
+
+        def doctor():
+            mm.Push.PART_AFTER = 0
+            mm.Push.PART_FILES = 2
+            mm.STOP_FILE_AGE = 0
+
+        done = self.doctored(world, doctor)
         self.assertEqual(done.code, 0, str(done))
         self.assertNotIn('ERROR', done.output)
         self.assertEqual((tree(world.source), tree(world.target)), ({}, before))
@@ -3623,18 +3641,19 @@ class Watching(Doctored):
         world = self.world('rsync_native')
         world.configure(transfer_mode='mirror', pause_time='0.01s')
         write(os.path.join(world.source, 'item'), b'item')
-        done = self.doctored(world, """
-import os, signal
-real, passes = mm.Worker.one_pass, []
-def one_pass(self, patient):
-    passes.append(1)
-    if len(passes) == 4:
-        os.unlink(os.path.join(TARGET, 'item'))
-    if len(passes) == 6:
-        os.kill(os.getpid(), signal.SIGTERM)
-    return real(self, patient)
-mm.Worker.one_pass = one_pass
-""", '--daemon')
+
+        def doctor():
+            real, passes = mm.Worker.one_pass, []
+            def one_pass(self, patient):
+                passes.append(1)
+                if len(passes) == 4:
+                    os.unlink(os.path.join(world.target, 'item'))
+                if len(passes) == 6:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                return real(self, patient)
+            mm.Worker.one_pass = one_pass
+
+        done = self.doctored(world, doctor, '--daemon')
         self.assertEqual(done.code, 143, str(done))
         self.assertEqual(contents(tree(world.target)), {b'item': b'item'})
 
@@ -3644,26 +3663,27 @@ mm.Worker.one_pass = one_pass
         world.configure(transfer_mode='mirror', items='files', pause_time='0.01s', mirror_delete='yes')
         for name in ('top', 'deep/er/one', 'deep/two'):
             write(os.path.join(world.source, name), mm.to_bytes(name))
-        done = self.doctored(world, """
-import os, signal
-real_scan, real_stirred, asked = mm.Scanner.scan, mm.Watch.stirred, []
-def scan(self, watch):
-    print('scan after', len(asked))
-    return real_scan(self, watch)
-def stirred(self):
-    asked.append(1)
-    if len(asked) == 20:
-        with open(os.path.join(SOURCE, 'deep/er/one'), 'a') as handle:
-            handle.write(' more')
-    if len(asked) == 40:
-        os.unlink(os.path.join(SOURCE, 'deep/two'))
-    if len(asked) == 60:
-        os.unlink(os.path.join(TARGET, 'deep/er/one'))
-    if len(asked) == 80:
-        os.kill(os.getpid(), signal.SIGTERM)
-    return real_stirred(self)
-mm.Scanner.scan, mm.Watch.stirred = scan, stirred
-""", '--daemon')
+
+        def doctor():
+            real_scan, real_stirred, asked = mm.Scanner.scan, mm.Watch.stirred, []
+            def scan(self, watch):
+                print('scan after', len(asked))
+                return real_scan(self, watch)
+            def stirred(self):
+                asked.append(1)
+                if len(asked) == 20:
+                    with open(os.path.join(world.source, 'deep/er/one'), 'a') as handle:
+                        handle.write(' more')
+                if len(asked) == 40:
+                    os.unlink(os.path.join(world.source, 'deep/two'))
+                if len(asked) == 60:
+                    os.unlink(os.path.join(world.target, 'deep/er/one'))
+                if len(asked) == 80:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                return real_stirred(self)
+            mm.Scanner.scan, mm.Watch.stirred = scan, stirred
+
+        done = self.doctored(world, doctor, '--daemon')
         self.assertEqual(done.code, 143, str(done))
         self.assertEqual([line for line in done.output.splitlines() if line.startswith('scan')],
                          ['scan after ' + n for n in '0 0 20 20 40 60 60'.split()], str(done))
@@ -3726,14 +3746,16 @@ class Daemons(Doctored):
             for number in range(3):
                 write(os.path.join(world.source, 'file%d' % number), b'file')
             os.link(os.path.join(world.source, 'file0'), os.path.join(world.source, 'twin'))
-            done = self.doctored(world, """
-real = mm.Delivery.leave
-def leave(self):
-    print('noted', len(self.releaser.changed), end=' ')
-    real(self)
-    print('left', len(self.releaser.changed))
-mm.Delivery.leave = leave
-""")
+
+            def doctor():
+                real = mm.Delivery.leave
+                def leave(self):
+                    print('noted', len(self.releaser.changed), end=' ')
+                    real(self)
+                    print('left', len(self.releaser.changed))
+                mm.Delivery.leave = leave
+
+            done = self.doctored(world, doctor)
             self.assertEqual(done.code, 0, str(done))
             self.assertIn('noted %d left 0' % most, done.output)
             self.assertEqual(tree(world.source), {})
@@ -3810,14 +3832,15 @@ class Starting(Doctored):
         world = self.world(site)
         fill(world.source)
         write(os.path.join(world.target, 'plain.dat'), b'other')
-        done = self.doctored(world, """
-import threading
-class Finder:
-    def find_spec(self, name, path=None, target=None):
-        if threading.current_thread() is not threading.main_thread():
-            print('FIRST IN A THREAD', name)
-sys.meta_path.insert(0, Finder())
-""")
+
+        def doctor():
+            class Finder:
+                def find_spec(self, name, path=None, target=None):
+                    if threading.current_thread() is not threading.main_thread():
+                        print('FIRST IN A THREAD', name)
+            sys.meta_path.insert(0, Finder())
+
+        done = self.doctored(world, doctor)
         self.assertNotIn('FIRST IN A THREAD', done.output)
         self.assertNotIn(b'plain.dat', tree(world.source))
 
@@ -3903,11 +3926,14 @@ sys.meta_path.insert(0, Finder())
             self.skipTest('no more than %d descriptors here' % hard)
         world = self.world(site)
         write(os.path.join(world.source, 'item'), b'item' * 50000)
-        done = self.doctored(world, """
-import os, resource
-resource.setrlimit(resource.RLIMIT_NOFILE, (2048, 2048))
-taken = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
-""")
+
+        def doctor():
+            import resource
+            resource.setrlimit(resource.RLIMIT_NOFILE, (2048, 2048))
+            for _ in range(1100):
+                os.open(os.devnull, os.O_RDONLY)
+
+        done = self.doctored(world, doctor)
         self.assertEqual((done.code, tree(world.source)), (0, {}), str(done))
         self.assertEqual(contents(tree(world.target)), {b'item': b'item' * 50000})
 
@@ -4563,15 +4589,17 @@ class Parts(Invariants):
     def test_released_while_the_rest_is_sent(self, site):
         world = self.world(site, bandwidth_limit='1M', on_conflict='refuse' if site == 'rsync_ssh' else None)
         originals = self.many(world)
-        done = self.doctored(world, """
-import os
-mm.Push.PART_AFTER = 0; mm.Push.PART_FILES = 20
-real = mm.Push.end
-def end(self, done):
-    print('still here at the end of the push: %d' % len(os.listdir(SOURCE)))
-    return real(self, done)
-mm.Push.end = end
-""")
+
+        def doctor():
+            mm.Push.PART_AFTER = 0
+            mm.Push.PART_FILES = 20
+            real = mm.Push.end
+            def end(self, done):
+                print('still here at the end of the push: %d' % len(os.listdir(world.source)))
+                return real(self, done)
+            mm.Push.end = end
+
+        done = self.doctored(world, doctor)
         self.assert_all_delivered(world, originals, done)
         left = int(re.search(r'end of the push: (\d+)', done.output).group(1))
         self.assertLess(left, 350, str(done))
@@ -4582,13 +4610,15 @@ mm.Push.end = end
         for name in ('one/a', 'one/b', 'two/a', 'two/b'):
             write(os.path.join(world.source, name), b'data')
         before = tree(world.source)
-        done = self.doctored(world, """
-real = mm.RsyncTransport.send
-def send(self, batch, ready):
-    print('a push of %s' % ' and '.join(mm.show(p.item.name) for p in batch.parcels))
-    return real(self, batch, ready)
-mm.RsyncTransport.send = send
-""")
+
+        def doctor():
+            real = mm.RsyncTransport.send
+            def send(self, batch, ready):
+                print('a push of %s' % ' and '.join(mm.show(p.item.name) for p in batch.parcels))
+                return real(self, batch, ready)
+            mm.RsyncTransport.send = send
+
+        done = self.doctored(world, doctor)
         self.assertEqual(done.code, 0, str(done))
         self.assertEqual(re.findall('a push of (.*)', done.output), ['one and two'], str(done))
         self.assertEqual((tree(world.source), tree(world.target)), ({}, before))
@@ -4658,20 +4688,22 @@ mm.RsyncTransport.finish = finish
     @slow
     @on_sites(each=True)
     def test_a_kill_between_two_parts(self, site):
-        for moment in ('Ledger.append', 'Releaser.release'):
+        for owner, verb in ((mm.Ledger, 'append'), (mm.Releaser, 'release')):
             world = self.world(site, target_chmod='644' if site == 'local' else None)
             originals = self.many(world, 60, 3000)
-            done = self.doctored(world, """
-import os, signal
-mm.Push.PART_AFTER = 0; mm.Push.PART_FILES = mm.Staging.PART_FILES = 10
-real, calls = mm.%s, []
-def dying(self, *args):
-    calls.append(args)
-    if len(calls) == (2 if real.__name__ == 'append' else 25):
-        os.kill(os.getpid(), signal.SIGKILL)
-    return real(self, *args)
-mm.%s = dying
-""" % (moment, moment))
+
+            def doctor():
+                mm.Push.PART_AFTER = 0
+                mm.Push.PART_FILES = mm.Staging.PART_FILES = 10
+                real, calls = getattr(owner, verb), []
+                def dying(self, *args):
+                    calls.append(args)
+                    if len(calls) == (2 if verb == 'append' else 25):
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    return real(self, *args)
+                setattr(owner, verb, dying)
+
+            done = self.doctored(world, doctor)
             self.assertEqual(done.code, -9, str(done))
             self.assert_nothing_lost(world, originals, str(done))
             done = wait_for(lambda: Kills.undisturbed(world), 'the stream to be free', 60)
@@ -4717,15 +4749,18 @@ mm.%s = dying
         world = self.world(site, bandwidth_limit='1M' if rsync else None,
                            target_chmod='644' if site == 'local' else None)
         originals = self.many(world)
-        done = self.doctored(world, """
-mm.Push.PART_AFTER = 0; mm.Push.PART_FILES = mm.Staging.PART_FILES = 20
-cls = mm.TRANSPORTS[%r]
-real = cls.finish
-def finish(self, batch):
-    open(SOURCE + '/.stop', 'w').close()
-    return real(self, batch)
-cls.finish = finish
-""" % world.options['transfer_protocol'])
+
+        def doctor():
+            mm.Push.PART_AFTER = 0
+            mm.Push.PART_FILES = mm.Staging.PART_FILES = 20
+            cls = mm.TRANSPORTS[world.options['transfer_protocol']]
+            real = cls.finish
+            def finish(self, batch):
+                open(world.source + '/.stop', 'w').close()
+                return real(self, batch)
+            cls.finish = finish
+
+        done = self.doctored(world, doctor)
         self.assertEqual(done.code, 0, str(done))
         self.assertIn('suspended: .stop in', done.output)
         os.unlink(os.path.join(world.source, '.stop'))
@@ -4814,18 +4849,19 @@ class RsyncPushes(Invariants):
     def test_what_we_damaged_is_not_refused(self, site):
         world = self.world(site, on_conflict='refuse', retry_count='1')
         write(os.path.join(world.source, 'precious'), b'exists once')
-        done = self.doctored(world, """
-import os
-real = mm.RsyncTransport.push
-def damaging(self, *args, **kwargs):
-    answer = real(self, *args, **kwargs)
-    path = os.path.join(TARGET, 'precious')
-    with open(path, 'r+b') as handle:
-        handle.write(b'#')
-    os.utime(path, (%d, %d))
-    return answer
-mm.RsyncTransport.push = damaging
-""" % (OLD, OLD))
+
+        def doctor():
+            real = mm.RsyncTransport.push
+            def damaging(self, *args, **kwargs):
+                answer = real(self, *args, **kwargs)
+                path = os.path.join(world.target, 'precious')
+                with open(path, 'r+b') as handle:
+                    handle.write(b'#')
+                os.utime(path, (OLD, OLD))
+                return answer
+            mm.RsyncTransport.push = damaging
+
+        done = self.doctored(world, doctor)
         self.assertEqual(done.code, 1, str(done))
         self.assertIn('arrived damaged', done.output)
         self.assertEqual(held_at_source(world), {b'precious': b'exists once'})
@@ -5074,16 +5110,17 @@ class OtherRsyncs(Doctored):
     def test_a_reader_that_takes_what_arrives(self, site):
         world = self.world(site)
         write(os.path.join(world.source, 'taken'), b'content')
-        done = self.doctored(world, """
-import os
-real = mm.TRANSPORTS['rsync_ssh'].push
-def push(self, *args, **kwargs):
-    answer = real(self, *args, **kwargs)
-    if os.path.exists(os.path.join(TARGET, 'taken')):
-        os.unlink(os.path.join(TARGET, 'taken'))
-    return answer
-mm.TRANSPORTS['rsync_ssh'].push = push
-""")
+
+        def doctor():
+            real = mm.TRANSPORTS['rsync_ssh'].push
+            def push(self, *args, **kwargs):
+                answer = real(self, *args, **kwargs)
+                if os.path.exists(os.path.join(world.target, 'taken')):
+                    os.unlink(os.path.join(world.target, 'taken'))
+                return answer
+            mm.TRANSPORTS['rsync_ssh'].push = push
+
+        done = self.doctored(world, doctor)
         self.assertEqual(done.code, 1, str(done))
         self.assertIn('taken was sent and is not at the target any more (did somebody take it', done.output)
         self.assertEqual(held_at_source(world), {b'taken': b'content'})
@@ -5315,12 +5352,15 @@ class FtpTargets(Invariants):
         extra = tried.split()
         world = self.world('ftp')
         self.arriving(world, one=b'one')
-        done = self.doctored(world, """
-real = mm.FtpLine.tell
-def tell(self, commands):
-    print(*['#' + command.split()[0].decode() for command in commands])
-    real(self, commands)
-mm.FtpLine.tell = tell""")
+
+        def doctor():
+            real = mm.FtpLine.tell
+            def tell(self, commands):
+                print(*['#' + command.split()[0].decode() for command in commands])
+                real(self, commands)
+            mm.FtpLine.tell = tell
+
+        done = self.doctored(world, doctor)
         said = re.findall('#([A-Z]+)', done.output)
         self.assertEqual(contents(tree(world.target)), {b'one': b'one'})
         for command in plain + extra + ['SIZE']:            # the last is of a name that cannot exist
@@ -5349,14 +5389,17 @@ mm.FtpLine.tell = tell""")
     def test_a_read_error_in_the_part_that_is_resumed(self):
         world = self.world('ftp', retry_count='1')
         self.arriving(world, bad=b'x' * (9 << 20), good=b'good')
-        done = self.doctored(world, """
-mm.FtpTransport.part_there = lambda self, line, job: 7 if job.entry.path == b'bad' else 0
-real = mm.os.read
-def read(fd, count):
-    if count == 7:
-        raise OSError(5, 'Input/output error')
-    return real(fd, count)
-mm.os.read = read""")
+
+        def doctor():
+            mm.FtpTransport.part_there = lambda self, line, job: 7 if job.entry.path == b'bad' else 0
+            real = mm.os.read
+            def read(fd, count):
+                if count == 7:
+                    raise OSError(5, 'Input/output error')
+                return real(fd, count)
+            mm.os.read = read
+
+        done = self.doctored(world, doctor)
         self.assertEqual(done.code, 1, str(done))
         self.assertIn('bad cannot be read: Input/output error', done.output)
         self.assertEqual((contents(tree(world.target)), list(tree(world.source))),
@@ -5377,21 +5420,24 @@ mm.os.read = read""")
         files = {'large %d' % number: os.urandom(1 << 20) for number in range(3)}
         files.update(('small %d' % number, b'small') for number in range(10))
         self.arriving(world, **files)
-        done = self.doctored(world, """
-real = mm.FtpTransport.hear_out
-def hear_out(line, trouble):
-    reply = real(line, trouble)
-    if mm.sizes.pop(line, 0) > 100000:
-        print('hung up')
-        raise EOFError('the server hung up')
-    return reply
-mm.sizes = {}
-upload = mm.FtpTransport.upload_now
-def upload_now(self, line, path, content, start, size):
-    mm.sizes[line] = size
-    return upload(self, line, path, content, start, size)
-mm.FtpTransport.upload_now = upload_now
-mm.FtpTransport.hear_out = staticmethod(hear_out)""")
+
+        def doctor():
+            real = mm.FtpTransport.hear_out
+            def hear_out(line, trouble):
+                reply = real(line, trouble)
+                if mm.sizes.pop(line, 0) > 100000:
+                    print('hung up')
+                    raise EOFError('the server hung up')
+                return reply
+            mm.sizes = {}
+            upload = mm.FtpTransport.upload_now
+            def upload_now(self, line, path, content, start, size):
+                mm.sizes[line] = size
+                return upload(self, line, path, content, start, size)
+            mm.FtpTransport.upload_now = upload_now
+            mm.FtpTransport.hear_out = staticmethod(hear_out)
+
+        done = self.doctored(world, doctor)
         self.assertEqual(done.output.count('hung up'), 3, str(done))
         self.assertEqual(done.code, 0, str(done))
         self.assertEqual((tree(world.source), contents(tree(world.target)), world.leftovers()),
@@ -5450,13 +5496,16 @@ mm.FtpTransport.hear_out = staticmethod(hear_out)""")
         """A dozen small files and a login of a second: as few as do, while the first works."""
         world = self.world('ftp')
         self.arriving(world, **{'file %d' % number: b'small' for number in range(12)})
-        done = self.doctored(world, """
-real = mm.FtpTransport.log_in
-def log_in(self, line, what):
-    print('a login')
-    mm.time.sleep(1)
-    real(self, line, what)
-mm.FtpTransport.log_in = log_in""")
+
+        def doctor():
+            real = mm.FtpTransport.log_in
+            def log_in(self, line, what):
+                print('a login')
+                mm.time.sleep(1)
+                real(self, line, what)
+            mm.FtpTransport.log_in = log_in
+
+        done = self.doctored(world, doctor)
         self.assertEqual(done.code, 0, str(done))
         self.assertLessEqual(done.output.count('a login'), 2, str(done))
         self.assertEqual((tree(world.source), len(tree(world.target))), ({}, 12))
@@ -5625,14 +5674,15 @@ class Sums(Doctored):
                 name = check.replace('{name}', 'run')
                 self.put(world, run__a=self.A, run__b=self.B, **{
                     name.replace('/', '__'): lines.replace(b'run/', b'') if '/' in name else lines})
-                done = self.doctored(world, """
-import os, signal
-real = mm.Releaser.release_file
-def release_file(self, entry, link):
-    real(self, entry, link)
-    os.kill(os.getpid(), signal.SIGKILL)
-mm.Releaser.release_file = release_file
-""")
+
+                def doctor():
+                    real = mm.Releaser.release_file
+                    def release_file(self, entry, link):
+                        real(self, entry, link)
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    mm.Releaser.release_file = release_file
+
+                done = self.doctored(world, doctor)
                 self.assertEqual(done.code, -signal.SIGKILL, str(done))
                 self.assert_run(world, 0)
                 self.assertEqual(sorted(self.delivered(world)), sorted([name, 'run/a', 'run/b']))
@@ -5674,14 +5724,14 @@ mm.Releaser.release_file = release_file
     def test_a_spent_check_file_does_not_count_again(self):
         world = self.world(check_file='{name}.md5')
         self.put(world, run=self.A, **{'run.md5': self.digest(self.A, 'md5').encode()})
-        done = self.doctored(world, """
-import os, signal
-real = mm.Delivery.take_ready
-def take_ready(self):
-    os.kill(os.getpid(), signal.SIGKILL)
-    yield
-mm.Delivery.take_ready = take_ready
-""")
+
+        def doctor():
+            def take_ready(self):
+                os.kill(os.getpid(), signal.SIGKILL)
+                yield
+            mm.Delivery.take_ready = take_ready
+
+        done = self.doctored(world, doctor)
         self.assertEqual(done.code, -signal.SIGKILL)
         self.assertEqual(list(held_at_source(world)), [b'run.md5'])
         self.put(world, run=self.B)         # the next of that name, before its own sum
@@ -5861,16 +5911,17 @@ class ObjectStores(Invariants):
     def test_damage_in_the_store_is_never_released(self):
         world = self.world()
         write(os.path.join(world.source, 'precious'), b'exists once')
-        done = self.doctored(world, """
-import subprocess
-real = mm.RcloneTransport.copy
-def copy(self, *args):
-    report = real(self, *args)
-    subprocess.run([self.stream.rclone_command, '--config', self.stream.rclone_config, 'rcat',
-                    self.remote(b'precious')], input=b'exists 0nce', check=True)
-    return report
-mm.RcloneTransport.copy = copy
-""")
+
+        def doctor():
+            real = mm.RcloneTransport.copy
+            def copy(self, *args):
+                report = real(self, *args)
+                subprocess.run([self.stream.rclone_command, '--config', self.stream.rclone_config, 'rcat',
+                                self.remote(b'precious')], input=b'exists 0nce', check=True)
+                return report
+            mm.RcloneTransport.copy = copy
+
+        done = self.doctored(world, doctor)
         self.assertEqual(done.code, 1, str(done))
         self.assertIn('precious arrived damaged', done.output)
         self.assertEqual(contents(tree(world.source)), {b'precious': b'exists once'})
@@ -6792,25 +6843,26 @@ class ScpTargets(Invariants):
         world = self.world('scp')
         for number in range(9):
             write(os.path.join(world.source, 'file %d' % number), b'%d' % number * 100000, OLD + number)
-        done = self.doctored(world, """
-import os
-real = mm.copy_entry
-def moving(root, entry, write, stop, start=0):
-    path = os.path.join(root, entry.path)
-    def write_on(block):
-        if entry.path == b'file 3':
-            os.truncate(path, 10)
-        if entry.path == b'file 4' and os.path.getsize(path) == 100000:
-            open(path, 'ab').write(b'more')
-        return write(block[:50000]), write(block[50000:])
-    if entry.path == b'file 5':
-        os.unlink(path)
-    if entry.path == b'file 6':
-        mm.BLOCK = 50000
-        os.truncate(path, 60000)
-    return real(root, entry, write_on, stop, start)
-mm.copy_entry = moving
-""", '-v')
+
+        def doctor():
+            real = mm.copy_entry
+            def moving(root, entry, write, stop, start=0):
+                path = os.path.join(root, entry.path)
+                def write_on(block):
+                    if entry.path == b'file 3':
+                        os.truncate(path, 10)
+                    if entry.path == b'file 4' and os.path.getsize(path) == 100000:
+                        open(path, 'ab').write(b'more')
+                    return write(block[:50000]), write(block[50000:])
+                if entry.path == b'file 5':
+                    os.unlink(path)
+                if entry.path == b'file 6':
+                    mm.BLOCK = 50000
+                    os.truncate(path, 60000)
+                return real(root, entry, write_on, stop, start)
+            mm.copy_entry = moving
+
+        done = self.doctored(world, doctor, '-v')
         self.assertEqual(done.code, 0, str(done))
         self.assertEqual({name: len(value[0]) for name, value in tree(world.source).items()}, {
             b'file 3': 10, b'file 6': 60000}, str(done))
@@ -6851,36 +6903,38 @@ mm.copy_entry = moving
     def test_what_was_taken_before_it_was_looked_for(self):
         world = self.world('scp')
         write(os.path.join(world.source, 'item'), b'item')
-        done = self.doctored(world, """
-import os
-real = mm.ScpTransport.place
-def place(self, jobs):
-    done = real(self, jobs)
-    for job in done:
-        os.unlink(os.path.join(TARGET, job.final.decode()))
-    return done
-mm.ScpTransport.place = place
-""")
+
+        def doctor():
+            real = mm.ScpTransport.place
+            def place(self, jobs):
+                done = real(self, jobs)
+                for job in done:
+                    os.unlink(os.path.join(world.target, job.final.decode()))
+                return done
+            mm.ScpTransport.place = place
+
+        done = self.doctored(world, doctor)
         self.assertEqual((done.code, tree(world.source), tree(world.target)), (0, {}, {}), str(done))
         self.assertEqual([record['outcome'] for record in world.ledger()], ['taken'])
 
     def test_questions_for_one_ordinary_file(self):
         world = self.world('scp')
         write(os.path.join(world.source, 'item'), b'item')
-        done = self.doctored(world, """
-asked = []
-def counted(cls, name):
-    real = getattr(cls, name)
-    def count(self, *args, **kwargs):
-        asked.append(name)
-        return real(self, *args, **kwargs)
-    setattr(cls, name, count)
-counted(mm.Dialogue, 'ask')
-counted(mm.Feed, '__init__')
-counted(mm.SshConnection, 'open')
-import atexit
-atexit.register(lambda: print('ASKED', len(asked)))
-""")
+
+        def doctor():
+            asked = []
+            def counted(cls, name):
+                real = getattr(cls, name)
+                def count(self, *args, **kwargs):
+                    asked.append(name)
+                    return real(self, *args, **kwargs)
+                setattr(cls, name, count)
+            counted(mm.Dialogue, 'ask')
+            counted(mm.Feed, '__init__')
+            counted(mm.SshConnection, 'open')
+            atexit.register(lambda: print('ASKED', len(asked)))
+
+        done = self.doctored(world, doctor)
         self.assertEqual(done.code, 0, str(done))
         self.assertLessEqual(int(re.search(r'ASKED (\d+)', done.output).group(1)), 13, str(done))
 
@@ -6946,16 +7000,17 @@ class MovingSource(Invariants):
         world = self.world(site, settle_time='1s')
         write(os.path.join(world.source, 'day', 'one'), b'one')
         wait_for(lambda: time.time() - os.lstat(world.source + '/day/one').st_ctime > 1.1, 'it to settle')
-        done = self.doctored(world, """
-import os
-real = mm.Delivery.scan_and_settle
-def scan(self, patient):
-    due = real(self, patient)
-    if due and not os.path.exists(SOURCE + '/day/two'):
-        open(SOURCE + '/day/two', 'w').close()
-    return due
-mm.Delivery.scan_and_settle = scan
-""")
+
+        def doctor():
+            real = mm.Delivery.scan_and_settle
+            def scan(self, patient):
+                due = real(self, patient)
+                if due and not os.path.exists(world.source + '/day/two'):
+                    open(world.source + '/day/two', 'w').close()
+                return due
+            mm.Delivery.scan_and_settle = scan
+
+        done = self.doctored(world, doctor)
         self.assertEqual(done.code, 0, str(done))
         self.assertEqual(tree(world.source), {})
         self.assertEqual([(r['item'], r['files']) for r in world.ledger()], [('day', 2)], str(done))
@@ -6967,25 +7022,26 @@ mm.Delivery.scan_and_settle = scan
         for name in names:
             write(os.path.join(world.source, name), b'content of ' + name.encode())
         write(os.path.join(world.source, 'day', 'x'), b'x')
-        done = self.doctored(world, """
-import os
-real = mm.TRANSPORTS[%r].finish
-def finish(self, batch):
-    at = lambda name: os.path.join(SOURCE, name)
-    if os.path.exists(at('deleted')):
-        open(at('appended'), 'a').write(' and more')
-        os.truncate(at('truncated'), 3)
-        open(at('new'), 'w').write('brand new')
-        os.rename(at('new'), at('replaced'))
-        before = os.stat(at('same size and time'))
-        open(at('same size and time'), 'r+').write('CONTENT')
-        os.utime(at('same size and time'), ns=(before.st_atime_ns, before.st_mtime_ns))
-        os.rename(at('renamed'), at('renamed to'))
-        os.unlink(at('deleted'))
-        open(at('day/late'), 'w').write('late')
-    return real(self, batch)
-mm.TRANSPORTS[%r].finish = finish
-""" % ((world.options['transfer_protocol'],) * 2))
+
+        def doctor():
+            real = mm.TRANSPORTS[world.options['transfer_protocol']].finish
+            def finish(self, batch):
+                at = lambda name: os.path.join(world.source, name)
+                if os.path.exists(at('deleted')):
+                    open(at('appended'), 'a').write(' and more')
+                    os.truncate(at('truncated'), 3)
+                    open(at('new'), 'w').write('brand new')
+                    os.rename(at('new'), at('replaced'))
+                    before = os.stat(at('same size and time'))
+                    open(at('same size and time'), 'r+').write('CONTENT')
+                    os.utime(at('same size and time'), ns=(before.st_atime_ns, before.st_mtime_ns))
+                    os.rename(at('renamed'), at('renamed to'))
+                    os.unlink(at('deleted'))
+                    open(at('day/late'), 'w').write('late')
+                return real(self, batch)
+            mm.TRANSPORTS[world.options['transfer_protocol']].finish = finish
+
+        done = self.doctored(world, doctor)
         self.assertNotIn('a bug', done.output)
         latest = {b'appended': b'content of appended and more', b'truncated': b'con',
                   b'replaced': b'brand new', b'same size and time': b'CONTENT of same size and time',
@@ -7006,15 +7062,16 @@ mm.TRANSPORTS[%r].finish = finish
             secret = os.path.join(world.top, 'elsewhere')
             write(os.path.join(secret, 'file'), b'not yours')
             write(os.path.join(world.source, 'day', 'file'), b'mine')
-            done = self.doctored(world, """
-import os
-real = mm.TRANSPORTS[%r].send
-def send(self, *args):
-    os.rename(SOURCE + '/day', TARGET + '/../day')
-    os.symlink(%r, SOURCE + '/day')
-    real(self, *args)
-mm.TRANSPORTS[%r].send = send
-""" % (world.options['transfer_protocol'], secret, world.options['transfer_protocol']))
+
+            def doctor():
+                real = mm.TRANSPORTS[world.options['transfer_protocol']].send
+                def send(self, *args):
+                    os.rename(world.source + '/day', world.target + '/../day')
+                    os.symlink(secret, world.source + '/day')
+                    real(self, *args)
+                mm.TRANSPORTS[world.options['transfer_protocol']].send = send
+
+            done = self.doctored(world, doctor)
             self.assertNotIn('a bug', done.output)
             self.assertEqual(contents(tree(secret)), {b'file': b'not yours'}, str(done))
             if site != 'rsync_ssh':     # rsync itself opens by path; what it sent is not released
@@ -7026,19 +7083,20 @@ mm.TRANSPORTS[%r].send = send
         world = self.world(site, target_chmod='644' if site == 'local' else None)
         for name in ('bad', 'good', 'day/bad'):
             write(os.path.join(world.source, name), name.encode() * 1000)
-        done = self.doctored(world, """
-import os
-real = os.read
-def read(fd, size):
-    try:
-        path = os.readlink('/proc/self/fd/%d' % fd)
-    except OSError:
-        path = ''
-    if path.startswith(SOURCE) and path.endswith('bad'):
-        raise OSError(5, 'Input/output error')
-    return real(fd, size)
-os.read = read
-""")
+
+        def doctor():
+            real = os.read
+            def read(fd, size):
+                try:
+                    path = os.readlink('/proc/self/fd/%d' % fd)
+                except OSError:
+                    path = ''
+                if path.startswith(world.source) and path.endswith('bad'):
+                    raise OSError(5, 'Input/output error')
+                return real(fd, size)
+            os.read = read
+
+        done = self.doctored(world, doctor)
         self.assertEqual(done.code, 1, str(done))
         self.assertIn('cannot be read: Input/output error', done.output)
         self.assertEqual(set(held_at_source(world)), {b'bad', b'day/bad'}, str(done))
@@ -7173,10 +7231,11 @@ class FileSystems(Invariants):
             world = self.within(kind)
             for name in ('a', 'b', 'day/c'):
                 write(os.path.join(world.source, name), name.encode())
-            done = self.doctored(world, """
-import os, signal
-mm.Delivery.release = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
-""")
+
+            def doctor():
+                mm.Delivery.release = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
+
+            done = self.doctored(world, doctor)
             self.assertEqual(done.code, -9, str(done))
             done = self.assert_run(world, 0)
             self.assert_converged(world, {b'a': b'a', b'b': b'b', b'day/c': b'day/c'}, '%s %s' % (kind, done))
@@ -7218,15 +7277,16 @@ mm.Delivery.release = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
         self.assertEqual(found, {b'2017/f%02d' % n: b'content %d' % n for n in range(12)})
         self.assertEqual(world.leftovers(), [])
         write(os.path.join(world.source, 'late'), b'late')      # killed while it lies beside its name
-        done = self.doctored(world, """
-import os, signal
-real = mm.LocalTransport.publish
-def publish(self, old, new):
-    if b'late' in new and not old.startswith(self.area + b'/'):
-        os.kill(os.getpid(), signal.SIGKILL)
-    return real(self, old, new)
-mm.LocalTransport.publish = publish
-""")
+
+        def doctor():
+            real = mm.LocalTransport.publish
+            def publish(self, old, new):
+                if b'late' in new and not old.startswith(self.area + b'/'):
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return real(self, old, new)
+            mm.LocalTransport.publish = publish
+
+        done = self.doctored(world, doctor)
         self.assertEqual(done.code, -9, str(done))
         self.assertEqual(len([n for n in tree(below) if b'.mistamover' in n]), 1)
         os.utime(os.path.join(world.source, 'late'), (OLD + 1, OLD + 1))        # another temporary name
@@ -7285,19 +7345,21 @@ mm.LocalTransport.publish = publish
         self.assertEqual([r['outcome'] for r in world.ledger()], ['delivered'] * 2)
         world = self.world('local', target_chmod='644')
         write(os.path.join(world.source, 'a'), b'a')
-        done = self.doctored(world, """
-import os, types
-real = os.stat
-def changing(path, **options):
-    info = real(path, **options)
-    directory = os.readlink('/proc/self/fd/%d' % options['dir_fd']) if 'dir_fd' in options else ''
-    if not directory.endswith('-release'):
-        return info
-    fields = {name: getattr(info, name) for name in dir(info) if name.startswith('st_')}
-    fields['st_ino'] = hash(path)
-    return types.SimpleNamespace(**fields)
-os.stat = changing
-""")
+
+        def doctor():
+            import types
+            real = os.stat
+            def changing(path, **options):
+                info = real(path, **options)
+                directory = os.readlink('/proc/self/fd/%d' % options['dir_fd']) if 'dir_fd' in options else ''
+                if not directory.endswith('-release'):
+                    return info
+                fields = {name: getattr(info, name) for name in dir(info) if name.startswith('st_')}
+                fields['st_ino'] = hash(path)
+                return types.SimpleNamespace(**fields)
+            os.stat = changing
+
+        done = self.doctored(world, doctor)
         self.assertEqual((done.code, tree(world.source)), (0, {}), str(done))
         self.assertEqual([r['outcome'] for r in world.ledger()], ['delivered'])
 
@@ -7306,16 +7368,17 @@ os.stat = changing
         world = self.world('local', target_chmod='644')
         for name in ('a', 'day/b'):
             write(os.path.join(world.source, name), name.encode())
-        done = self.doctored(world, """
-import errno, os
-real = os.rename
-def rename(old, new, **dirs):
-    if any(os.path.realpath('/proc/self/fd/' + fd).endswith('/' + os.fsdecode(old))
-           for fd in os.listdir('/proc/self/fd')):
-        raise OSError(errno.EBUSY, 'busy')
-    real(old, new, **dirs)
-os.rename = rename
-""")
+
+        def doctor():
+            real = os.rename
+            def rename(old, new, **dirs):
+                if any(os.path.realpath('/proc/self/fd/' + fd).endswith('/' + os.fsdecode(old))
+                       for fd in os.listdir('/proc/self/fd')):
+                    raise OSError(errno.EBUSY, 'busy')
+                real(old, new, **dirs)
+            os.rename = rename
+
+        done = self.doctored(world, doctor)
         self.assertEqual((done.code, tree(world.source)), (0, {}), str(done))
         self.assertEqual(held_at_target(world), {b'a': b'a', b'day/b': b'day/b'})
 
@@ -7327,22 +7390,23 @@ class LocalTrouble(Invariants):
         for ways, lost in (('link', False), ('link renameat2', True)):
             world = self.world('local', target_chmod='644')
             write(os.path.join(world.source, 'f'), b'ours')
-            done = self.doctored(world, """
-import errno, os
-def refuse(*args, **options):
-    raise OSError(errno.EPERM, 'no')
-def unknown(*args):
-    raise OSError(errno.EINVAL, 'no')
-rename = mm.rename_exclusively
-def just_before(old, new):
-    if new.endswith(b'/f') and not os.path.exists(TARGET + '/../done'):
-        open(TARGET + '/../done', 'w').close()
-        with open(new, 'w') as handle:
-            handle.write('theirs')
-    return rename(old, new)
-os.link = refuse
-mm.rename_exclusively = unknown if 'renameat2' in %r else just_before
-""" % ways)
+
+            def doctor():
+                def refuse(*args, **options):
+                    raise OSError(errno.EPERM, 'no')
+                def unknown(*args):
+                    raise OSError(errno.EINVAL, 'no')
+                rename = mm.rename_exclusively
+                def just_before(old, new):
+                    if new.endswith(b'/f') and not os.path.exists(world.target + '/../done'):
+                        open(world.target + '/../done', 'w').close()
+                        with open(new, 'w') as handle:
+                            handle.write('theirs')
+                    return rename(old, new)
+                os.link = refuse
+                mm.rename_exclusively = unknown if 'renameat2' in ways else just_before
+
+            done = self.doctored(world, doctor)
             self.assertEqual((done.code, tree(world.source)), (0, {}), str(done))
             self.assertEqual(sorted(held_at_target(world).values()), [b'ours'] * lost or [b'ours', b'theirs'])
             self.assertEqual(world.leftovers(), [])
@@ -7351,14 +7415,15 @@ mm.rename_exclusively = unknown if 'renameat2' in %r else just_before
         world = self.world('local', target_chmod='644')
         for name in ('a', 'b'):
             write(os.path.join(world.source, name), name.encode())
-        done = self.doctored(world, """
-import errno, os
-def broken(*args, **options):
-    raise OSError(errno.EIO, 'Input/output error')
-def unknown(*args):
-    raise OSError(errno.EINVAL, 'no')
-os.link, mm.rename_exclusively = broken, unknown
-""")
+
+        def doctor():
+            def broken(*args, **options):
+                raise OSError(errno.EIO, 'Input/output error')
+            def unknown(*args):
+                raise OSError(errno.EINVAL, 'no')
+            os.link, mm.rename_exclusively = broken, unknown
+
+        done = self.doctored(world, doctor)
         self.assertEqual((done.code, tree(world.source)), (0, {}), str(done))
         self.assertEqual(held_at_target(world), {b'a': b'a', b'b': b'b'})
 
@@ -7387,14 +7452,15 @@ os.link, mm.rename_exclusively = broken, unknown
                 self.addCleanup(subprocess.call, ['umount', '-l', world.target], stderr=subprocess.DEVNULL)
                 write(os.path.join(world.target, 'MOUNTED'))
                 write(os.path.join(world.source, 'f'), b'precious')
-                done = self.doctored(world, """
-import subprocess
-real = mm.LocalTransport.%s
-def unmounting(self, *args):
-    subprocess.call(['umount', TARGET], stderr=subprocess.DEVNULL)
-    return real(self, *args)
-mm.LocalTransport.%s = unmounting
-""" % (moment, moment))
+
+                def doctor():
+                    real = getattr(mm.LocalTransport, moment)
+                    def unmounting(self, *args):
+                        subprocess.call(['umount', world.target], stderr=subprocess.DEVNULL)
+                        return real(self, *args)
+                    setattr(mm.LocalTransport, moment, unmounting)
+
+                done = self.doctored(world, doctor)
                 self.assertEqual(done.code, 1, str(done))
                 self.assertIn('MOUNTED is missing' if marker else 'no mount point any more', done.output)
                 self.assertEqual(held_at_source(world), {b'f': b'precious'}, str(done))
@@ -7593,31 +7659,32 @@ shutil.disk_usage = lambda path: collections.namedtuple('usage', 'total used fre
             world = self.world('local', target_chmod='644')
             for number in range(30):
                 write(os.path.join(world.source, 'f%02d' % number), b'content %d' % number)
-            done = self.doctored(world, """
-import errno, os, time
-calls = []
-real, fsync, clock = mm.c_call, os.fsync, time.monotonic
-def c_call(name, *args):
-    if name == 'syncfs':
-        calls.append(name)
-        if %r == 'error':
-            raise OSError(errno.EIO, 'an error')
-        if %r == 'slow':
-            late.append(6)
-    return real(name, *args)
-late = []
-time.monotonic = lambda: clock() + sum(late)
-def counting(fd):
-    if not os.path.isdir('/proc/self/fd/%%d' %% fd):
-        calls.append(os.readlink('/proc/self/fd/%%d' %% fd))
-    fsync(fd)
-mm.c_call, os.fsync = c_call, counting
-mm.Staging.PART_FILES = 10
-code = mm.main(['--config', sys.argv[2]])
-staged = [call for call in calls if '/out/.mistamover-' in call]
-print('syncs', calls.count('syncfs'), len(staged))
-sys.exit(code)
-""" % (trouble, trouble))
+
+            def doctor():
+                calls = []
+                real, fsync, clock = mm.c_call, os.fsync, time.monotonic
+                def c_call(name, *args):
+                    if name == 'syncfs':
+                        calls.append(name)
+                        if trouble == 'error':
+                            raise OSError(errno.EIO, 'an error')
+                        if trouble == 'slow':
+                            late.append(6)
+                    return real(name, *args)
+                late = []
+                time.monotonic = lambda: clock() + sum(late)
+                def counting(fd):
+                    if not os.path.isdir('/proc/self/fd/%d' % fd):
+                        calls.append(os.readlink('/proc/self/fd/%d' % fd))
+                    fsync(fd)
+                mm.c_call, os.fsync = c_call, counting
+                mm.Staging.PART_FILES = 10
+                code = mm.main(['--config', sys.argv[2]])
+                staged = [call for call in calls if '/out/.mistamover-' in call]
+                print('syncs', calls.count('syncfs'), len(staged))
+                sys.exit(code)
+
+            done = self.doctored(world, doctor)
             self.assertEqual((done.code, tree(world.source)), (0, {}), str(done))
             self.assertEqual(len(tree(world.target)), 30)
             if mm.file_system_type(os.stat(BASE).st_dev, mm.mounts()) in mm.LocalTransport.SYNCED_AT_ONCE:
@@ -7859,15 +7926,16 @@ class Commands(Doctored):
     def test_nothing_is_released_when_the_ledger_cannot_be_written(self):
         world = self.world('local')
         write(os.path.join(world.source, 'item'), b'item')
-        done = self.doctored(world, """
-import os, time
-real = mm.Ledger.append
-def append(self, records):
-    os.makedirs(os.path.join(self.state_dir, time.strftime('ledger-%Y-%m.jsonl', time.gmtime())),
-                exist_ok=True)
-    real(self, records)
-mm.Ledger.append = append
-""")
+
+        def doctor():
+            real = mm.Ledger.append
+            def append(self, records):
+                os.makedirs(os.path.join(self.state_dir, time.strftime('ledger-%Y-%m.jsonl', time.gmtime())),
+                            exist_ok=True)
+                real(self, records)
+            mm.Ledger.append = append
+
+        done = self.doctored(world, doctor)
         self.assertEqual(done.code, 1, str(done))
         self.assertIn('cannot write the ledger', done.output)
         self.assertEqual(contents(tree(world.source)), {b'item': b'item'})
@@ -7955,11 +8023,13 @@ mm.Ledger.append = append
     def test_a_check_that_fails_leaves_nothing(self):
         world = self.world('local')
         for _ in range(2):
-            done = self.doctored(world, """
-def refuse(self, *args):
-    raise mm.ItemError('no')
-mm.LocalTransport.place = refuse
-""", '--check')
+
+            def doctor():
+                def refuse(self, *args):
+                    raise mm.ItemError('no')
+                mm.LocalTransport.place = refuse
+
+            done = self.doctored(world, doctor, '--check')
             self.assertEqual(done.code, 1, str(done))
             self.assertIn('FAILED', done.output)
             self.assertEqual(tree(world.target), {})
@@ -8229,21 +8299,22 @@ class Alerting(Doctored):
         out = os.path.join(world.top, 'heard')
         world.configure('alert_command = tee %s\n' % out)
         write(os.path.join(world.source, 'item'), b'item')
-        done = self.doctored(world, """
-import os, threading, time
-real, seen = mm.Worker.one_pass, []
-def one_pass(self, patient):
-    seen.append(1)
-    if len(seen) < 3:
-        raise ZeroDivisionError('a doctored bug')
-    return real(self, patient)
-mm.Worker.one_pass = one_pass
-def watch():
-    while os.path.exists(os.path.join(SOURCE, 'item')) or not os.path.exists(%r):
-        time.sleep(0.05)
-    os.kill(os.getpid(), 15)
-threading.Thread(target=watch, daemon=True).start()
-""" % out, '--daemon')
+
+        def doctor():
+            real, seen = mm.Worker.one_pass, []
+            def one_pass(self, patient):
+                seen.append(1)
+                if len(seen) < 3:
+                    raise ZeroDivisionError('a doctored bug')
+                return real(self, patient)
+            mm.Worker.one_pass = one_pass
+            def watch():
+                while os.path.exists(os.path.join(world.source, 'item')) or not os.path.exists(out):
+                    time.sleep(0.05)
+                os.kill(os.getpid(), 15)
+            threading.Thread(target=watch, daemon=True).start()
+
+        done = self.doctored(world, doctor, '--daemon')
         self.assertEqual(done.code, 143, str(done))
         self.assertIn('Traceback', done.output)
         self.assertEqual(contents(tree(world.target)), {b'item': b'item'})
