@@ -9413,6 +9413,15 @@ class Report:
         return 1 if failed or not self.total('passed') else 0
 
 
+@functools.lru_cache(None)
+def mounts_of_its_own():
+    """Words before a command, if they work here: what it mounts nobody else sees or has to clear away (and
+    no watch of another test takes it for news)."""
+    words = ['unshare', '--mount']
+    works = find_program('unshare') and not subprocess.call(words + ['true'], stderr=subprocess.DEVNULL)
+    return words if works else []
+
+
 class Worker:
     """A process that runs tests, and the thread here that hands it unit after unit."""
 
@@ -9424,8 +9433,8 @@ class Worker:
 
     def start(self):
         self.process = subprocess.Popen(
-            [sys.executable, os.path.abspath(__file__), '--worker'], stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, universal_newlines=True,
+            mounts_of_its_own() + [sys.executable, os.path.abspath(__file__), '--worker'],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, universal_newlines=True,
             env=dict(os.environ, MISTAMOVER_TEST_SEED=str(SEED), MISTAMOVER_TEST_QUICK='1' if QUICK else ''))
 
     def run(self):
