@@ -10120,8 +10120,10 @@ class Releaser:
         except OSError as error:
             if error.errno == errno.ENOENT and not os.path.lexists(os.path.join(self.root, entry.path)):
                 return None
-            raise ItemError('%s was delivered, but cannot be deleted: %s' % (
-                show(entry.path), error.strerror), 'change the permissions of the directory')
+            raise ItemError(
+                '%s was delivered, but cannot be deleted: %s' % (show(entry.path), error.strerror),
+                'a directory of our own is needed there for that: make a little room by hand'
+                if error.errno in (errno.ENOSPC, errno.EDQUOT) else 'change the permissions of the directory')
 
     def release_plainly(self, entry):
         path = os.path.join(self.root, entry.path)
