@@ -3094,6 +3094,7 @@ mm.Ledger.read = lambda self, *months: print('READ') or read(self, *months)
         self.addCleanup(over.set)
         return over
 
+    @slow
     @on_sites(each=True)
     def test_settle_max_sends_copies_of_what_never_rests(self, site):
         world = self.world(site)
@@ -3127,6 +3128,7 @@ mm.Ledger.read = lambda self, *months: print('READ') or read(self, *months)
         self.assertEqual(outcomes, ['copied'] * (len(outcomes) - 1) + ['delivered'])
         self.assertEqual(world.leftovers(), [])
 
+    @slow
     def test_a_file_that_is_always_replaced_is_counted_and_told(self):
         need('sh')
         world = self.world('local', settle_time='2s')
@@ -3888,6 +3890,7 @@ class Starting(Doctored):
             if name.endswith('.json'):
                 json.loads(text_of(os.path.join(world.state, name)))
 
+    @slow
     def test_a_background_that_fails_says_why(self):
         world = self.world('local')
         world.configure('log_file = %s/the.log\n' % world.top)
