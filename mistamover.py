@@ -104,6 +104,7 @@ STOP_FILE_AGE = 10                      # seconds for which an answer about a st
 KILL_GRACE = 2                          # seconds between SIGTERM and SIGKILL for a child
 GATHER = 0.01                           # seconds that lines gather in: to wake for each costs more
 CONTROL_PATH_MAX = 80                   # sun_path holds 104 bytes, ssh(1) adds 17 while binding
+NO_SPACE = errno.ENOSPC, errno.EDQUOT
 LAST_SECOND = 253402300799              # of the year 9999: a time stamp has four digits for it
 CLOCK_TOLERANCE = 2                     # seconds two clocks may drift apart between two scans
 
@@ -3694,7 +3695,7 @@ def zip_item(root, item, path, stop):
                     while member.read(BLOCK):
                         pass
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in NO_SPACE:
             raise room
         if error.errno in (errno.ENAMETOOLONG, errno.EFBIG):
             raise ItemError('%s cannot be zipped: %s' % (show(item.name), error.strerror), 'rename it')
@@ -5267,7 +5268,7 @@ class LocalTransport(Staging):
 
     def cannot_write(self, job, error):
         """What it means that a file could not be written to the staging area."""
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in NO_SPACE:
             return NoRoom('no room for %s (%s) in %s' % (show(job.final), format_size(
                 job.entry.size), show(self.stream.target_base)), 'make room there')
         if error.errno == errno.EFBIG:
@@ -5461,7 +5462,7 @@ class LocalTransport(Staging):
         Raises TargetError."""
         if error.errno in self.AWAY:
             raise self.trouble('cannot rename', error)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in NO_SPACE:
             return NoRoom('no room for the name %s in %s' % (show(name), show(self.stream.target_base)))
         return ItemError('%s cannot be placed: %s' % (show(self.path(name)), error.strerror),
                          'can that file system hold such a name? may this account write there?')
@@ -10120,10 +10121,15 @@ class Releaser:
         except OSError as error:
             if error.errno == errno.ENOENT and not os.path.lexists(os.path.join(self.root, entry.path)):
                 return None
-            raise ItemError(
-                '%s was delivered, but cannot be deleted: %s' % (show(entry.path), error.strerror),
-                'a directory of our own is needed there for that: make a little room by hand'
-                if error.errno in (errno.ENOSPC, errno.EDQUOT) else 'change the permissions of the directory')
+            raise self.undeletable(entry.path, error)
+
+    @staticmethod
+    def undeletable(path, error):
+        message = '%s was delivered, but cannot be deleted: %s' % (show(path), error.strerror)
+        if error.errno in NO_SPACE:
+            return NoRoom(message, 'the disk of the directory is full, and we need a directory of our own '
+                          'there: make a little room by hand')
+        return ItemError(message, 'change the permissions of the directory')
 
     def release_plainly(self, entry):
         path = os.path.join(self.root, entry.path)
@@ -10181,15 +10187,14 @@ class Releaser:
         """None when it is gone, else the reason why it stays.  any_ctime: it has another one
         since, by our doing."""
         parent, aside, name = place
+        if aside is None:
+            return self.unlink_held(fd, leased, parent, name)
         try:
             self.move_aside(place)
         except OSError as error:
             if error.errno != errno.EXDEV or self.stream.keep_delivered:
                 raise
-            if leased and lease_broken(fd):
-                return 'changed while it was released'
-            os.unlink(name, dir_fd=parent)      # a mount point: without the very last look
-            return None
+            return self.unlink_held(fd, leased, parent, name)
         there = os.stat(name, dir_fd=aside, follow_symlinks=False)
         if not (entry.is_at(there) or self.is_elsewhere(fd, entry, there, aside)) or \
                 leased and lease_broken(fd):
@@ -10202,6 +10207,16 @@ class Releaser:
             raise
         if there.st_nlink > 1 and not any_ctime:
             self.changed[(there.st_dev, there.st_ino)] = os.fstat(fd).st_ctime_ns
+        return None
+
+    @staticmethod
+    def unlink_held(fd, leased, parent, name):
+        """Where nothing can be moved aside, a mount point or a full disk: the last look is right
+        before the unlink.  None when it is gone, else the reason why it stays."""
+        there = os.stat(name, dir_fd=parent, follow_symlinks=False)
+        if not os.path.samestat(there, os.fstat(fd)) or leased and lease_broken(fd):
+            return 'changed while it was released'
+        os.unlink(name, dir_fd=parent)
         return None
 
     @staticmethod
@@ -10280,34 +10295,39 @@ class Releaser:
 
     def directory(self, relative, in_tree=False):
         """Descriptors of a directory of the source, or of a tree that was set aside, and of its
-        private counterpart; every component is opened without following symlinks."""
-        if self.cached and self.cached[0] == (relative, in_tree):
+        private counterpart, None where the disk has no room for that; every component is opened
+        without following symlinks."""
+        if self.cached and self.cached[0] == (relative, in_tree) and self.cached[2] is not None:
             return self.cached[1:]
         self.forget_directory()
         top = os.path.join(self.root, RELEASE_DIR) if in_tree else self.root
-        private = HELD_DIR if in_tree else RELEASE_DIR
-        parent = os.open(top, os.O_RDONLY | os.O_DIRECTORY)
-        aside = None
+        parts = relative.split(b'/') if relative else []
+        parent, aside = self.step_down(top, parts, False), None
         try:
-            aside = open_below(parent, private, True)
-            for part in relative.split(b'/') if relative else ():
-                for fd in (aside, parent):      # each descriptor steps down in place
-                    below = open_below(fd, part, fd == aside)
-                    os.dup2(below, fd, inheritable=False)
-                    os.close(below)
-        except OSError:
-            for fd in (parent, aside):
-                if fd is not None:
-                    os.close(fd)
-            raise
+            aside = self.step_down(top, [HELD_DIR if in_tree else RELEASE_DIR] + parts, True)
+        except OSError as error:
+            if in_tree or self.stream.keep_delivered or error.errno not in NO_SPACE:
+                os.close(parent)
+                raise
         self.cached = (relative, in_tree), parent, aside
         return parent, aside
+
+    @staticmethod
+    def step_down(top, parts, make):
+        """The descriptor of a directory below another one.  Raises OSError."""
+        fd = os.open(top, os.O_RDONLY | os.O_DIRECTORY)
+        for part in parts:
+            try:
+                below = open_below(fd, part, make)
+            finally:
+                os.close(fd)
+            fd = below
+        return fd
 
     def forget_directory(self):
         self.close_gone()
         if self.cached:
-            os.close(self.cached[1])
-            os.close(self.cached[2])
+            close_all(fd for fd in self.cached[1:] if fd is not None)
             self.cached = None
 
     def remove_directories(self, item):
@@ -10410,8 +10430,7 @@ class Releaser:
             self.set_aside(os.path.join(self.root, item.name), os.path.join(top, item.name))
         except OSError as error:
             os.unlink(self.journal)
-            raise ItemError('%s was delivered, but cannot be deleted: %s' % (
-                show(item.name), error.strerror), 'change the permissions of the directory')
+            raise self.undeletable(item.name, error)
         return self.finish_tree(item.name, item.entries)
 
     @staticmethod
@@ -11412,6 +11431,9 @@ class Delivery:
                 reasons = self.releaser.release(item, outcome.linked)
             else:
                 reasons = self.release_zipped(batch, parcel)
+        except NoRoom as error:             # the next ones that go make room
+            self.hold_back(item.name, error)
+            return 0
         except ItemError as error:
             self.fail(item.name, error)
             return 0
@@ -12148,12 +12170,26 @@ class Worker:
             self.state.staying.update(self.stream.name, staying or None)
         self.stays = staying
 
+    @contextlib.contextmanager
+    def marker(self):
+        """A name in the incoming directory that is nowhere else, for a moment: a file of ours or, on a
+        disk that has no room for it, a name that is there.  Raises OSError."""
+        with contextlib.ExitStack() as stack:
+            try:
+                name = stack.enter_context(marked(self.stream.root))
+            except OSError as error:
+                names = sorted(os.listdir(self.stream.root)) if error.errno in NO_SPACE else []
+                if not names:
+                    raise
+                name = names[-1]
+            yield name
+
     def ask_for_marker(self, names):
         """transport.present(names); the first time also whether target and source are one."""
         if self.told_apart:
             return self.transport.present(names)
         try:
-            with marked(self.stream.root) as marker:
+            with self.marker() as marker:
                 found = self.transport.present(names | {marker})
         except OSError as error:
             if self.stream.move:
@@ -12162,6 +12198,9 @@ class Worker:
                 raise StateError('cannot write in the directory %s: %s' % (
                     show(self.stream.directory), error.strerror), hints.get(error.errno, ''))
             return self.transport.present(names)    # a read-only source is mirrored, not eaten
+        if marker in found and not marker.startswith(HERE_NAME):
+            raise StateError('the disk of %s is full, so nobody can tell it from target_dir'
+                             % show(self.stream.directory), 'make a little room there by hand')
         if marker in found:
             raise TargetError('target_dir is the incoming directory itself', 'fix target_dir')
         self.told_apart = True

@@ -2172,6 +2172,66 @@ class Conflicts(Case):
 
 
 @spread
+class FullSource(Case):
+    """A disk that an instrument has filled to the last block is emptied all the same."""
+
+    def mounted(self, world, *command):
+        if subprocess.call(list(command) + [world.source], stderr=subprocess.DEVNULL):
+            self.skipTest('this account may not mount')
+        self.addCleanup(subprocess.call, ['umount', '-l', world.source], stderr=subprocess.DEVNULL)
+        os.chmod(world.source, 0o777)
+
+    def assert_emptied(self, world, originals):
+        done = self.assert_run(world, 0)
+        self.assertEqual((tree(world.source), contents(tree(world.target))), ({}, originals), str(done))
+        self.assertEqual(mm.SharedJson(world.state, 'failures.json').read().get('s', {}), {})
+        self.assertEqual(world.leftovers(), [])
+
+    def test_no_block_is_left(self):
+        if not find_program('mkfs.ext4'):
+            self.skipTest('mkfs.ext4 is not installed (Debian package e2fsprogs)')
+        for site in ('local', 'rsync_ssh', 'sftp'):
+            world = self.world(site)
+            image = os.path.join(world.top, 'image')
+            with open(image, 'wb') as handle:
+                handle.truncate(8 << 20)
+            subprocess.check_call(['mkfs.ext4', '-q', '-F', '-m', '0', image])
+            self.mounted(world, 'mount', '-o', 'loop', image)
+            os.rmdir(os.path.join(world.source, 'lost+found'))
+            originals, number = {}, 0
+            with contextlib.suppress(OSError):
+                while True:
+                    name, content = b'run%04d' % number, b'%d' % number * 40000
+                    write(os.path.join(mm.to_bytes(world.source), name), content)
+                    originals[name], number = content, number + 1
+            os.unlink(os.path.join(mm.to_bytes(world.source), b'run%04d' % number))
+            with open(os.path.join(world.source, 'filler'), 'wb', 0) as handle, contextlib.suppress(OSError):
+                while True:
+                    handle.write(b'x' * 1024)
+            originals[b'filler'] = what_is(os.path.join(world.source, 'filler'))[0]
+            with self.assertRaises(OSError) as caught:
+                for number in range(1000):      # until the directory itself has no room
+                    os.mkdir(os.path.join(world.source, 'd%d' % number))
+            self.assertEqual(caught.exception.errno, errno.ENOSPC)
+            for path in glob.glob(os.path.join(world.source, 'd*')):
+                os.rmdir(path)
+            with self.assertRaises(OSError):
+                os.mkdir(os.path.join(world.source, 'd'))
+            self.assert_emptied(world, originals)
+
+    def test_no_inode_is_left(self):
+        for site in ('local', 'rsync_ssh'):
+            world = self.world(site)
+            self.mounted(world, 'mount', '-t', 'tmpfs', '-o', 'nr_inodes=5', 'tmpfs')
+            originals, number = {}, 0
+            with contextlib.suppress(OSError):
+                while True:
+                    write(os.path.join(world.source, 'run%d' % number), b'%d' % number)
+                    originals[b'run%d' % number], number = b'%d' % number, number + 1
+            self.assertGreater(len(originals), 2)
+            self.assert_emptied(world, originals)
+
+
 class Rivals(Case):
     def test_two_streams_into_one_place_are_warned_of_where_one_may_replace_the_other(self):
         world = self.world('local')
