@@ -13611,5 +13611,14 @@ def main(argv=None):
         return EXIT_OK
 
 
+def leave(code):
+    """End at once: in the interpreter's own shutdown a thread that still writes to standard error
+    would abort the process (a daemon thread and a locked stream)."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):      # closed, or nobody reads
+            stream.flush()
+    os._exit(code)
+
+
 if __name__ == '__main__':
-    sys.exit(main())
+    leave(main())
