@@ -4351,7 +4351,11 @@ class Contract(Invariants):
         originals = mixed(world, random.Random(site), 90000 if site == 'proftpd_limit' else 1 << 20)
         for seen in (lambda: self.target(world), lambda: held_at_target(world), world.ledger):
             process = world.start('--once')
-            wait_for(lambda: process.poll() is not None or seen(), 'the moment of the kill')
+
+            def now():
+                with contextlib.suppress(OSError):      # what is read goes meanwhile: EIO by rclone mount
+                    return process.poll() is not None or seen()
+            wait_for(now, 'the moment of the kill')
             for pid in [process.pid] + sorted(children_of(process.pid)):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
@@ -4425,7 +4429,11 @@ class Proxy:
             elif self.fault != 'silent':
                 server = socket.socket()
                 self.sockets.append(server)
-                server.connect(('127.0.0.1', aim))
+                try:
+                    server.connect(('127.0.0.1', aim))
+                except OSError:             # it is not up just now
+                    client.close()
+                    continue
                 for end in (client, server):        # no pauses but the ones that are wanted
                     end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 for one, other, forth in ((client, server, True), (server, client, False)):
