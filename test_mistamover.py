@@ -2188,14 +2188,15 @@ class FullSource(Case):
         self.assertEqual(world.leftovers(), [])
 
     def test_no_block_is_left(self):
-        if not find_program('mkfs.ext4'):
+        mkfs = find_program('mkfs.ext4')
+        if not mkfs:
             self.skipTest('mkfs.ext4 is not installed (Debian package e2fsprogs)')
         for site in ('local', 'rsync_ssh', 'sftp'):
             world = self.world(site)
             image = os.path.join(world.top, 'image')
             with open(image, 'wb') as handle:
                 handle.truncate(8 << 20)
-            subprocess.check_call(['mkfs.ext4', '-q', '-F', '-m', '0', image])
+            subprocess.check_call([mkfs, '-q', '-F', '-m', '0', image])
             self.mounted(world, 'mount', '-o', 'loop', image)
             os.rmdir(os.path.join(world.source, 'lost+found'))
             originals, number = {}, 0
