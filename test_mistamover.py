@@ -3914,6 +3914,7 @@ class Starting(Doctored):
             blocked = re.search(r'SigBlk:\s*(\w+)', text_of('/proc/%d/status' % process.pid)).group(1)
             return int(blocked, 16) >> (signal.SIGINT - 1) & 1 or process.poll() is not None
 
+    @slow
     def test_control_c_at_any_moment(self):
         if not os.path.exists('/proc/self/status'):
             self.skipTest('needs /proc')
