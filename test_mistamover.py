@@ -5777,6 +5777,7 @@ class Sums(Doctored):
         self.assertEqual(contents(tree(world.source)), {b'unlisted': self.A})
 
     def test_a_mismatch_is_told_once_and_quarantined_with_its_sum(self):
+        need('sh')
         world = self.world(check_file='{name}.md5', quarantine_after='0s', retry_count='2')
         told = os.path.join(world.top, 'told')
         world.configure('alert_command = sh -c "cat >> %s"\n' % told, check_file='{name}.md5',
@@ -8069,6 +8070,7 @@ class Commands(Doctored):
 
     @slow
     def test_check_tries_what_it_says_of_the_program(self):
+        need('cat')
         sink = SmtpSink().start()
         self.addCleanup(sink.listener.close)
         world = self.world('local')
