@@ -114,7 +114,7 @@ CLOCK_TOLERANCE = 2                     # seconds two clocks may drift apart bet
 # ----------------------------------------------------------------------------------------
 
 # raised             | scope         | what happens next, and where
-# -------------------|---------------|-----------------------------------------------------------
+# ===================|===============|===========================================================
 # ConfigError        | configuration | exit code 2, nothing was touched: main()
 # LockedError        | -             | exit code 3; a daemon tries again: Worker.run()
 # Interrupted        | -             | leave, children included: Worker.run()
@@ -12099,7 +12099,7 @@ class Caretaker:
 # Who runs in which thread, and what they share:
 #
 # thread      | runs                                   | shares, under which lock
-# ------------|----------------------------------------|------------------------------------------
+# ============|========================================|==========================================
 # main        | Supervisor.run(): signals, reload      | StopRequest, which locks itself
 # NAME        | Worker.run(): the passes of one stream | state_dir by Ledger, SharedJson, Alerts
 # pipeline    | Delivery.connect, .prove, .record_...  | the Delivery: one value at a time each, and
