@@ -478,6 +478,7 @@ def folded(path):
 
 
 PLAIN = re.compile(rb'[^\x20-\x7e]|[":?*<>|\\]')
+ODD_PATH = re.compile(PLAIN.pattern + rb'|(?:^|/)[ .]|[ .](?:/|$)')     # any part of it, or it is ours
 
 
 def oddities(name):
@@ -4231,13 +4232,18 @@ class Staging(Transport):
             self.staged = self.digest = self.error = None
             self.equal = self.linked = self.taken = False
 
-        @contextlib.contextmanager
         def own_faults(self):
             """What is this file's own trouble is noted here, and goes no further."""
-            try:
-                yield
-            except (Changed, ItemError) as error:
+            return self         # a generator for each file would cost more than its system calls
+
+        def __enter__(self):
+            return None
+
+        def __exit__(self, kind, error, trace):
+            if isinstance(error, (Changed, ItemError)):
                 self.error = error
+                return True
+            return False
 
     def __init__(self, *args, **kwargs):
         Transport.__init__(self, *args, **kwargs)
@@ -4559,6 +4565,8 @@ class Staging(Transport):
 
     def keeps_name(self, path):
         """Whether every part of a path comes back as it was sent."""
+        if not ODD_PATH.search(path):
+            return True
         for part in path.split(b'/'):
             odd = oddities(part)
             if odd and not (self.traits.get(('names', odd)) or self.trait_of_name(odd, part)):
@@ -5071,6 +5079,8 @@ class LocalTransport(Staging):
 
     def hold_back(self, batch):
         """An item of which a file is being written, or has changed, waits as a whole."""
+        if not any(isinstance(job.error, Changed) for job in batch.jobs):
+            return
         for _, mine in self.jobs_by_parcel(batch):
             why = next((job.error for job in mine if isinstance(job.error, Changed)), None)
             for job in mine if why else ():
@@ -5194,7 +5204,8 @@ class LocalTransport(Staging):
         if not self.stream.move or batch.root != self.stream.root or entry.dev != self.device or \
                 self.stream.target_chmod:
             return False
-        return self.trait('source_links')
+        known = self.traits.get(('source_links',))
+        return self.trait('source_links') if known is None else known
 
     def try_source_links(self):
         """Whether a link from the source to the staging area is one file with two names: not so
@@ -10098,16 +10109,21 @@ class Releaser:
     def release(self, item, linked):
         """Delete what of the item still is as its snapshot says; return why the rest stays.
         Raises ItemError if something is there but may not be deleted.  linked: {path: Link}."""
-        reasons = []
-        below = os.path.dirname(item.name)
+        below = parent_of(item.name)
+        if not below and not item.is_directory:
+            return self.release_files(item, linked)
         with self.touching(below) if below else contextlib.ExitStack():
-            for entry in item.files:
-                reason = self.release_file(entry, linked.get(entry.path))
-                if reason:
-                    reasons.append('%s %s' % (show(entry.path), reason))
-        if item.is_directory or below:
-            self.forget_directory()
-            self.remove_directories(item)
+            reasons = self.release_files(item, linked)
+        self.forget_directory()
+        self.remove_directories(item)
+        return reasons
+
+    def release_files(self, item, linked):
+        reasons = []
+        for entry in item.files:
+            reason = self.release_file(entry, linked.get(entry.path))
+            if reason:
+                reasons.append('%s %s' % (show(entry.path), reason))
         return reasons
 
     def release_file(self, entry, link):
@@ -11028,7 +11044,7 @@ class Delivery:
             if parcel is None:
                 continue
             name = folded(parcel.entries[0].path)
-            count = max(1, sum(entry.kind == 'f' for entry in parcel.entries))
+            count = max(1, sum(e.kind == 'f' for e in parcel.entries)) if len(parcel.entries) > 1 else 1
             full = files and (files + count > self.stream.batch_files or
                               size + item.size > self.stream.batch_size)
             if full or name in names:
