@@ -4,7 +4,7 @@
     python3 test_mistamover.py              everything this machine can run
     python3 test_mistamover.py --quick      under 30 s: no servers, most of the mistakes
     python3 test_mistamover.py NAME ...     single classes (Modes) and tests (Modes.test_once_move_scp)
-    python3 test_mistamover.py --bench [S M L I D T N O] [--json FILE]
+    python3 test_mistamover.py --bench [LETTER ...] [--json FILE]    (--help lists the letters)
 
 Servers that are not installed are named in the last lines; with MISTAMOVER_TEST_ALL=1 a
 missing one fails the run.  Order and names follow the sections of mistamover.py:
@@ -9083,16 +9083,35 @@ class Documents(Case):
 # 10  --bench: side by side with what a user would type instead
 # ----------------------------------------------------------------------------------------
 
-# workload: (what it is, number of directories or 0 for flat, files in each, bytes of each)
-WORKLOADS = {'S': ('10,000 files of 10 KB, flat', 0, 10000, 10 << 10),
-             'M': ('200 directories of 50 files of 20 KB', 200, 50, 20 << 10),
-             'L': ('4 files of 512 MB', 0, 4, 512 << 20),
-             'I': ('100,000 files, nothing to do', 0, 100000, 10),
-             'D': ('1,000 files of 10 KB over a line of 10 ms each way', 0, 1000, 10 << 10),
-             'T': ('2,000 files of 10 KB, flat', 0, 2000, 10 << 10),
-             'N': ('200 files of 10 KB over a line of 10 ms each way', 0, 200, 10 << 10),
-             'O': ('one file of 10 KB', 0, 1, 10 << 10)}
+# letter: (what it is, number of directories or 0 for flat, files in each, bytes of each)
+WORKLOADS = {
+    'O': ('one file of 10 KB', 0, 1, 10 << 10),
+    'T': ('2,000 files of 10 KB', 0, 2000, 10 << 10),
+    'N': ('200 files of 10 KB over a line of 10 ms each way', 0, 200, 10 << 10),
+    'E': ('2,000 files of 10 KB to another file system', 0, 2000, 10 << 10),
+    'P': ('60 directories of 50 files of 20 KB', 60, 50, 20 << 10),
+    'S': ('10,000 files of 10 KB', 0, 10000, 10 << 10),
+    'M': ('200 directories of 50 files of 20 KB', 200, 50, 20 << 10),
+    'L': ('4 files of 512 MB', 0, 4, 512 << 20),
+    'D': ('1,000 files of 10 KB over a line of 10 ms each way', 0, 1000, 10 << 10),
+    'I': ('a mirror of 100,000 files, nothing to do', 0, 100000, 10),
+    'R': ('10,000 files waiting: memory', 0, 10000, 0),
+    'X': ('1,000,000 files waiting: memory', 0, 1000000, 0)}
+LETTERS = dict({letter: workload[0] for letter, workload in WORKLOADS.items()},
+               V='start-up', W='from close to delivered, idle daemon', Z='idle daemon, 10 streams: CPU')
+USUAL = 'V O T N E P S W Z R'.split()       # without letters: some minutes
 DELAY = 0.01        # seconds, of the workloads D and N
+PAIRS = int(os.environ.get('MISTAMOVER_BENCH_PAIRS', '3'))
+OLD_PROGRAM = os.environ.get('MISTAMOVER_BENCH_OLD')
+
+
+def bench_help():
+    return '--bench: what a user would type instead takes 1; medians of alternating pairs. Letters\n' \
+        '(without any: %s):\n%s\n' % (' '.join(USUAL), ''.join(
+            '  %s  %s\n' % (letter, LETTERS[letter]) for letter in sorted(LETTERS))) + \
+        'MISTAMOVER_BENCH_PAIRS=N: how many pairs (3)\n' \
+        'MISTAMOVER_BENCH_OLD=FILE: another mistamover.py runs beside this one, in one more column\n' \
+        'TMPDIR=/dev/shm measures in memory'
 
 
 def rsync_words(world):
@@ -9127,6 +9146,7 @@ def peer_scp(world):
 
 
 def peer_lftp(world):
+    need('lftp')
     ftpd = server('ftp')
     subprocess.check_call(['lftp', '-e', 'mirror -R --Remove-source-files -P 4 %s %s; bye' % (
         world.source, os.path.relpath(world.target, BASE)), '-u', 'anonymous,' + ftpd.password,
@@ -9134,6 +9154,7 @@ def peer_lftp(world):
 
 
 def peer_lftp_sftp(world):
+    need('lftp')
     sshd = server('sftp')
     connect = 'ssh -a -x -F none -o HostKeyAlias=mover-test -o UserKnownHostsFile=%s -i %s' % (
         sshd.known_hosts, sshd.key)
@@ -9154,6 +9175,12 @@ def peer_cp(world):
     peer_delete(world)
 
 
+def peer_cp_sync(world):
+    subprocess.check_call(['cp', '-a', world.source + '/.', world.target])
+    subprocess.check_call(['sync', '-f', world.target])
+    peer_delete(world)
+
+
 def peer_rclone(world):
     for words in (('copy',), ('check', '--one-way')):
         server('seaweedfs').rclone(*words, world.source, world.options['target_dir'])
@@ -9161,146 +9188,312 @@ def peer_rclone(world):
 
 
 def peer_rsync_idle(world):
+    need('rsync')
     subprocess.check_call(['rsync', '-a', world.source + '/', world.target + '/'])
 
 
-# (workload, site, options, peer's name, peer, programs it needs, ratio to reach)
-CONTESTS = [
-    ('S', 'rsync_ssh', {}, 'rsync + checksum pass + delete', peer_rsync_checksum, ('rsync',), 1.0),
-    ('M', 'rsync_ssh', {}, 'rsync + checksum pass + delete', peer_rsync_checksum, ('rsync',), 1.0),
-    ('S', 'rsync_ssh', {'verify': 'size'}, 'rsync --remove-source-files', peer_rsync, ('rsync',), 1.15),
-    ('M', 'rsync_ssh', {'verify': 'size'}, 'rsync --remove-source-files', peer_rsync, ('rsync',), 1.15),
-    ('L', 'rsync_ssh', {'verify': 'size'}, 'rsync --remove-source-files', peer_rsync, ('rsync',), 1.05),
-    ('S', 'ftp', {'verify': 'size'}, 'lftp mirror -R -P 4', peer_lftp, ('lftp',), 1.0),
-    ('S', 'scp', {}, 'scp -r + delete', peer_scp, ('scp',), 1.0),
-    ('D', 'rsync_ssh', {}, 'rsync + checksum pass + delete', peer_rsync_checksum, ('rsync',), None),
-    ('D', 'ftp', {'verify': 'size'}, 'lftp mirror -R -P 4', peer_lftp, ('lftp',), 1.0),
-    ('D', 'scp', {}, 'scp -r + delete', peer_scp, ('scp',), None),
-    ('T', 'scp', {}, 'scp -r + delete', peer_scp, ('scp',), 0.8),
-    ('N', 'scp', {}, 'scp -r + delete', peer_scp, ('scp',), 0.12),
-    ('O', 'scp', {}, 'scp -r + delete', peer_scp, ('scp',), 1.5),
-    ('T', 'sftp', {'verify': 'size'}, 'lftp mirror -R -P 4 over sftp', peer_lftp_sftp, ('lftp',), 0.8),
-    ('N', 'sftp', {'verify': 'size'}, 'lftp mirror -R -P 4 over sftp', peer_lftp_sftp, ('lftp',), 0.35),
-    ('O', 'sftp', {'verify': 'size'}, 'lftp mirror -R -P 4 over sftp', peer_lftp_sftp, ('lftp',), None),
-    ('T', 's3', {}, 'rclone copy + rclone check + delete', peer_rclone, (), 1.1),
-    ('S', 'local', {}, 'os.rename in Python', peer_rename, (), 3.0),
-    ('M', 'local', {'target_chmod': '644'}, 'cp -a + delete (mover: fsync, read back)', peer_cp, (), None),
-    ('I', 'local', {'transfer_mode': 'mirror'}, 'rsync -a, nothing to do', peer_rsync_idle, ('rsync',), None),
-]
+@functools.lru_cache(None)
+def master(letter):
+    """The workload, made once; every run gets a copy."""
+    _, directories, files, size = WORKLOADS[letter]
+    top = os.path.join(BASE, 'master-' + letter)
+    for directory in range(max(1, directories)):
+        inner = os.path.join(top, 'd%03d' % directory) if directories else top
+        os.makedirs(inner)
+        for number in range(files):
+            with open(os.path.join(inner, 'f%06d' % number), 'wb') as handle:
+                for _ in range(0, size, 1 << 20):
+                    handle.write(os.urandom(min(size, 1 << 20)))
+    return top
 
 
-class Bench:
-    """Runs each contest A B A B, checks both ends after every run, prints medians and ratios."""
+@contextlib.contextmanager
+def another_file_system(where):
+    """On a directory, of the kind that all lies on here: in memory a tmpfs, on a disk ext4 in an image."""
+    if os.getuid():
+        raise unittest.SkipTest('only root may mount another file system')
+    need('mkfs.ext4')
+    what = ['-t', 'tmpfs', 'tmpfs']
+    if mm.file_system_type(os.stat(where).st_dev, mm.mounts()) != 'tmpfs':
+        what = ['-o', 'loop', where + '.image']
+        with open(what[-1], 'wb') as handle:
+            os.posix_fallocate(handle.fileno(), 0, 256 << 20)
+        subprocess.check_call(['mkfs.ext4', '-q', what[-1]])
+    subprocess.check_call(['mount'] + what + [where])
+    try:
+        shutil.rmtree(os.path.join(where, 'lost+found'), ignore_errors=True)
+        yield
+    finally:
+        subprocess.check_call(['umount', where])
 
-    PAIRS = int(os.environ.get('MISTAMOVER_BENCH_PAIRS', '3'))
 
-    def __init__(self):
-        self.masters = {}
-        self.rows = []
-
-    def master(self, workload):
-        """The workload, made once; every run gets a copy."""
-        if workload not in self.masters:
-            _, directories, files, size = WORKLOADS[workload]
-            top = os.path.join(BASE, 'master-' + workload)
-            for directory in range(max(1, directories)):
-                inner = os.path.join(top, 'd%03d' % directory) if directories else top
-                os.makedirs(inner)
-                for number in range(files):
-                    with open(os.path.join(inner, 'f%06d' % number), 'wb') as handle:
-                        for _ in range(0, size, 1 << 20):
-                            handle.write(os.urandom(min(size, 1 << 20)))
-            self.masters[workload] = top
-        return self.masters[workload]
-
-    def timed(self, contest, how):
-        """Seconds of one run, with both ends checked."""
-        workload, site, options, _, peer, _, _ = contest
-        world = World(SITES[site]).configure(**options)
-        with contextlib.ExitStack() as stack:
-            if workload in ('D', 'N'):
-                proxy = Proxy(int(world.options['target_port']), site == 'ftp', DELAY)
-                stack.callback(proxy.close)
-                world.configure(target_port=proxy.port, **options)
-            return self.timed_in(world, workload, peer, how)
-
-    def timed_in(self, world, workload, peer, how):
-        subprocess.check_call(['cp', '-a', self.master(workload) + '/.', world.source])
-        if workload == 'I':
+def race(letter, site, options, work):
+    """Seconds that work(world) takes over a workload, with both ends checked."""
+    world = World(SITES[site]).configure(**options)
+    with contextlib.ExitStack() as stack:
+        if letter in ('D', 'N'):
+            proxy = Proxy(int(world.options['target_port']), site == 'ftp', DELAY)
+            stack.callback(proxy.close)
+            world.configure(target_port=proxy.port, **options)
+        if letter == 'E':
+            stack.enter_context(another_file_system(world.target))
+        subprocess.check_call(['cp', '-a', master(letter) + '/.', world.source])
+        if letter == 'I':
             subprocess.check_call(['cp', '-a', world.source + '/.', world.target])
         os.sync()
         before = time.perf_counter()
-        if how == 'mover':
-            done = world.run('--once', limit=900)
-            if done.code:
-                raise AssertionError(str(done))
-        else:
-            peer(world)
+        work(world)
         seconds = time.perf_counter() - before
         world.site.fetch(world)
-        differ = subprocess.call(['diff', '-rq', self.master(workload), world.target])
-        left = [] if workload == 'I' else [n for n, v in tree(world.source).items() if v != 'directory']
-        if differ or left:
-            raise AssertionError('%s left the wrong trees after %s' % (how, workload))
+        differ = subprocess.call(['diff', '-rq', master(letter), world.target])
+        left = [] if letter == 'I' else [n for n, v in tree(world.source).items() if v != 'directory']
+    if differ or left:
+        raise AssertionError('the wrong trees after ' + LETTERS[letter])
+    shutil.rmtree(world.top)
+    return seconds
+
+
+def mover(program, world):
+    """By an interpreter of its own, as cron does it."""
+    done = subprocess.run([sys.executable, program, '--config', world.ini, '--once'], stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=world.environment())
+    if done.returncode:
+        raise AssertionError('exit code %d, output:\n%s' % (done.returncode, done.stdout.decode()[-2000:]))
+
+
+def median_seconds(argv, times=5):
+    seconds = []
+    for _ in range(times):
+        before = time.perf_counter()
+        subprocess.check_call(argv, stdout=subprocess.DEVNULL)
+        seconds.append(time.perf_counter() - before)
+    return sorted(seconds)[times // 2]
+
+
+@contextlib.contextmanager
+def daemon_at_rest(program, world):
+    """Its pid, when the first pass over every stream is over."""
+    def at_rest():
+        if process.poll() is not None:
+            raise AssertionError('the daemon ended: %s' % process.returncode)
+        status = os.path.join(world.state, 'status.json')
+        rows = json.loads(text_of(status)).values() if os.path.exists(status) else ()
+        return rows and all(row['state'] in ('idle', 'settling') for row in rows)
+    process = subprocess.Popen([sys.executable, program, '--config', world.ini, '--daemon', '-q'],
+                               stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    try:
+        wait_for(at_rest, 'a daemon at rest', 600)
+        yield process.pid
+    finally:
+        process.terminate()
+        process.wait()
         shutil.rmtree(world.top)
-        return seconds
 
-    def run(self, names):
-        for contest in CONTESTS:
-            workload, site, options, peer_name, _, needs, aim = contest
-            if names and workload not in names:
-                continue
-            missing = [program for program in needs if not find_program(program)]
-            if missing:
-                print('left out, not installed: ' + ', '.join(missing))
-                continue
-            times = {'mover': [], 'peer': []}
-            for _ in range(self.PAIRS):
-                for how in times:
-                    times[how].append(self.timed(contest, how))
-            mover, peer = (sorted(times[how])[self.PAIRS // 2] for how in ('mover', 'peer'))
-            self.rows.append({'workload': workload, 'protocol': site, 'options': options, 'peer': peer_name,
-                              'mover': times['mover'], 'seconds': mover, 'peer_seconds': peer,
-                              'peer_times': times['peer'], 'ratio': mover / peer, 'aim': aim})
-            print('%s %-12s %-28s %6.2f s  %-42s %6.2f s  ratio %5.2f%s' % (
-                workload, site, ' '.join('%s=%s' % o for o in options.items()), mover, peer_name, peer,
-                mover / peer, '  (aim %.2f)' % aim if aim else ''), flush=True)
 
-    def start_up(self):
-        """--version against an interpreter that does nothing, medians of 15."""
-        def median(argv):
-            times = []
-            for _ in range(15):
-                before = time.perf_counter()
-                subprocess.check_call(argv, stdout=subprocess.DEVNULL)
-                times.append(time.perf_counter() - before)
-            return sorted(times)[7]
-        nothing = median([sys.executable, '-c', 'pass'])
-        version = median([sys.executable, PROGRAM, '--version'])
-        print('start-up: --version %.0f ms, python3 -c pass %.0f ms, ratio %.2f  (aim 2.00)' % (
-            version * 1000, nothing * 1000, version / nothing))
-        self.rows.append({'start_up': version, 'nothing': nothing, 'ratio': version / nothing})
+def latency(program):
+    """Seconds from close to the end of the source's copy, which is after the proof; the median of five."""
+    world = World(SITES['local']).configure(pause_time=None)
+    seconds = []
+    with daemon_at_rest(program, world):
+        for number in range(5):
+            time.sleep(random.uniform(1, 2))        # a file comes when it comes
+            path = os.path.join(world.source, 'f%d' % number)
+            with open(path, 'wb') as handle:
+                handle.write(bytes(10 << 10))
+            before = time.perf_counter()
+            wait_for(lambda path=path: not os.path.exists(path), 'the delivery')
+            seconds.append(time.perf_counter() - before)
+    return sorted(seconds)[2]
 
-    def versions(self):
-        for argv in (['rsync', '--version'], ['ssh', '-V'], ['lftp', '--version']):
-            if find_program(argv[0]):
-                done = subprocess.run(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-                yield done.stdout.decode().strip().splitlines()[0].split('(C)')[0].strip()
+
+def idle_cpu(program, seconds=20):
+    """Percent of one core."""
+    world = World(SITES['local'])
+    with open(world.ini, 'w') as handle:
+        handle.write('[mistamover]\nstate_dir = %s\n' % world.state)
+        for number in range(10):
+            name = os.path.join(world.source, 's%d' % number)
+            os.mkdir(name)
+            handle.write('[stream:s%d]\ndirectory = %s\ntransfer_protocol = local\ntarget_dir = %s\n' % (
+                number, name, world.target))
+
+    def used(pid):
+        return sum(map(int, text_of('/proc/%d/stat' % pid).rsplit(')', 1)[1].split()[11:13]))
+    with daemon_at_rest(program, world) as pid:
+        before = used(pid)
+        time.sleep(seconds)
+        ticks = max(1, used(pid) - before)      # one is the least that can be seen
+        return ticks * 100 / os.sysconf('SC_CLK_TCK') / seconds
+
+
+def peak_memory(letter, program):
+    """MB of a daemon before which all these files wait."""
+    world = World(SITES['local']).configure(directory=master(letter), settle_time='1d', pause_time=None)
+    with daemon_at_rest(program, world) as pid:
+        return int(re.search(r'VmHWM:\s*(\d+)', text_of('/proc/%d/status' % pid)).group(1)) / 1024
+
+
+# ours(program) and peer() return numbers in that unit; aim: ours to peer, where there is a peer
+Row = collections.namedtuple('Row', 'letter what unit ours peer_name peer aim')
+
+
+def contest(letter, site, peer_name, peer, aim, **options):
+    """A row in which the mover and its peer do the same work."""
+    run = functools.partial(race, letter, site, options)
+    return Row(letter, ' '.join([site] + ['%s=%s' % pair for pair in options.items()]), 's',
+               lambda program: run(functools.partial(mover, program)), peer_name, lambda: run(peer), aim)
+
+
+def measure(letter, what, unit, ours, aim):
+    return Row(letter, what, unit, ours, '', None, aim)
+
+
+CHECKED, BARE = 'rsync, checksum pass, delete', 'rsync --remove-source-files'
+LFTP, SCP = 'lftp mirror -R -P 4', 'scp -r, delete'
+ROWS = [
+    Row('V', '--version', 's', lambda program: median_seconds([sys.executable, program, '--version']),
+        'python3 -c pass', lambda: median_seconds([sys.executable, '-c', 'pass']), 2),
+    contest('O', 'rsync_ssh', BARE, peer_rsync, 1.5),
+    contest('O', 'scp', SCP, peer_scp, 1.5),
+    contest('O', 'sftp', LFTP + ' over sftp', peer_lftp_sftp, None, verify='size'),
+    contest('O', 'ftp', LFTP, peer_lftp, None, verify='size'),
+    contest('T', 'rsync_ssh', BARE, peer_rsync, 1.4, verify='size'),
+    contest('T', 'scp', SCP, peer_scp, 0.8),
+    contest('T', 'sftp', LFTP + ' over sftp', peer_lftp_sftp, 0.8, verify='size'),
+    contest('T', 'ftp', LFTP, peer_lftp, 1.1, verify='size'),
+    contest('T', 's3', 'rclone copy, rclone check, delete', peer_rclone, 1.1),
+    contest('N', 'rsync_ssh', CHECKED, peer_rsync_checksum, None),
+    contest('N', 'scp', SCP, peer_scp, 0.12),
+    contest('N', 'sftp', LFTP + ' over sftp', peer_lftp_sftp, 0.35, verify='size'),
+    contest('E', 'local', 'cp -a, sync, delete', peer_cp_sync, 1.2),
+    contest('P', 'rsync_ssh', CHECKED, peer_rsync_checksum, 1.0),
+    contest('S', 'rsync_ssh', CHECKED, peer_rsync_checksum, 0.9),
+    contest('S', 'rsync_ssh', BARE, peer_rsync, 1.15, verify='size'),
+    contest('S', 'scp', SCP, peer_scp, 1.0),
+    contest('S', 'ftp', LFTP, peer_lftp, 1.0, verify='size'),
+    contest('S', 'local', 'os.rename in Python', peer_rename, 3.0),
+    contest('M', 'rsync_ssh', CHECKED, peer_rsync_checksum, 1.0),
+    contest('M', 'rsync_ssh', BARE, peer_rsync, 1.15, verify='size'),
+    contest('M', 'local', 'cp -a, delete', peer_cp, None, target_chmod='644'),    # ours: fsync, read back
+    contest('L', 'rsync_ssh', BARE, peer_rsync, 1.05, verify='size'),
+    contest('D', 'rsync_ssh', CHECKED, peer_rsync_checksum, None),
+    contest('D', 'scp', SCP, peer_scp, None),
+    contest('D', 'ftp', LFTP, peer_lftp, 1.0, verify='size'),
+    contest('I', 'local', 'rsync -a', peer_rsync_idle, None, transfer_mode='mirror'),
+    measure('W', 'local, settle_time=0s', 's', latency, 0.3),
+    measure('Z', 'local', '%', idle_cpu, 0.5),
+    measure('R', 'local', 'MB', functools.partial(peak_memory, 'R'), 40),
+    measure('X', 'local', 'MB', functools.partial(peak_memory, 'X'), 300),
+]
+
+
+def median(numbers):
+    return sorted(numbers)[len(numbers) // 2]
+
+
+def or_nothing(ours):
+    """What an older program cannot do yet is no number."""
+    with contextlib.suppress(AssertionError):
+        return ours(OLD_PROGRAM)
+
+
+def measured(row):
+    """{'peer', 'ours', 'old': numbers of each run}: the peer first, then last, then first ..."""
+    ways = [('ours', lambda: row.ours(PROGRAM))]
+    if row.peer:
+        ways.insert(0, ('peer', row.peer))
+    if OLD_PROGRAM:
+        ways.append(('old', lambda: or_nothing(row.ours)))
+    numbers = {name: [] for name, _ in ways}
+    for _ in range(PAIRS):
+        for name, way in ways:
+            numbers[name].append(way())
+        ways.reverse()
+    return numbers
+
+
+def ratio(numbers, one, other):
+    """The median of the pairs' ratios; None without them."""
+    if None in numbers.get(other, [None]):
+        return None
+    return median([a / b for a, b in zip(numbers[one], numbers[other])])
+
+
+LINE = '   %-22s %9s  %-33s %9s %9s %9s %9s'
+
+
+def told(row, numbers):
+    """A line of the table."""
+    number = lambda name: '%.3g %s' % (median(numbers[name]), row.unit)
+    times = lambda value: '-' if value is None else '%.2f x' % value
+    aim = '-' if row.aim is None else times(row.aim) if row.peer else '%g %s' % (row.aim, row.unit)
+    return LINE % (
+        row.what, number('ours'), row.peer_name, number('peer') if row.peer else '-',
+        times(ratio(numbers, 'ours', 'peer')), aim, times(ratio(numbers, 'ours', 'old')))
+
+
+def run_row(row):
+    """What came of it, for --json."""
+    outcome = {'letter': row.letter, 'what': row.what, 'unit': row.unit, 'peer_name': row.peer_name,
+               'aim': row.aim}
+    try:
+        numbers = measured(row)
+    except unittest.SkipTest as missing:
+        outcome['left_out'] = str(missing)
+        print('   %-22s left out: %s' % (row.what, missing), flush=True)
+    except (AssertionError, subprocess.CalledProcessError) as error:
+        outcome['failed'] = str(error)
+        print('   %-22s FAILED: %s' % (row.what, error), flush=True)
+    else:
+        outcome.update(numbers, to_peer=ratio(numbers, 'ours', 'peer'), to_old=ratio(numbers, 'ours', 'old'))
+        print(told(row, numbers), flush=True)
+    return outcome
+
+
+def versions():
+    for argv in (['rsync', '--version'], ['ssh', '-V'], ['lftp', '--version']):
+        if find_program(argv[0]):
+            done = subprocess.run(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            yield done.stdout.decode().strip().splitlines()[0].split('(C)')[0].strip()
 
 
 def bench(words):
-    print('MiStaMover %s, Python %s, %d cores; %s' % (
-        mm.__version__, sys.version.split()[0], os.cpu_count(), '; '.join(Bench().versions())))
-    runner = Bench()
+    unknown = sorted(set(words.names) - set(LETTERS))
+    if unknown:
+        sys.exit('--bench knows no %s; its letters are %s' % (' '.join(unknown), ' '.join(sorted(LETTERS))))
+    print('MiStaMover %s, Python %s, %d cores, in %s, %d pairs; %s' % (
+        mm.__version__, sys.version.split()[0], os.cpu_count(), os.path.dirname(BASE), PAIRS,
+        '; '.join(versions())))
+    print('\n' + LINE % ('', 'ours', 'beside', '', 'ratio', 'to reach', 'to old'))
+    outcomes = []
     try:
-        runner.start_up()
-        runner.run(words.names)
+        for letter in words.names or USUAL:
+            print('\n%s  %s' % (letter, LETTERS[letter]))
+            outcomes += [run_row(row) for row in ROWS if row.letter == letter]
+            shutil.rmtree(os.path.join(BASE, 'master-' + letter), ignore_errors=True)
         if words.json:
             with open(words.json, 'w') as handle:
-                json.dump(runner.rows, handle, indent=1)
+                json.dump(outcomes, handle, indent=1)
     finally:
         tearDownModule()
-    return 0
+    return int(any('failed' in outcome for outcome in outcomes))
+
+
+class Benchmark(Case):
+    """Its rows can run; what they measure is no test."""
+
+    def test_every_letter_has_rows(self):
+        self.assertEqual({row.letter for row in ROWS}, set(LETTERS))
+        self.assertLessEqual(set(USUAL), set(LETTERS))
+
+    @slow
+    def test_rows_of_both_kinds(self):
+        rows = [contest('O', 'local', 'cp -a, delete', peer_cp, 2.0),
+                measure('R', 'local', 'MB', functools.partial(peak_memory, 'O'), 40)]
+        for row in rows:
+            with mock.patch.dict(globals(), PAIRS=1, OLD_PROGRAM=PROGRAM):
+                numbers = measured(row)
+            self.assertEqual(set(numbers), {'ours', 'old', 'peer'} if row.peer else {'ours', 'old'})
 
 
 # ----------------------------------------------------------------------------------------
@@ -9588,9 +9781,9 @@ def main():
                'MISTAMOVER_TEST_SERVERS=DIR: what .ci/servers made\n'
                'MISTAMOVER_TEST_SITES=standard: the contract suite asks the usual servers only\n'
                'MISTAMOVER_TEST_FORK=0: an interpreter of its own for each run of the program\n'
-               'MISTAMOVER_TEST_SEED=N: the random tests again as they were')
+               'MISTAMOVER_TEST_SEED=N: the random tests again as they were\n\n' + bench_help())
     parser.add_argument('names', nargs='*', metavar='NAME',
-                        help='a class or CLASS.TEST; with --bench workloads of ' + ' '.join(WORKLOADS))
+                        help='a class or CLASS.TEST; with --bench letters of the list below')
     parser.add_argument('--quick', action='store_true', help='under 30 s: no servers, most of the mistakes')
     parser.add_argument('-k', dest='pattern', metavar='PART', action='append',
                         help='only tests whose names hold this')
