@@ -397,8 +397,9 @@ def lies_below(path, top):
     return path.startswith(top)
 
 
-def directory_trouble(what, path):
-    """(errno, message, hint) if this is no directory that can be used, else None."""
+def directory_trouble(what, path, create):
+    """(errno, message, hint) if this is no directory that can be used, else None.  create: whether
+    create_directories is set already."""
     try:
         number = 0 if stat.S_ISDIR(os.stat(path).st_mode) else errno.ENOTDIR
     except OSError as error:
@@ -407,7 +408,7 @@ def directory_trouble(what, path):
         return None
     if number == errno.ENOENT:
         return number, '%s %s is missing' % (what, show(path)), \
-            'create it or mount it, or set create_directories = yes'
+            'create it or mount it' + ('' if create else ', or set create_directories = yes')
     return number, '%s %s cannot be used: %s' % (what, show(path), os.strerror(number)), {
         errno.EACCES: 'change the permissions above it', errno.ENOTDIR: 'something else has that name',
         errno.ELOOP: 'fix the symlink'}.get(number, 'unmount it and mount it again')
@@ -1398,6 +1399,10 @@ class Config:
         """(file, line) of what the configuration says there."""
         return self.origins.get((section, option)) or self.origins.get((section, None)) or (self.path, 0)
 
+    def home(self, section, option):
+        """The section that says it: the stream's own or [defaults]."""
+        return section if option in self.sections.get(section, ()) else 'defaults'
+
     def where(self, section, option):
         path, line = self.place(section, option)
         return '%s%s: [%s]%s' % (show(path), ', line %d' % line if line else '', show(section),
@@ -1440,8 +1445,8 @@ def read_ini(config, path):
             text = handle.read()
     except OSError as error:
         raise ConfigError('%s: cannot be read: %s' % (show(path), error.strerror),
-                          'to write one, type: python3 %s --init; to use another, name it with --config'
-                          % show(sys.argv[0]) if error.errno == errno.ENOENT else 'name a readable file')
+                          'name another file, or write one with --init' if error.errno == errno.ENOENT
+                          else 'name a readable file')
     except UnicodeDecodeError:
         raise ConfigError('%s: is not UTF-8 text' % show(path), 'save it as UTF-8')
     parser = configparser.RawConfigParser(default_section='\0', delimiters=('=',))
@@ -1560,7 +1565,7 @@ def read_section(config, section, kind, text_of, mode=None):
         # only streams have defaults: a stream's username is not the mail server's
         text = text_of(section, option.name) if kind == 'stream' or \
             option.name in config.sections.get(section, ()) else None
-        home = section if option.name in config.sections.get(section, ()) else 'defaults'
+        home = config.home(section, option.name)
         base = os.path.dirname((config.origins.get((home, option.name)) or (config.path,))[0])
         try:
             values[option.name], text = value_of(option, text, base, mode)
@@ -1620,7 +1625,7 @@ def read_secret(config, section, path):
         with open(path, encoding='utf-8-sig') as handle:
             return handle.readline().rstrip('\r\n')
     except OSError as error:
-        config.mistake(section, 'password_file', 'cannot be read: %s' % error.strerror)
+        config.mistake(section, 'password_file', '%s cannot be read: %s' % (show(path), error.strerror))
     except UnicodeDecodeError:
         config.mistake(section, 'password_file', 'is not UTF-8 text')
 
@@ -1649,24 +1654,33 @@ def check_monitor(config):
                        'in this order', 'e.g. 2%, 10% and 20%')
 
 
-def check_secrets(config, stream):
-    """Notes if a secret lies where others can read it."""
+def cannot_read(path):
+    """Why a file cannot be read, or None."""
+    try:
+        with open(path, 'rb') as handle:
+            handle.read(1)
+    except OSError as error:
+        return '%s cannot be read: %s' % (show(path), error.strerror)
+
+
+def check_files(config, stream):
+    """Notes which files that options name cannot be read, or can be read by others."""
     section = 'stream:' + stream.name
     if stream.password:
-        home = section if 'password' in config.sections[section] else 'defaults'
+        home = config.home(section, 'password')
         path = config.origins[(home, 'password')][0]
         if not only_mine(path):
             config.mistake(home, 'password', 'this file can be read by others', 'chmod 600 %s' % show(path))
     if stream.password_file:
         stream.password = read_secret(config, section, stream.password_file)
-    if stream.rclone_config:
-        try:
-            if not only_mine(stream.rclone_config):
-                config.mistake(section, 'rclone_config',
-                               '%s can be read by others' % show(stream.rclone_config),
-                               'chmod 600 %s' % show(stream.rclone_config))
-        except OSError as error:
-            config.mistake(section, 'rclone_config', 'cannot be read: %s' % error.strerror)
+    for option in ('ssh_key', 'tls_ca_file', 'rclone_config'):
+        path = getattr(stream, option)
+        why = cannot_read(path) if path else None
+        if why and not (option == 'ssh_key' and not cannot_read(path + '.pub')):      # an agent may have it
+            config.mistake(config.home(section, option), option, why)
+        elif path and option == 'rclone_config' and not only_mine(path):
+            config.mistake(config.home(section, option), option, '%s can be read by others' % show(path),
+                           'chmod 600 %s' % show(path))
 
 
 # target_form of a protocol -> what its target_dir must look like, and how to say so
@@ -1692,8 +1706,7 @@ def finish_stream(config, stream, protocols, state_dir):
     stream.unproven = os.path.join(state_dir, stream.name + '.unproven')
     stream.coarse = os.path.join(state_dir, stream.name + '.times')
     if stream.protocol.target_form == 'here':
-        home = 'stream:' + stream.name
-        home = home if 'target_dir' in config.sections[home] else 'defaults'
+        home = config.home('stream:' + stream.name, 'target_dir')
         base = os.path.dirname(config.origins[(home, 'target_dir')][0])
         stream.target_dir = kind_path(stream.target_dir, base)
     parts = stream.target_dir.split('/')
@@ -1890,7 +1903,7 @@ def read_stream(config, section, protocols, text_of, mode):
     stream = Settings(section[len('stream:'):], values)
     if stream.pause_time is None:
         stream.pause_time = config.settings.pause_time
-    check_secrets(config, stream)
+    check_files(config, stream)
     finish_stream(config, stream, protocols, config.settings.state_dir)
     return stream
 
@@ -2141,7 +2154,8 @@ class StreamLock:
         except OSError as error:
             self.release()
             raise StateError('cannot lock stream %s: %s: %s' % (
-                self.stream.name, show(error.filename or self.path), error.strerror))
+                self.stream.name, show(error.filename or self.path), error.strerror),
+                'change its permissions' if error.errno == errno.EACCES else '')
         except LockedError:
             self.release()
             raise
@@ -2820,7 +2834,8 @@ class Alerts:
             except Exception as error:      # what smtplib and email raise is a long list
                 self.next_at[name] = time.monotonic() + max(1, min(self.RETRY, self.email.digest_time))
                 if name not in self.failing:
-                    log.error('alerts wait: %s: %s' % (name, str(error) or repr(error)))
+                    log.error('alerts wait: %s: %s' % (
+                        name, re.sub(r'\[Errno -?\d+\] ', '', str(error)) or repr(error)))
                 self.failing.add(name)
         if not tried:
             return set()
@@ -3250,7 +3265,7 @@ class Scanner:
         self.watch = watch
         try:
             with own_files('cannot read the directory %s' % show(self.stream.directory),
-                           'create it or mount it, or set create_directories = yes'):
+                           'look at its permissions and its mount'):
                 yield from self.found()
         finally:
             self.watch = None       # looks at single names, in other threads, add nothing
@@ -4548,11 +4563,10 @@ class Staging(Transport):
             pass
         return False
 
-    def try_names(self, odd, name):
-        """Whether a name that is odd in this way comes back byte for byte.  The staging area is
+    def try_names(self, name):
+        """Whether an odd name comes back byte for byte.  The staging area is
         listed, for the same question asked in the same words gets the same answer; what another
         name was made of goes with the area."""
-        del odd
         path = os.path.join(self.area, name)
         try:
             with self.tiny() as tiny:
@@ -4574,7 +4588,7 @@ class Staging(Transport):
         return True
 
     def trait_of_name(self, odd, name):
-        kept = self.trait('names', odd, name)
+        kept = self.trait('names', name)
         if kept:
             self.traits[('names', odd)] = True      # other names that are odd in this way, too
         return kept
@@ -4969,9 +4983,12 @@ class LocalTransport(Staging):
     def path(self, relative):
         return self.base + relative
 
+    def directory_trouble(self):
+        return directory_trouble('the target directory', self.path(b''), self.stream.create_directories)
+
     def open(self):
         self.begin()
-        trouble = directory_trouble('the target directory', self.path(b''))
+        trouble = self.directory_trouble()
         if trouble and trouble[0] == errno.ENOENT and self.stream.create_directories:
             try:
                 os.makedirs(self.path(b''), exist_ok=True)
@@ -5000,7 +5017,7 @@ class LocalTransport(Staging):
             info = os.stat(self.path(b''))
             return info.st_dev, info.st_ino
         except OSError as error:
-            trouble = directory_trouble('the target directory', self.path(b''))
+            trouble = self.directory_trouble()
             if not trouble and error.errno == errno.ENOENT:
                 trouble = 0, '%s is missing in %s' % (marker, show(self.stream.target_base)), \
                     'is the disk mounted there?'
@@ -5050,7 +5067,7 @@ class LocalTransport(Staging):
                 pass
             except OSError as error:
                 raise self.trouble('cannot look at', error)
-        trouble = directory_trouble('the target directory', self.path(b''))
+        trouble = self.directory_trouble()
         if trouble:
             raise TargetError(*trouble[1:])
         return found
@@ -6921,7 +6938,7 @@ class RcloneTransport(Transport):
     def odd(self, path):
         return bytes(sorted(set(b''.join(self.ODD.findall(path)))))
 
-    def try_names(self, entries):
+    def try_characters(self, entries):
         """Whether names with such characters arrive as they are: a store may make a slash of a
         backslash, and so put the object elsewhere."""
         names = {}
@@ -6950,7 +6967,7 @@ class RcloneTransport(Transport):
         return bytes([0x7f if code == 0x21 else code])
 
     def send(self, batch, hand_on):
-        self.try_names(batch.entries)
+        self.try_characters(batch.entries)
         push = Push(batch, hand_on if self.overlaps else None, self.progress)
         push.refused = {}
         for parcel in batch.parcels:
@@ -7939,8 +7956,8 @@ class SftpSession:
     LONGEST = (256 << 10) + 1024        # bytes of a packet: what OpenSSH sends at most
     GULP = 1 << 16                      # bytes that are written at a time
 
-    def __init__(self, argv, stop, limit, patience, **more):
-        """limit: seconds of silence while answers are due; patience: of the login.  more: as for
+    def __init__(self, argv, stop, limit, login_limit, **more):
+        """limit: seconds of silence while answers are due; login_limit: of the login.  more: as for
         Program.  Raises TargetError, Interrupted."""
         self.limit = limit
         self.program = Program(argv, stop, None, **more)
@@ -7951,11 +7968,11 @@ class SftpSession:
         self.head = struct.Struct('>IBI')       # length, type, number
         self.last = self.active = 0
         self.rest = b''
-        self.patience = {}              # task -> seconds more that its answers may take
+        self.more_time = {}             # task -> seconds more that its answers may take
         self.ended = None               # the error that ended it
         self.extensions = {}
         try:
-            self.greet(patience)
+            self.greet(login_limit)
         except BaseException:
             self.program.close()
             raise
@@ -8016,7 +8033,7 @@ class SftpSession:
         try:
             self.fill()
             if self.sent:
-                piece = self.program.read(self.limit + max(self.patience.values(), default=0))
+                piece = self.program.read(self.limit + max(self.more_time.values(), default=0))
                 if not piece:
                     raise self.gone('the sftp server ended')
                 self.hear(piece)
@@ -8107,7 +8124,7 @@ class SftpSession:
             self.end_task(task, None)
         else:
             if type(asked) is Patient:
-                self.patience[task] = asked.seconds
+                self.more_time[task] = asked.seconds
             task.count = len(asked) if isinstance(asked, list) else None
             task.answers = [None] * (task.count or 0)
             task.drawn = 0
@@ -8145,8 +8162,8 @@ class SftpSession:
             if task.asked is not None:
                 task.asked = iter(())   # the rest is in vain
         if not task.under_way and task.asked is None:
-            if self.patience:
-                self.patience.pop(task, None)
+            if self.more_time:
+                self.more_time.pop(task, None)
             self.advance(task)
 
 
@@ -9926,9 +9943,9 @@ class FtpTransport(Staging):
                 return self.measure([second], False).get(second) == (10, None)
         return False
 
-    def try_names(self, odd, name):
+    def try_names(self, name):
         try:
-            return Staging.try_names(self, odd, name)
+            return Staging.try_names(self, name)
         except TargetError:             # some hang up when they get a name that is no UTF-8
             self.exist_all([self.area])     # unless the target is in trouble
             return False
@@ -9952,7 +9969,7 @@ TRANSPORTS = {
 def make_incoming(stream):
     """The incoming directory, made if it is missing and may be made.  Raises StateError if it cannot
     be used."""
-    trouble = directory_trouble('the directory', stream.root)
+    trouble = directory_trouble('the directory', stream.root, stream.create_directories)
     if trouble and not (trouble[0] == errno.ENOENT and stream.create_directories):
         raise StateError(*trouble[1:])
     if trouble:
@@ -10767,15 +10784,15 @@ class Delivery:
         if not (stream.mirror and stream.mirror_delete) or \
                 done.failed or done.busy or done.waiting or done.settling:
             return                  # what is new may be what is gone, under another name
-        present = self.scanner.everything()
-        if not present:
+        here = self.scanner.everything()
+        if not here:
             log.once('%s is empty: mirror_delete deletes nothing (is a disk not mounted?)' % (
                 show(stream.directory)), stream)
             return
         self.ask_stop_files()
         if stream.send_checksum:
-            present |= {sum_name(stream, name) for name in present}
-        gone = self.transport.delete_missing(present)
+            here |= {sum_name(stream, name) for name in here}
+        gone = self.transport.delete_missing(here)
         if gone:
             self.worker.ledger.append(dict(
                 time=utc_stamp(), stream=stream.name, item=to_text(name),
@@ -11782,10 +11799,15 @@ def in_trouble(row):
     return mood(row['state']) == 'bad' or bool(row.get('last_error'))
 
 
-def stream_rows(config, streams):
+def known_failures(config):
+    """failures.json: {stream: {item: its failures}}."""
+    return SharedJson(config.settings.state_dir, 'failures.json').read()
+
+
+def stream_rows(config, streams, failures=None):
     """What is known of each stream, as dicts: status.json, made ready to be shown."""
     content = SharedJson(config.settings.state_dir, 'status.json').read()
-    failures = SharedJson(config.settings.state_dir, 'failures.json').read()
+    failures = known_failures(config) if failures is None else failures
     rows = []
     for stream in streams:
         row = dict(content.get(stream.name, {}), name=stream.name)
@@ -11911,7 +11933,8 @@ def status_page(config, tally, now):
     """The whole page, self-contained; every name in it is escaped."""
     import html
     import socket
-    rows = stream_rows(config, config.every)
+    failures = known_failures(config)
+    rows = stream_rows(config, config.every, failures)
     lines = []
     for row in rows:
         cells = [html.escape(cell) for cell in row_cells(row, now)]
@@ -11922,7 +11945,6 @@ def status_page(config, tally, now):
             '<tr class="note"><td colspan="%d">%s</td></tr>' % (len(cells), html.escape(notes))
             if notes else ''))
     day, month = tally.last(24, now=now), tally.last(Tally.DAYS, 86400, now)
-    failures = SharedJson(config.settings.state_dir, 'failures.json').read()
     failed = ['%s: %s: failed %s, last: %s' % (stream.name, name, count_of(f['count'], 'time'), f['error'])
               for stream in config.every
               for name, f in sorted(failures.get(stream.name, {}).items())]
@@ -12626,7 +12648,9 @@ class Supervisor:
 
     def why(self):
         """What keeps streams from running, for whoever started a daemon."""
-        return '; '.join(worker.trouble_now for worker in self.workers if worker.trouble_now)
+        said = [worker.trouble_now for worker in self.workers if worker.trouble_now]
+        more = ['and %d more, see --status' % len(said[2:])] if said[2:] else []
+        return '; '.join(said[:2] + more)
 
     def wanted(self):
         return {stream.name: stream for stream in self.config.streams if stream.status == 'running'}
@@ -12778,9 +12802,15 @@ class Supervisor:
 # ----------------------------------------------------------------------------------------
 
 def default_config():
-    """Never in the working directory: a planted file could name its own commands."""
+    """Never in the working directory: a planted file could name its own commands.  Raises ConfigError
+    if there is none."""
     beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'mistamover.ini')
-    return beside if os.path.exists(beside) else '/etc/mistamover.ini'
+    for path in (beside, '/etc/mistamover.ini'):
+        if os.path.lexists(path):
+            return path
+    raise ConfigError('there is no configuration: neither %s nor %s exists' % (show(beside), path),
+                      'to write one, type: python3 %s --init; to use another, name it with --config'
+                      % show(sys.argv[0]))
 
 
 def read_config(args):
@@ -12859,7 +12889,7 @@ def check_target(worker, transport):
 def check_steps(worker):
     """Yield (what, answer) for one stream; a MoverError ends it."""
     stream, transport = worker.stream, worker.transport
-    trouble = directory_trouble('directory:', stream.root)
+    trouble = directory_trouble('directory:', stream.root, stream.create_directories)
     if trouble and not (trouble[0] == errno.ENOENT and stream.create_directories):
         raise StateError(*trouble[1:])
     if stream.move and os.path.isdir(stream.root) and not os.access(stream.root, os.W_OK | os.X_OK):
@@ -13303,8 +13333,9 @@ def init_asks(name, answers):
         means_something(stream_option(name), protocol, answers.get('transfer_mode', 'move'))
 
 
-def ask_option(name, default):
-    """The text of one option; what is no answer is asked for again."""
+def ask_option(name, default, base):
+    """The text of one option; what is no answer is asked for again.  base: the directory of the
+    configuration."""
     option = stream_option(name)
     while True:
         text = ask('%s (%s)' % (name, option.text), default)
@@ -13313,7 +13344,10 @@ def ask_option(name, default):
             if name == 'transfer_protocol':
                 return one_of(*sorted(TRANSPORTS))(text, '')
             if text:
-                option.kind(text, '.')
+                value = option.kind(text, base)
+                why = cannot_read(value) if name in ('password_file', 'ssh_key') else None
+                if why:
+                    raise ValueError(why)
             elif name in REQUIRED or name == 'target_host':
                 raise ValueError('an answer is needed')
             return text
@@ -13328,7 +13362,7 @@ def stream_section(name, answers):
                                      if text and init_asks(option, answers)]
 
 
-def ask_stream(others):
+def ask_stream(others, base):
     """(name, {option: text}) of a stream that is configured in a dialogue, seen and confirmed."""
     name = ask('a name for the stream', 'data' if not others else '')
     while not re.match(STREAM_NAME, name) or name in others:
@@ -13338,7 +13372,7 @@ def ask_stream(others):
     answers = collections.OrderedDict()
     for option, default in INIT_QUESTIONS.items():
         if init_asks(option, answers):
-            answers[option] = ask_option(option, default)
+            answers[option] = ask_option(option, default, base)
     while True:
         say('')
         for line in stream_section(name, answers):
@@ -13347,7 +13381,7 @@ def ask_stream(others):
         if word == 'yes':
             return name, answers
         if word in INIT_QUESTIONS:
-            answers[word] = ask_option(word, answers.get(word, INIT_QUESTIONS[word]))
+            answers[word] = ask_option(word, answers.get(word, INIT_QUESTIONS[word]), base)
         else:
             say('%s is none of %s' % (word, ', '.join(INIT_QUESTIONS)))
 
@@ -13361,7 +13395,7 @@ def command_init(args, stop):
     say('This writes %s.  An empty answer takes what is in [brackets].' % show(path))
     streams = collections.OrderedDict()
     while not streams or ask('Another stream?  yes or no', 'no') == 'yes':
-        name, answers = ask_stream(streams)
+        name, answers = ask_stream(streams, os.path.dirname(path))
         streams[name] = answers
     lines = ['# Written by mistamover.py --init.  README.md has every other option.', '',
              '[mistamover]', 'state_dir = mistamover-state']
