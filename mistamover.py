@@ -323,10 +323,22 @@ def epoch(stamp):
 NAME_MAX = 255          # bytes that a file system takes as one name
 
 
+STAMPS = [0]                    # the last one that was given, in milliseconds
+STAMPING = threading.Lock()     # guards it
+
+
+def fresh_time():
+    """The time for a stamp, never given before: a target may take a.~T~ and A.~T~ for one name."""
+    with STAMPING:
+        now = int(time.time() * 1000)
+        STAMPS[0] = STAMPS[0] + 1 if STAMPS[0] - 1000 < now <= STAMPS[0] else now
+        return (STAMPS[0] + 0.5) / 1000         # or rounding may show the one before
+
+
 def stamped(name, now=None):
     """NAME.~20261124T031500.123Z~, with the stamp before the ending of a zip; what would get too
     long for a file system is cut, and a hash of it keeps two such names apart."""
-    now = time.time() if now is None else now
+    now = fresh_time() if now is None else now
     stamp = b'.~%s~' % utc_stamp(now).replace('-', '').replace(':', '').encode()
     ending = b'.zip' if name.endswith(b'.zip') else b''
     name = name[:len(name) - len(ending)]
@@ -4029,6 +4041,19 @@ class Batch:
         return max([entry.size for entry in self.entries] or [0])
 
 
+def in_rounds(values, path_of=lambda path: path):
+    """Lists of them: what a target may take for one name is in different ones, for of two that go in
+    one breath the second replaces the first, or its backup."""
+    rounds, counts = [], collections.Counter()
+    for value in values:
+        name = folded(path_of(value))
+        if counts[name] == len(rounds):
+            rounds.append([])
+        rounds[counts[name]].append(value)
+        counts[name] += 1
+    return rounds
+
+
 class Transport:
     """The contract.  A protocol is a class with these verbs and a row in TRANSPORTS.
 
@@ -6488,15 +6513,17 @@ class RsyncTransport(Transport):
         renamed = {path for path, step in steps.items() if step == 'stamp'}
         self.send_renamed(batch, renamed, equal)
         foreign = set(steps) - set(problems) - renamed
-        backup = self.backup_options(foreign, damaged, steps)
         problems.update(self.in_the_way(batch, missing - set(rows)))
         again = foreign | damaged | self.make_way(problems)
         if self.stream.on_conflict != 'refuse':
             again |= differing & sent       # damaged, or taken by another sender: backed up as well
-        if again:
-            push.update(dict.fromkeys(again, b'<'))
-            push.said += self.push(batch, sorted(again), ['--ignore-times', '-i'] + backup)[0].lines
-            equal.update(self.prove(batch, again, ['--checksum'])[0])
+        backed_up = damaged or 'backup' in [steps[path] for path in foreign] or \
+            self.stream.on_conflict == 'backup' or self.stream.move and again and batch.twins(again)
+        for paths in in_rounds(sorted(again)):
+            push.update(dict.fromkeys(paths, b'<'))
+            backup = self.backup_options(foreign.intersection(paths), backed_up)
+            push.said += self.push(batch, paths, ['--ignore-times', '-i'] + backup)[0].lines
+            equal.update(self.prove(batch, paths, ['--checksum'])[0])
         for path in (again | differing & sent) - set(equal):
             ours = path in sent or path in damaged
             problems[path] = IntegrityError('%s arrived damaged' % show(path)) if ours else \
@@ -6525,16 +6552,14 @@ class RsyncTransport(Transport):
                                        'long for a backup' % show(path), 'rename one of them')
         return problems
 
-    def backup_options(self, foreign, damaged, steps):
+    def backup_options(self, foreign, backed_up):
         """How what is replaced is kept, if it is."""
         suffix = stamped(b'').decode()
-        backup = ['--backup', '--suffix=' + suffix] if damaged or self.stream.on_conflict == 'backup' or any(
-            steps[path] == 'backup' for path in foreign) else []
         for path in sorted(foreign):
             log.info('other content had the name %s at the target and %s' % (
                 show(path),
-                'is %s%s now' % (show(path), suffix) if backup else 'is overwritten'), self.stream)
-        return backup
+                'is %s%s now' % (show(path), suffix) if backed_up else 'is overwritten'), self.stream)
+        return ['--backup', '--suffix=' + suffix] if backed_up else []
 
     def in_the_way(self, batch, paths):
         """{path: Unfit} of those of which neither a push nor a proof tells, for something else has
@@ -8671,13 +8696,8 @@ class SftpTransport(Staging):
         """What might be taken for one name never goes in one breath where a rename replaces."""
         if jobs and self.publish_by is None:
             self.run(self.learn_to_publish())
-        rounds = collections.defaultdict(list)
-        counts = collections.Counter()
-        for job in jobs:
-            counts[folded(job.final)] += 1
-            rounds[counts[folded(job.final)]].append(job)
         done = set()
-        for _, members in sorted(rounds.items()):
+        for members in in_rounds(jobs, lambda job: job.final):
             answers = self.session.run((job.entry.path, self.publish_job(job)) for job in members)
             done.update(job for job, placed in zip(members, answers) if placed)
         return done

@@ -2276,7 +2276,7 @@ class Rivals(Case):
             self.assertEqual(done.output.count('s: stream t delivers into the same place'), said, str(done))
 
 
-class Twins(Case):
+class Twins(Doctored):
     """Names that are one at the target: nothing that was delivered is overwritten by the other."""
 
     def test_an_overwriting_move_backs_a_twin_up(self):
@@ -2290,6 +2290,56 @@ class Twins(Case):
         kept = contents(tree(world.target))
         self.assertEqual(sorted(kept.values()), [b'Scan.dat', b'another', b'other', b'scan.dat'], str(done))
         self.assertEqual(kept[b'scan.dat'], b'scan.dat')
+
+
+    def test_no_two_stamps_are_the_same(self):
+        real, clock = time.time, [1764322200.5]
+        self.addCleanup(setattr, time, 'time', real)
+        time.time = lambda: clock[0]
+        found = [mm.stamped(b'a') for _ in range(50)]
+        clock[0] += 0.01                        # less than the fifty are ahead
+        found += [mm.stamped(b'a') for _ in range(50)]
+        clock[0] -= 3600
+        found += [mm.stamped(b'a') for _ in range(50)]
+        self.assertEqual(len(set(found)), 150)
+
+    def backed_up(self, site, **options):
+        """Two twins in a directory of which both names are taken: the final contents at the target."""
+        world = self.world(site, **options)
+        for name in ('run', 'RUN'):
+            write(os.path.join(world.target, 'day', name), b'old ' + name.encode())
+            write(os.path.join(world.source, 'day', name), b'new ' + name.encode(), OLD + 1)
+        done = self.assert_run(world, 0)
+        self.assertEqual(tree(world.source), {}, str(done))
+        return held_at_target(world)
+
+    def test_backups_of_twins_in_a_directory_have_different_stamps(self):
+        # where case is folded the second would take the place of the first
+        for site, step in (('local', 'backup'), ('rsync_native', 'backup'), ('rsync_native', 'overwrite')):
+            found = self.backed_up(site, on_conflict=step)
+            self.assertEqual((found.pop(b'day/run'), found.pop(b'day/RUN')), (b'new run', b'new RUN'))
+            self.assertEqual(sorted(found.values()), [b'old RUN', b'old run'])
+            self.assertEqual(len({mm.folded(name) for name in found}), 2, found)
+
+    def test_of_twins_that_a_target_took_for_one_the_first_is_backed_up(self):
+        # rsync has sent both, and then found only the second
+        world = self.world('rsync_native', on_conflict='overwrite')
+        for number, name in enumerate(('RUN', 'run')):
+            write(os.path.join(world.source, 'day', name), b'new ' + name.encode(), OLD + number)
+        target = os.path.join(world.target, 'day', 'run')
+
+        def doctor():
+            def finish(self, batch, real=mm.RsyncTransport.finish):
+                os.unlink(os.path.join(os.path.dirname(target), 'RUN'))
+                os.link(target, os.path.join(os.path.dirname(target), 'RUN'))       # one content, two names
+                return real(self, batch)
+            mm.RsyncTransport.finish = finish
+
+        done = self.doctored(world, doctor)
+        self.assertEqual((done.code, tree(world.source)), (0, {}), str(done))
+        found = held_at_target(world)
+        self.assertEqual((found.pop(b'day/run'), found.pop(b'day/RUN')), (b'new run', b'new RUN'))
+        self.assertEqual([content for name, content in found.items()], [b'new run'])
 
 
 @spread
