@@ -1448,19 +1448,9 @@ def stamp_of(path):
         return None
 
 
-def read_ini(config, path):
-    """Read one file into config.sections, remembering where each option is."""
+def parse_ini(path, text):
+    """The sections of one file.  Raises ConfigError, which never shows a line: it may hold a password."""
     import configparser
-    config.stamps.append(stamp_of(path))        # before it is read: a change meanwhile is seen
-    try:
-        with open(path, encoding='utf-8-sig') as handle:
-            text = handle.read()
-    except OSError as error:
-        raise ConfigError('%s: cannot be read: %s' % (show(path), error.strerror),
-                          'name another file, or write one with --init' if error.errno == errno.ENOENT
-                          else 'name a readable file')
-    except UnicodeDecodeError:
-        raise ConfigError('%s: is not UTF-8 text' % show(path), 'save it as UTF-8')
     parser = configparser.RawConfigParser(default_section='\0', delimiters=('=',))
     try:
         parser.read_string(text)
@@ -1472,14 +1462,14 @@ def read_ini(config, path):
         raise ConfigError('%s, line %d: an option before the first [section]'
                           % (show(path), error.lineno), 'begin with [mistamover]')
     except configparser.ParsingError as error:
-        # the error's own text would print the line, which may hold a password
         first, *more = [ConfigError('%s, line %d: neither "option = value" nor [section]'
                                     % (show(path), number)) for number, _ in error.errors]
         raise ConfigError(first.message, '', more)
-    for section in parser.sections():
-        if section in config.sections:
-            config.fail(section, None, 'is in %s too' % show(path), 'remove one of them')
-        config.sections[section] = dict(parser.items(section))
+    return parser
+
+
+def note_origins(config, path, text):
+    """Remember in which line each option of a file is."""
     section = None
     for number, line in enumerate(map(str.strip, text.splitlines()), 1):
         header, option = re.match(r'\[(.+)\]', line), re.match(r'([^\s#;=][^=]*?)\s*=', line)
@@ -1488,6 +1478,26 @@ def read_ini(config, path):
             config.origins[(section, None)] = path, number
         elif option:
             config.origins[(section, option.group(1).lower())] = path, number
+
+
+def read_ini(config, path):
+    """Read one file into config.sections, remembering where each option is."""
+    config.stamps.append(stamp_of(path))        # before it is read: a change meanwhile is seen
+    try:
+        with open(path, encoding='utf-8-sig') as handle:
+            text = handle.read()
+    except OSError as error:
+        raise ConfigError('%s: cannot be read: %s' % (show(path), error.strerror),
+                          'name another file, or write one with --init' if error.errno == errno.ENOENT
+                          else 'name a readable file')
+    except UnicodeDecodeError:
+        raise ConfigError('%s: is not UTF-8 text' % show(path), 'save it as UTF-8')
+    parser = parse_ini(path, text)
+    for section in parser.sections():
+        if section in config.sections:
+            config.fail(section, None, 'is in %s too' % show(path), 'remove one of them')
+        config.sections[section] = dict(parser.items(section))
+    note_origins(config, path, text)
 
 
 def nearest(word, words):
@@ -1754,6 +1764,20 @@ def check_target_dir(stream, fail):
         fail('mirror_delete', 'does not go with dates in target_dir', 'mirror to a fixed directory')
 
 
+def check_directories(stream, fail):
+    """What a stream does with directories must go with its protocol, mode and items."""
+    protocol = stream.protocol
+    if stream.directories not in protocol.directories + ('auto',):
+        fail('directories', '%s does not %s directories' % (stream.transfer_protocol, stream.directories),
+             'use ' + protocol.directories[0])
+    if stream.directories == 'zip' and (stream.mirror or stream.items == 'files'):
+        fail('directories', 'zip goes with transfer_mode = move and items = top only')
+    stream.zips = 'zip' == (protocol.directories[0] if stream.directories == 'auto' else stream.directories)
+    for option in ('check_file', 'ready_file'):
+        if (getattr(stream, option) or '').startswith('{name}/') and stream.items == 'files':
+            fail(option, 'in a directory does not go with items = files', 'use a name like {name}.sha256')
+
+
 def check_stream(config, stream, protocols):
     """Everything that can be known to be wrong without touching anything."""
     section = 'stream:' + stream.name
@@ -1768,11 +1792,7 @@ def check_stream(config, stream, protocols):
                  ' or '.join(n for n, p in sorted(protocols.items()) if p.mirrors), protocol.mirror_hint))
     if 'host' in protocol.takes.split() and not stream.target_host:
         fail('target_host', 'is missing', '%s needs one' % stream.transfer_protocol)
-    if stream.directories not in protocol.directories + ('auto',):
-        fail('directories', '%s does not %s directories' % (stream.transfer_protocol, stream.directories),
-             'use ' + protocol.directories[0])
-    if stream.directories == 'zip' and (stream.mirror or stream.items == 'files'):
-        fail('directories', 'zip goes with transfer_mode = move and items = top only')
+    check_directories(stream, fail)
     if WINDOWS and stream.keep_delivered:
         fail('keep_delivered', 'does not work on Windows')
     if stream.verify == 'accepted' and stream.move and not stream.keep_delivered:
@@ -1780,9 +1800,6 @@ def check_stream(config, stream, protocols):
              'set keep_delivered, e.g. to 30d')
     if stream.settle_max is not None:
         check_settle_max(stream, fail)
-    for option in ('check_file', 'ready_file'):
-        if (getattr(stream, option) or '').startswith('{name}/') and stream.items == 'files':
-            fail(option, 'in a directory does not go with items = files', 'use a name like {name}.sha256')
     if stream.send_checksum and stream.send_checksum in (stream.check_file, stream.ready_file):
         fail('send_checksum', 'is the name of a file that is sent anyway', 'remove it')
     if stream.move and stream.symlinks == 'keep':
@@ -1794,7 +1811,6 @@ def check_stream(config, stream, protocols):
     if bad is not None:
         fail('rclone_options', '%s is refused: it would break a promise, or is no --option=value' % show(bad),
              'remove it')
-    stream.zips = 'zip' == (protocol.directories[0] if stream.directories == 'auto' else stream.directories)
     check_target_dir(stream, fail)
 
 
