@@ -2141,7 +2141,8 @@ log = Log()
 
 def make_private_directory(path):
     """Raises StateError."""
-    with own_files('cannot make the directory %s' % show(path), 'see state_dir'):
+    with own_files('cannot make the directory %s' % show(path),
+                   'make it for this account, or change state_dir or log_file'):
         os.makedirs(path, 0o700, exist_ok=True)
 
 
@@ -13075,7 +13076,8 @@ def status_of_broken(args, error, stop):
     names = sorted(SharedJson(directory, 'status.json').read())
     if not names:
         raise error
-    say('mistamover: %s' % show(str(error)), sys.stderr)
+    for line in error.lines:
+        say('mistamover: %s' % show(line), sys.stderr)
     streams = [types.SimpleNamespace(name=name, status='running', move=False) for name in names
                if not args.stream or name in args.stream]
     settings = types.SimpleNamespace(state_dir=directory)
