@@ -3973,6 +3973,15 @@ def sum_line(digest, name):
     return b'%s  %s\n' % (digest.encode(), name)
 
 
+def as_linked(root, entry):
+    """The Entry of a file that got a second name by us, which gives it another ctime.  Raises Changed."""
+    with contextlib.suppress(OSError):
+        info = os.lstat(os.path.join(root, entry.path))
+        if entry.is_at(info):
+            return Entry.of(entry.path, info)
+    raise Changed('%s has changed' % show(entry.path))
+
+
 def sum_file(stream, batch, parcel, outcome, stop):
     """The content of the checksum file of a parcel that was published: a line for each of its files,
     of what was read here.  Raises Changed, ItemError."""
@@ -3981,6 +3990,8 @@ def sum_file(stream, batch, parcel, outcome, stop):
     for entry in parcel.entries:
         if entry.kind != 'f':
             continue
+        if entry.path in outcome.linked:
+            entry = as_linked(batch.root, entry)
         known = (outcome.checksum or '').partition(':')
         digest = known[2] if known[0] == algorithm else hash_entry(batch.root, entry, stop, algorithm)
         name = os.path.relpath(entry.path, os.path.dirname(parcel.item.name) or b'.')

@@ -5931,6 +5931,23 @@ class Sums(Doctored):
             subprocess.check_call(['sha256sum', '--quiet', '--strict', '-c', name], cwd=world.target)
         self.assertEqual((tree(world.source), world.leftovers()), ({}, []))
 
+    def test_a_sum_of_what_is_linked_to_its_name(self):
+        """A link changes the ctime of the source, which is no reason to wait until it rests again."""
+        for there in (None, self.A, self.B):
+            with self.subTest(there):
+                world = self.world(send_checksum='{name}.sha512')
+                self.put(world, run=self.A, tree__run=self.A)
+                for name in ('run', 'tree/run') if there else ():
+                    write(os.path.join(world.target, name), there)
+                done = self.assert_run(world, 0)
+                self.assertNotIn('still settling', done.output)
+                self.assertEqual([(r['outcome'], r['proof']) for r in world.ledger()],
+                                 [('delivered', 'one inode')] * 2)
+                for name in ('run', 'tree'):
+                    subprocess.check_call(['sha512sum', '--quiet', '--strict', '-c', name + '.sha512'],
+                                          cwd=world.target)
+                self.assertEqual((tree(world.source), world.leftovers()), ({}, []))
+
     def test_send_checksum_needs_its_name(self):
         world = self.world(send_checksum='{name}.md5')
         self.put(world, run=self.A, **{'run.md5': b'somebody\'s', 'other': self.B})
