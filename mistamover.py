@@ -1727,6 +1727,7 @@ def finish_stream(config, stream, protocols, state_dir):
     stream.control_dir = os.path.join(state_dir, stream.name + '.ssh')
     stream.unproven = os.path.join(state_dir, stream.name + '.unproven')
     stream.coarse = os.path.join(state_dir, stream.name + '.times')
+    stream.unsummed = os.path.join(state_dir, stream.name + '.unsummed')
     if stream.protocol.target_form == 'here':
         home = config.home('stream:' + stream.name, 'target_dir')
         base = os.path.dirname(config.origins[(home, 'target_dir')][0])
@@ -2621,6 +2622,55 @@ class Spent:
         if not self.saved:
             self.shared.update(self.stream.name, self.records or None, durable)
             self.saved = True
+
+
+def read_names(path, root):
+    """The names in a file of ours that exist below root, as a set.  Raises StateError."""
+    names = ()
+    with own_files('cannot read %s' % show(path)), \
+            contextlib.suppress(FileNotFoundError), open(path, 'rb') as handle:
+        names = handle.read().split(b'\0')
+    return {name for name in names if name and os.path.lexists(os.path.join(root, name))}
+
+
+def write_names(path, names):
+    """Keep names in such a file, on the disk; no file for none.  Raises StateError."""
+    with own_files('cannot write %s' % show(path)):
+        if names:
+            atomic_write(path, b''.join(name + b'\0' for name in names), True)
+        elif os.path.lexists(path):
+            os.unlink(path)
+
+
+class Unsummed:
+    """Items of a mirror whose checksum files may be missing at the target, or old: a pass that was
+    broken off had sent the item and not its sum, and the next one finds nothing to send.  On disk from
+    before an item is sent until its sum is proven."""
+
+    def __init__(self, stream):
+        self.path = stream.unsummed
+        self.names = read_names(self.path, stream.root)     # of what broke off
+        self.begun = set()              # under way
+        self.lock = threading.Lock()    # one batch is recorded while the next is sent
+
+    def begin(self, names):
+        with self.lock:
+            self.begun |= names
+            self.save()
+
+    def end(self, done, failed):
+        with self.lock:
+            self.names = (self.names | failed) - done
+            self.begun -= done | failed
+            self.save()
+
+    def break_off(self):
+        """Nothing is under way any more."""
+        self.names |= self.begun
+        self.begun = set()
+
+    def save(self):
+        write_names(self.path, self.names | self.begun)
 
 
 def target_of(stream, dates=True):
@@ -6089,11 +6139,7 @@ class Doubts:
 
     def read(self, root):
         """Raises StateError."""
-        names = ()
-        with own_files('cannot read %s' % show(self.path)), \
-                contextlib.suppress(FileNotFoundError), open(self.path, 'rb') as handle:
-            names = handle.read().split(b'\0')
-        self.names = {name for name in names if name and os.path.lexists(os.path.join(root, name))}
+        self.names = read_names(self.path, root)
 
     def begin(self, push, paths):
         with self.lock:
@@ -6114,12 +6160,7 @@ class Doubts:
             self.save()
 
     def save(self):
-        with own_files('cannot write %s' % show(self.path)):
-            if self.names or self.pushes:
-                groups = [self.names] + list(self.pushes.values())
-                atomic_write(self.path, b''.join(n + b'\0' for group in groups for n in group), True)
-            elif os.path.lexists(self.path):
-                os.unlink(self.path)
+        write_names(self.path, [n for group in [self.names] + list(self.pushes.values()) for n in group])
 
 
 class RsyncTransport(Transport):
@@ -10786,6 +10827,8 @@ class Delivery:
         """
         started = time.monotonic()
         self.prepare()
+        if self.worker.unsummed:
+            self.worker.unsummed.break_off()        # by what ended the pass before
         with contextlib.ExitStack() as stack:       # whatever happens, nothing goes on behind us
             for duty in (self.leave, self.proving.drain, self.connecting.drain):
                 stack.callback(duty)
@@ -10839,7 +10882,8 @@ class Delivery:
             return
         self.ask_stop_files()
         if stream.send_checksum:
-            here |= {sum_name(stream, name) for name in here}
+            items = here if stream.items == 'files' else {name for name in here if b'/' not in name}
+            here |= {sum_name(stream, name) for name in items}
         gone = self.transport.delete_missing(here)
         if gone:
             self.worker.ledger.append(dict(
@@ -10973,7 +11017,12 @@ class Delivery:
 
     def up_to_date(self, item):
         """Mirror: nothing is to be done for it, as a look at the target tells."""
-        return self.stream.mirror and self.transport.up_to_date(item, self.dated(item), self.worker.watch)
+        return self.stream.mirror and not self.lacks_sum(item) and \
+            self.transport.up_to_date(item, self.dated(item), self.worker.watch)
+
+    def lacks_sum(self, item):
+        """Mirror: whether its checksum file may be missing although the item itself is there."""
+        return self.worker.unsummed is not None and item.name in self.worker.unsummed.names
 
     def clash(self, row, names):
         """A directory `a` beside a file `a.zip`: both would be a.zip at the target."""
@@ -11244,6 +11293,8 @@ class Delivery:
         self.begin_transfer()
         self.open.update((parcel.item.name, ((batch.root, batch.subdir), parcel))
                          for parcel in batch.parcels)
+        if self.worker.unsummed:
+            self.worker.unsummed.begin({parcel.item.name for parcel in batch.parcels})
         try:
             self.transport.send(batch, self.hand_on)
             if self.stream.send_checksum:
@@ -11280,7 +11331,8 @@ class Delivery:
         sums, faults = {}, {}
         own = {entry.path for entry in self.followers + self.scanner.shared}
         for number, (parcel, outcome) in enumerate(pairs):
-            if outcome.error or not outcome.sent or parcel.item.name in own or \
+            sent = outcome.sent or self.lacks_sum(parcel.item)
+            if outcome.error or not sent or parcel.item.name in own or \
                     any(parcel.item is item for item in self.lasts):
                 continue
             try:
@@ -11324,6 +11376,8 @@ class Delivery:
         """The line broke in the middle of a batch.  If the target works again at once, the item
         under way is set aside and all else is sent again; else raises the error."""
         self.settle_what_went()
+        if self.worker.unsummed:
+            self.worker.unsummed.break_off()
         self.strikes += 1
         left, self.open = self.open, collections.OrderedDict()
         if error.scope == 'machine' or not left or self.strikes > self.MOST_STRIKES:
@@ -11419,6 +11473,9 @@ class Delivery:
     def record_and_release(self, proven):
         batch, outcomes = proven
         good = [pair for pair in outcomes if pair[1].error is None]
+        if self.worker.unsummed:
+            done = {parcel.item.name for parcel, _ in good}
+            self.worker.unsummed.end(done, {parcel.item.name for parcel, _ in outcomes} - done)
         self.record(good)
         for parcel, outcome in good:
             if parcel.item.name in self.copying:
@@ -12222,6 +12279,7 @@ class Worker:
         self.asked = -STOP_FILE_AGE     # monotonic time of the last answer about stop files
         self.told_apart = False         # whether source and target are known to differ
         self.mirrored = {}              # name -> fingerprint of what the target has
+        self.unsummed = None            # an Unsummed, of a mirror with send_checksum
         self.stays = None               # see tell_of_staying()
         self.zipped = None              # see delivered_trees()
         self.exit_code = EXIT_OK
@@ -12318,6 +12376,8 @@ class Worker:
         make_incoming(self.stream)
         make_private_directory(self.state_dir)
         self.lock.acquire()
+        if self.stream.mirror and self.stream.send_checksum:
+            self.unsummed = Unsummed(self.stream)
         self.sweep()
         self.transport = self.stream.protocol(self.stream, self.stop, self.progress, self.lock.fds)
         self.transport.littered = self.dirty()

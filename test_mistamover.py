@@ -5948,6 +5948,25 @@ class Sums(Doctored):
                                           cwd=world.target)
                 self.assertEqual((tree(world.source), world.leftovers()), ({}, []))
 
+    @on_sites('local', 'rsync_ssh')
+    def test_mirror_delete_leaves_the_sum_of_what_is_here(self, site):
+        for items in ('top', 'files'):
+            with self.subTest(items):
+                world = self.world(site, transfer_mode='mirror', mirror_delete='yes', items=items,
+                                   send_checksum='{name}.sha256')
+                self.put(world, day__run=self.A, run=self.A, gone=self.B)
+                self.assert_run(world, 0)
+                made = ['day.sha256', 'run.sha256'] if items == 'top' else ['day/run.sha256', 'run.sha256']
+                for foreign in ('day/other.sha256', 'none.sha256'):
+                    write(os.path.join(world.target, foreign), b'of nothing that is here')
+                os.unlink(os.path.join(world.source, 'gone'))
+                for _ in range(2):
+                    self.assert_run(world, 0)
+                    self.assertEqual(sorted(self.delivered(world)), sorted(['day/run', 'run'] + made))
+                for path in made:
+                    head, name = os.path.split(os.path.join(world.target, path))
+                    subprocess.check_call(['sha256sum', '--quiet', '--strict', '-c', name], cwd=head)
+
     def test_send_checksum_needs_its_name(self):
         world = self.world(send_checksum='{name}.md5')
         self.put(world, run=self.A, **{'run.md5': b'somebody\'s', 'other': self.B})
