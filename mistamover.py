@@ -4073,17 +4073,40 @@ class Batch:
     """The parcels of one push, or a part of them; transports keep their notes in `jobs`.
 
     seen: the hashes of the folded names of what this pass has sent in earlier batches.
+    about: the Batch whose checksum files these are, or None.
     """
 
-    def __init__(self, root, subdir, parcels, jobs=None, seen=()):
+    def __init__(self, root, subdir, parcels, jobs=None, seen=(), about=None):
         self.root = root
         self.subdir = subdir
         self.parcels = parcels
         self.jobs = jobs
         self.seen = seen
+        self.about = about
+        self.cleared = False            # whether old checksum files were set aside
+        self.began = None
+        self.owners = {}
 
     def part(self, parcels):
-        return Batch(self.root, self.subdir, parcels, self.jobs, self.seen)
+        return Batch(self.root, self.subdir, parcels, self.jobs, self.seen, self.about)
+
+    @property
+    def moment(self):
+        """The time in the names of the backups that it makes: an old item and its old checksum file
+        get the same.  What came since the old ones were set aside must not take their names."""
+        if self.about and not self.about.cleared:
+            return self.about.moment
+        self.began = self.began or fresh_time()
+        return self.began
+
+    def sums_of(self, stream, paths):
+        """Where the checksum files of the items with these paths are, as such paths, sorted."""
+        if self.about or not stream.send_checksum:
+            return []
+        if not self.owners:
+            self.owners = {entry.path: parcel.item.name for parcel in self.parcels
+                           for entry in parcel.entries}
+        return sorted({sum_name(stream, self.owners[path]) for path in paths})
 
     def twins(self, paths):
         """Those of its paths that a target may take for one name with another of this pass: what
@@ -4524,7 +4547,7 @@ class Staging(Transport):
             if step == 'stamp':
                 job.final = job.staged = stamped(job.final)
             elif step == 'backup':
-                self.make_backup(job)
+                self.make_backup(batch, job)
 
     def same_or_unknown(self, batch, job):
         try:
@@ -4831,11 +4854,12 @@ class Staging(Transport):
         elif there is None:
             raise self.no_file(job)
         elif step == 'backup':
-            backup = self.make_backup(job)
+            backups = self.make_backup(batch, job, twin)
             self.place_alone(job)
-            if not self.drop_own_copy(job, backup):
-                log.info('other content had the name %s at the target and is %s now' % (
-                    show(job.final), show(backup)), self.stream)
+            for path, backup in backups.items():
+                if not self.drop_own_copy(path, backup):
+                    log.info('other content had the name %s at the target and is %s now' % (
+                        show(batch.final(path)), show(backup)), self.stream)
         else:
             self.overwrite(job)
             log.info('other content had the name %s at the target and was overwritten' % show(job.final),
@@ -4853,9 +4877,9 @@ class Staging(Transport):
         return ItemError('%s cannot be placed' % show(job.final),
                          'may this account write there? is another file system mounted below target_dir?')
 
-    def drop_own_copy(self, job, backup):
+    def drop_own_copy(self, path, backup):
         """settle_max: the copy that we sent before, known by its hash, needs no backup."""
-        own = self.own_copies.get(job.entry.path)
+        own = self.own_copies.get(path)
         there = self.measure([backup], True).get(backup) if own else None
         if not isinstance(there, tuple) or there[1] != own[0]:
             return False
@@ -4874,14 +4898,22 @@ class Staging(Transport):
                 return False
         return there[1] == self.digest(batch, job)
 
-    def make_backup(self, job):
-        """Rename what has the final name; the new name.  Raises ItemError unless it is found there."""
-        backup = stamped(job.final)
-        self.rename(job.final, backup)
-        if self.exist_all([job.final, backup]) != [False, True]:
-            raise ItemError('%s: nobody can tell whether the file that was there is %s now' % (
-                show(job.final), show(backup)), 'look at the target, or set on_conflict = refuse')
-        return backup
+    def make_backup(self, batch, job, twin=False):
+        """Rename what has the final name, and before it the checksum file of that, which says nothing
+        of what comes: {path: new name}.  Raises ItemError unless each is found there."""
+        # of twins both may be renamed to one name, so each gets a stamp of its own
+        moment, backups = fresh_time() if twin else batch.moment, collections.OrderedDict()
+        sums = [path for path in batch.sums_of(self.stream, [job.entry.path])
+                if isinstance(self.measure([batch.final(path)], False).get(batch.final(path)), tuple)]
+        for path in sums + [job.entry.path]:
+            final, backup = batch.final(path), stamped(batch.final(path), moment)
+            self.rename(final, backup)
+            if self.exist_all([final, backup]) != [False, True]:
+                raise ItemError('%s: nobody can tell whether the file that was there is %s now' % (
+                    show(final), show(backup)), 'look at the target, or set on_conflict = refuse')
+            backups[path] = backup
+            batch.cleared = batch.cleared or path in sums
+        return backups
 
     def check_apart(self, job):
         """Raises ItemError if a symlink or a mount at the target leads back to the source."""
@@ -5208,7 +5240,8 @@ class LocalTransport(Staging):
                 self.delete([job.staged] if job.staged else ())
 
     def stage_one(self, batch, job, together):
-        job.equal = self.stream.mirror and self.looks_like(job.entry, job.final, True)
+        # two sums have one size, and may be of one second
+        job.equal = self.stream.mirror and not batch.about and self.looks_like(job.entry, job.final, True)
         with job.own_faults():
             if job.equal:
                 self.progress.sent(job.entry.size)
@@ -6503,7 +6536,8 @@ class RsyncTransport(Transport):
         """equal: a dictionary that gets what is proven, {path: checksum or None}."""
         everything = {e.path for e in batch.entries}
         sent = {path for path in everything if push.get(path) in push.SENT}
-        quick = {path for path in everything if push.get(path) == b'.' and self.quick}
+        # two sums have one size, and may be of one second
+        quick = {path for path in everything if push.get(path) == b'.' and self.quick and not batch.about}
         quick -= self.doubts.names
         by_size = sent if self.stream.verify == 'size' and self.sizes_tell(push) else set()
         equal.update(dict.fromkeys(quick))
@@ -6511,7 +6545,7 @@ class RsyncTransport(Transport):
         # what was not sent was there before: only its content can tell whether it is ours
         for paths, option in ((by_size, '--size-only'), (everything - by_size - quick, '--checksum')):
             believed = paths - sent - self.doubts.names
-            if self.stream.mirror and option == '--checksum' and believed:
+            if self.stream.mirror and not batch.about and option == '--checksum' and believed:
                 before, rows = self.prove(batch, believed, self.times)
                 equal.update(before)
                 known.update(rows)
@@ -6588,9 +6622,11 @@ class RsyncTransport(Transport):
             again |= differing & sent       # damaged, or taken by another sender: backed up as well
         backed_up = damaged or 'backup' in [steps[path] for path in foreign] or \
             self.stream.on_conflict == 'backup' or self.stream.move and again and batch.twins(again)
-        for paths in in_rounds(sorted(again)):
+        for number, paths in enumerate(in_rounds(sorted(again))):
             push.update(dict.fromkeys(paths, b'<'))
-            backup = self.backup_options(foreign.intersection(paths), backed_up)
+            backup = self.backup_options(batch, foreign.intersection(paths), backed_up, number > 0)
+            if backup:
+                self.set_sums_aside(batch, paths, backup)
             push.said += self.push(batch, paths, ['--ignore-times', '-i'] + backup)[0].lines
             equal.update(self.prove(batch, paths, ['--checksum'])[0])
         for path in (again | differing & sent) - set(equal):
@@ -6621,9 +6657,20 @@ class RsyncTransport(Transport):
                                        'long for a backup' % show(path), 'rename one of them')
         return problems
 
-    def backup_options(self, foreign, backed_up):
-        """How what is replaced is kept, if it is."""
-        suffix = stamped(b'').decode()
+    def set_sums_aside(self, batch, paths, backup):
+        """What replaces files of an item says nothing of its old checksum file, which goes first: what
+        is deleted is kept as well.  Where a target forbids that, it goes when the new one comes."""
+        room = NAME_MAX - len(stamped(b'', batch.moment))
+        sums = [path for path in batch.sums_of(self.stream, paths) if len(os.path.basename(path)) <= room]
+        if sums:
+            with scratch_directory(self.stream) as empty:
+                done, _ = self.rsync(empty, sums, ['--delete-missing-args', '-i', '--existing'] + backup,
+                                     self.top(batch))
+            batch.cleared = batch.cleared or done.code == 0
+
+    def backup_options(self, batch, foreign, backed_up, twins):
+        """How what is replaced is kept, if it is.  twins: of others that have names by now."""
+        suffix = stamped(b'', None if twins else batch.moment).decode()
         for path in sorted(foreign):
             log.info('other content had the name %s at the target and %s' % (
                 show(path),
@@ -7215,9 +7262,13 @@ class RcloneTransport(Transport):
     def keep_old(self, batch, paths, problems):
         """Copy what has these names to stamped ones, within the store: {path: its MD5}."""
         before = self.sums(batch, paths)
-        stamps = {path: stamped(path) for path in before}
-        for path, stamp in stamps.items():
-            self.answer('copyto', ['--immutable'], self.remote(batch.subdir, path),
+        stamps = {path: stamped(path, batch.moment) for path in before}
+        kept = self.sums(batch, stamps.values()) if batch.about else {}
+        for path, stamp in stamps.items():      # an old sum was copied before its item; if this is another:
+            stamps[path] = stamp if kept.get(stamp) in (None, before[path]) else stamped(path)
+        sums = {path: stamped(path, batch.moment) for path in batch.sums_of(self.stream, before)}
+        for path, stamp in sorted(sums.items()) + sorted(stamps.items()):
+            self.answer('copyto', [], self.remote(batch.subdir, path),
                         self.remote(batch.subdir, stamp))
         after = self.sums(batch, stamps.values())
         for path in sorted(paths):
@@ -11308,17 +11359,17 @@ class Delivery:
         answered, self.answered = self.answered, []
         for batch, pairs in answered:
             sums, faults = self.make_sums(batch, pairs)
-            faults.update(self.publish_sums(batch.subdir, sums))
+            faults.update(self.publish_sums(batch, sums))
             self.releasing.put((batch, [
                 (parcel, outcome._replace(error=outcome.error or faults.get(number)))
                 for number, (parcel, outcome) in enumerate(pairs)]))
 
-    def publish_sums(self, subdir, sums):
-        """{number: error or None} for checksum files {number: Parcel}."""
+    def publish_sums(self, about, sums):
+        """{number: error or None} for checksum files {number: Parcel} of a Batch."""
         parts, errors = [], {}
         if sums:
-            place = to_bytes(self.stream.spool), subdir
-            self.transport.send(self.batch_of(place, list(sums.values())),
+            place = to_bytes(self.stream.spool), about.subdir
+            self.transport.send(self.batch_of(place, list(sums.values()), about),
                                 lambda part, more, wait=True: parts.append(part) or True)
         for part in parts:
             answers = self.transport.finish(part)
@@ -11347,6 +11398,9 @@ class Delivery:
         name = sum_name(self.stream, os.path.join(
             os.path.dirname(parcel.item.name), os.path.basename(target)))
         path = os.path.join(to_bytes(self.stream.spool), name)
+        if parcel.item.name in self.copying:        # the next one replaces it with its file
+            import hashlib
+            self.transport.own_copies[name] = hashlib.sha256(content).hexdigest(), self.worker.wall()
         with own_files('cannot write %s' % show(path), 'see state_dir'):
             os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
             with open(path, 'wb') as handle:
@@ -11414,8 +11468,8 @@ class Delivery:
         return next((name for name, (_, parcel) in left.items() if error.path is not None and
                      any(entry.path == error.path for entry in parcel.entries)), None)
 
-    def batch_of(self, place, parcels):
-        return Batch(place[0], place[1], parcels, seen=self.seen)
+    def batch_of(self, place, parcels, about=None):
+        return Batch(place[0], place[1], parcels, seen=self.seen, about=about)
 
     def halves(self, left, count):
         """Batches of what is left, in at least `count` pieces: the culprit is in one of them."""

@@ -3242,6 +3242,8 @@ mm.Ledger.read = lambda self, *months: print('READ') or read(self, *months)
         options = dict(settle_time='2s', settle_max='3s')
         if site.startswith('rsync'):
             options['on_conflict'] = 'overwrite'
+        if site in ('local', 'sftp'):       # of copies no old sums stay, either
+            options['send_checksum'] = '{name}.sha256'
         world.configure(**options)
         write(os.path.join(world.target, 'latest.jpg'), b'of somebody else')
         over = self.camera(os.path.join(world.source, 'latest.jpg'))
@@ -3263,6 +3265,8 @@ mm.Ledger.read = lambda self, *months: print('READ') or read(self, *months)
         found = contents(tree(world.target))
         backups = [found.pop(name) for name in sorted(found) if b'.~' in name]
         self.assertEqual(backups, [] if site.startswith('rsync') else [b'of somebody else'])
+        for name in [found.pop(name) and name for name in sorted(found) if name.endswith(b'.sha256')]:
+            subprocess.check_call(['sha256sum', '--quiet', '--strict', '-c', name], cwd=world.target)
         self.assertEqual((sorted(found), found[b'logbook']), ([b'latest.jpg', b'logbook'], b'an old line'))
         self.assertEqual(len(found[b'latest.jpg']), 100)
         outcomes = [r['outcome'] for r in world.ledger() if r['item'] == 'latest.jpg']
@@ -5966,6 +5970,140 @@ class Sums(Doctored):
                 for path in made:
                     head, name = os.path.split(os.path.join(world.target, path))
                     subprocess.check_call(['sha256sum', '--quiet', '--strict', '-c', name], cwd=head)
+
+    def old_pair(self, world, name='run'):
+        """Put an old item and its old sum at the target; the old sum."""
+        old = b'%s  %s\n' % (self.digest(self.A).encode(), name.encode())
+        write(os.path.join(world.target, name), self.A)
+        write(os.path.join(world.target, name + '.sha256'), old)
+        for base, _, names in os.walk(world.target):
+            for path in [base] + [os.path.join(base, n) for n in names]:
+                os.chmod(path, 0o777)       # vsftpd works as the user ftp
+        return old
+
+    def assert_set_aside(self, world, old, stamps=1, name='run'):
+        """New item and sum, and the old two under one stamp (one of several)."""
+        held = self.delivered(world)
+        self.assertEqual((held.pop(name), held.pop(name + '.sha256')), (
+            self.B, b'%s  %s\n' % (self.digest(self.B).encode(), name.encode())))
+        aside = sorted(n.split('.~') + [content] for n, content in held.items())
+        self.assertEqual([(n, content) for n, _, content in aside], [
+            (name, self.A), (name + '.sha256', old)])
+        self.assertEqual(len({stamp for _, stamp, _ in aside}), stamps, aside)
+
+    @on_sites(*ONE_EACH + ('rrsync', 'write_only', 'rclone'))
+    def test_an_old_item_and_its_old_sum_share_a_stamp(self, site):
+        world = self.world(site, send_checksum='{name}.sha256')
+        old = self.old_pair(world)
+        self.put(world, run=self.B)
+        self.assert_run(world, 0)
+        self.assert_set_aside(world, old)
+        self.assertEqual((tree(world.source), world.leftovers()), ({}, []))
+
+    @on_sites('local', 'rsync_ssh')
+    def test_an_old_tree_and_its_old_sum_share_a_stamp(self, site):
+        world = self.world(site, send_checksum='{name}.sha256')
+        for name in ('run/a', 'run/b', 'run.sha256', 'a.sha256'):
+            write(os.path.join(world.target, name), name.encode())
+        self.put(world, run__a=self.B, run__b=self.B)
+        self.assert_run(world, 0)
+        held = self.delivered(world)
+        self.assertEqual([held.pop(name) for name in ('run/a', 'run/b', 'a.sha256')], [
+            self.B, self.B, b'a.sha256'])
+        self.assertIn('run.sha256', held)
+        aside = sorted(name.partition('.~') for name in held if '.~' in name)
+        self.assertEqual([name for name, _, _ in aside], ['run.sha256', 'run/a', 'run/b'])
+        self.assertEqual(len({stamp for _, _, stamp in aside}), 1, aside)
+
+    @on_sites('local', 'sftp', 'rsync_ssh')
+    def test_an_old_sum_goes_first(self, site):
+        """A new item is never seen beside an old sum: killed between the two, and run again."""
+        world = self.world(site, send_checksum='{name}.sha256')
+        old = self.old_pair(world)
+        self.put(world, run=self.B)
+
+        def doctor():
+            def kill_after(cls, verb, when):
+                real = getattr(cls, verb)
+                def doctored(self, *args):
+                    answer = real(self, *args)
+                    if when(*args):
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    return answer
+                setattr(cls, verb, doctored)
+            for cls in (mm.LocalTransport, mm.SftpTransport):
+                kill_after(cls, 'rename', lambda old, new: old == b'run.sha256')
+            kill_after(mm.RsyncTransport, 'set_sums_aside', lambda *args: True)
+
+        done = self.doctored(world, doctor)
+        self.assertEqual(done.code, -signal.SIGKILL, str(done))
+        held = {n: content for n, content in self.delivered(world).items() if not n.startswith('.')}
+        self.assertEqual((held.pop('run'), list(held.values())), (self.A, [old]), sorted(held))
+        self.assertEqual(contents(tree(world.source)), {b'run': self.B})
+        self.assert_run(world, 0)
+        self.assert_set_aside(world, old, 2)
+        self.assertEqual((tree(world.source), world.leftovers()), ({}, []))
+
+    def test_another_sum_that_comes_meanwhile_is_kept_too(self):
+        """Two old sums of one name, of which none takes the place of the other."""
+        for site in ('local', 'rsync_ssh', 'rclone'):
+            with self.subTest(site):
+                world = self.world(site, send_checksum='{name}.sha256')
+                old = self.old_pair(world)
+                self.put(world, run=self.B)
+
+                def doctor():
+                    real = mm.Delivery.publish_sums
+                    def publish_sums(self, *args):
+                        write(os.path.join(world.target, 'run.sha256'), b'of another sender')
+                        return real(self, *args)
+                    mm.Delivery.publish_sums = publish_sums
+
+                self.doctored(world, doctor)
+                self.assert_run(world, 0)
+                held = self.delivered(world)
+                self.assertEqual({content for name, content in held.items() if '.sha256.~' in name},
+                                 {old, b'of another sender'}, sorted(held))
+                self.assertEqual(tree(world.source), {})
+
+    @on_sites('local', 'rsync_ssh')
+    def test_a_mirror_whose_line_breaks_before_the_sum(self, site):
+        """The item is there and not its sum, which a later look at the item alone would never miss."""
+        for how in ('broken', 'refused', 'broken once', 'killed')[2 * (site != 'local'):]:
+            with self.subTest(how):
+                world = self.world(site, transfer_mode='mirror', send_checksum='{name}.sha256',
+                                   retry_count='1')
+                self.put(world, same=self.A, run=self.A, gone=self.A)
+                self.assert_run(world, 0)
+                self.put(world, run=self.B, new__x=self.B)
+                os.utime(os.path.join(world.source, 'run'), (OLD + 60, OLD + 60))
+
+                def doctor():
+                    real = mm.Delivery.publish_sums
+                    left = ['broken once']
+                    def publish_sums(self, about, sums):
+                        if how == 'killed':
+                            os.kill(os.getpid(), signal.SIGKILL)
+                        if how == 'refused':
+                            return dict.fromkeys(sums, mm.Unfit('not this one'))
+                        if how == 'broken' or left:
+                            left.clear()
+                            raise mm.TargetError('the line broke')
+                        return real(self, about, sums)
+                    mm.Delivery.publish_sums = publish_sums
+
+                done = self.doctored(world, doctor)
+                code = {'broken once': 0, 'killed': -signal.SIGKILL}.get(how, 1)
+                self.assertEqual(done.code, code, str(done))
+                found = self.delivered(world)
+                self.assertEqual((found['run'], found['new/x']), (self.B, self.B))
+                os.unlink(os.path.join(world.source, 'gone'))
+                done = self.assert_run(world, 0)
+                for name in ('same', 'run', 'new', 'gone'):
+                    subprocess.check_call(['sha256sum', '--quiet', '--strict', '-c', name + '.sha256'],
+                                          cwd=world.target)
+                self.assertNotIn('same', done.output)       # of which nothing is owed
+                self.assertFalse(os.path.exists(os.path.join(world.state, 's.unsummed')))
 
     def test_send_checksum_needs_its_name(self):
         world = self.world(send_checksum='{name}.md5')
