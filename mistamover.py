@@ -6095,8 +6095,9 @@ class Push(Rows):
     its first letter is kept: < or c for sent, . for left alone."""
 
     SENT = (b'<', b'c')
-    PART_AFTER = 3              # seconds: what is sent sooner is proven in one go, by one login of rsync
+    PART_AFTER = 0.5            # seconds: what is sent sooner is proven in one go, by one login of rsync
     PART_FILES = 1000           # at least, for each part costs such a login
+    MOST_PARTS = 5              # by number of files
     PART_SIZE = 1 << 30         # or as many bytes
 
     def __init__(self, batch, hand_on, progress):
@@ -6105,6 +6106,7 @@ class Push(Rows):
         self.awaited = {e.path: parcel for parcel in batch.parcels for e in parcel.entries}
         self.left = {id(parcel): len(parcel.entries) for parcel in batch.parcels
                      if len(parcel.entries) > 1}
+        self.part_files = max(self.PART_FILES, len(self.awaited) // self.MOST_PARTS)
         self.gone = []              # parcels whose last name has gone, for the next part
         self.files = self.size = 0  # of these
         self.since = time.monotonic()
@@ -6133,7 +6135,7 @@ class Push(Rows):
 
     def offer(self):
         """Hand on what has gone, if it is a part and the part before is finished."""
-        if self.hand_on and (self.files >= self.PART_FILES or self.size >= self.PART_SIZE) and \
+        if self.hand_on and (self.files >= self.part_files or self.size >= self.PART_SIZE) and \
                 time.monotonic() - self.since >= self.PART_AFTER:
             if self.hand_on(self.batch.part(self.gone), True, wait=False):
                 self.gone, self.files, self.size = [], 0, 0
@@ -10837,6 +10839,7 @@ class Delivery:
     """One pass over one stream."""
 
     HELD = 10000                # Items kept from the scan
+    MANY = 1000                 # files: to look at so many takes as long as a login
     MOST_STRIKES = 12           # times the line may break in a pass before the target counts as down
 
     def __init__(self, worker):
@@ -10963,7 +10966,7 @@ class Delivery:
         settler = self.worker.settler
         settler.begin(directory_clock(self.stream), now)
         due, names, gone = [], set(), set(self.failures.late)
-        size, key, oldest = 0, ORDER_KEYS[self.stream.order], None
+        size, files, key, oldest = 0, 0, ORDER_KEYS[self.stream.order], None
         for item in self.scanner.scan(self.worker.watch):
             if gone:
                 gone.difference_update(to_text(name) for name in (
@@ -10990,6 +10993,9 @@ class Delivery:
                     names.add(item.name)
                 hold = self.stream.move and not item.is_directory and len(due) < self.HELD
                 due.append(Due(key(item), item.name, item.ready, item.is_directory, item if hold else None))
+                files += len(item.entries)
+                if files >= self.MANY and self.stream.move and not self.stream.zips:
+                    self.approach()     # while the rest is looked at; they will not all be in use
         for name in gone:
             self.failures.forget(name)
         self.worker.tell_of_staying(self.scanner.staying)

@@ -4785,6 +4785,28 @@ class Parts(Invariants):
         left = int(re.search(r'end of the push: (\d+)', done.output).group(1))
         self.assertLess(left, 350, str(done))
 
+    @on_sites('rsync_ssh', 'local')
+    def test_many_files_are_scanned_while_the_login_is_under_way(self, site):
+        world = self.world(site, target_chmod='644' if site == 'local' else None)
+        originals = self.many(world, 20, 10)
+
+        def doctor():
+            mm.Delivery.MANY = 10
+            real = mm.Delivery.scan_and_settle
+            def scan_and_settle(self, *args):
+                due = real(self, *args)
+                print('due: %d, connecting: %s' % (len(due), self.connected))
+                return due
+            mm.Delivery.scan_and_settle = scan_and_settle
+
+        write(os.path.join(world.target, '.stop'), b'')
+        done = self.doctored(world, doctor)
+        self.assertIn('due: 20, connecting: True', done.output)
+        self.assertIn('suspended: .stop in ', done.output)
+        self.assertEqual((done.code, held_at_source(world)), (0, originals), str(done))
+        os.unlink(os.path.join(world.target, '.stop'))
+        self.assert_all_delivered(world, originals, self.doctored(world, doctor))
+
     @on_sites('rsync_ssh')
     def test_batch_files_counts_files_not_directories(self, site):
         world = self.world(site, batch_files='4')
