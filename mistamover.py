@@ -12422,9 +12422,14 @@ class Worker:
         try:
             parts = []
             self.transport.send(batch, lambda part, more: parts.append(part))
-            for outcome in self.transport.finish(parts[-1]):
-                if outcome.error:
-                    raise outcome.error
+            try:
+                for outcome in self.transport.finish(parts[-1]):
+                    if outcome.error:
+                        raise outcome.error
+            except (ItemError, TargetError):
+                with contextlib.suppress(TargetError):
+                    self.transport.delete([name])       # what cannot be proven is there all the same
+                raise
             self.transport.delete([name])
         finally:
             os.unlink(os.path.join(spool, name))

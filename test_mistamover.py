@@ -5226,6 +5226,22 @@ class OtherRsyncs(Doctored):
             self.assertIn('is %s (install rsync 3.1.0 or newer' % named, done.output)
             self.assertEqual(held_at_source(world), {b'f': b'content'})
 
+    @on_sites(each=True, rsync=True)
+    def test_a_probe_that_fails_leaves_nothing(self, site):
+        world = self.world(site)
+
+        def doctor():
+            def prove(*_):
+                print('at the target: %s' % sorted(tree(world.target)))
+                raise mm.TargetError('nothing can be proven there')
+            mm.RsyncTransport.prove = prove
+
+        done = self.doctored(world, doctor, '--check')
+        self.assertEqual(done.code, 1, str(done))
+        self.assertIn(mm.to_text(mm.PROBE_NAME), done.output)
+        self.assertIn('nothing can be proven there', done.output)
+        self.assertEqual(tree(world.target), {})
+
     def test_a_module_that_refuses_checksums_says_so_before_anything_is_sent(self):
         world = self.module('nosums', retry_count='1')
         before = fill(world.source, NAMES[:5])
