@@ -4649,8 +4649,16 @@ class Staging(Transport):
         yield 'upper and lower case', 'Scan and scan may be one name there' if self.trait('folds') else \
             'two names'
         lost = [what for what, name in self.ODD_NAMES.items()
-                if any(byte in name for byte in self.forbidden) or not self.keeps_name(name)]
+                if any(byte in name for byte in self.forbidden) or not self.survives(name)]
         yield 'odd names', 'kept' if not lost else 'refused are those with ' + ', '.join(lost)
+
+    def survives(self, name):
+        """As keeps_name(), for --check, where nobody else needs the connection."""
+        try:
+            return self.keeps_name(name)
+        except TargetError:             # some hang up when they get a name that is no UTF-8
+            self.open()                 # unless the target is in trouble
+            return False
 
     @contextlib.contextmanager
     def tiny(self, content=b'tried by MiStaMover\n'):
@@ -11762,7 +11770,12 @@ class Delivery:
         self.progress.failed(str(error))
         tries = self.failures.hold_back(name, self.worker.wall())
         if tries == 1:
-            log.error(error, self.stream)
+            log.error(self.about(name, error), self.stream)
+
+    @staticmethod
+    def about(name, error):
+        """The error with the item's name, which nobody knew yet where the line broke."""
+        return '%s: %s' % (show(to_bytes(name)), error) if isinstance(error, TargetError) else error
 
     def has_changed(self, item):
         now = self.scanner.look(item.name)
@@ -11774,7 +11787,7 @@ class Delivery:
         """Count a fault of the item itself; quarantine it when it is hopeless."""
         now = self.worker.wall()
         entry = self.failures.count(name, error, now)
-        message = '%s: %s' % (self.stream.name, error)
+        message = '%s: %s' % (self.stream.name, self.about(name, error))
         self.result.failed += 1
         self.progress.failed(str(error))
         log.error(message if entry['count'] == 1 else '%s; failed %d times' % (message, entry['count']))

@@ -65,7 +65,7 @@ def change(packet):
     global seen
     kind, seen = packet[4], seen + len(packet)
     if mode == 'small' and len(packet) > 34000 or mode == 'closes' and kind == EXTENDED or \
-            mode == 'closes_at' and argument.encode() in packet[:60]:
+            mode == 'closes_at' and kind != WRITE and argument.encode() in packet:
         end()
     if mode == 'refuses' and kind in [int(number) for number in argument.split(',')]:
         return status(packet, 3)
