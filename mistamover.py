@@ -8111,10 +8111,10 @@ class SftpSession:
     LONGEST = (256 << 10) + 1024        # bytes of a packet: what OpenSSH sends at most
     GULP = 1 << 16                      # bytes that are written at a time
 
-    def __init__(self, argv, stop, limit, login_limit, **more):
-        """limit: seconds of silence while answers are due; login_limit: of the login.  more: as for
-        Program.  Raises TargetError, Interrupted."""
-        self.limit = limit
+    def __init__(self, argv, stop, limit, login_limit, at_once, **more):
+        """limit: seconds of silence while answers are due; login_limit: of the login; at_once: tasks
+        that may be under way.  more: as for Program.  Raises TargetError, Interrupted."""
+        self.limit, self.at_once = limit, at_once
         self.program = Program(argv, stop, None, **more)
         self.lock = threading.Lock()    # whoever waits for answers drives, one thread at a time
         self.works = collections.deque()
@@ -8124,6 +8124,8 @@ class SftpSession:
         self.last = self.active = 0
         self.rest = b''
         self.more_time = {}             # task -> seconds more that its answers may take
+        self.handles = {}               # handle -> number of the request to close it, None before that
+        self.shares_handles = False     # see note_handle()
         self.ended = None               # the error that ended it
         self.extensions = {}
         try:
@@ -8235,7 +8237,7 @@ class SftpSession:
                     return packet
                 if not task.under_way:
                     self.advance(task)
-            elif work.exhausted or self.active >= self.AHEAD:
+            elif work.exhausted or self.active >= self.at_once:
                 return None
             else:
                 self.begin(work)
@@ -8262,6 +8264,8 @@ class SftpSession:
         self.sent[number] = task, task.drawn
         task.drawn += 1
         task.under_way += 1
+        if kind == Fxp.CLOSE:
+            self.handles[body] = number
         return self.head.pack(5 + len(body), kind, number) + body
 
     def advance(self, task):
@@ -8310,6 +8314,8 @@ class SftpSession:
             raise TargetError('the sftp server answered what nobody asked')
         task, index = self.sent.pop(number)
         task.under_way -= 1
+        if kind == Fxp.HANDLE:
+            self.note_handle(number, body)
         if task.count is not None:
             task.answers[index] = kind, body
         elif not Fxp.good((kind, body)):
@@ -8320,6 +8326,19 @@ class SftpSession:
             if self.more_time:
                 self.more_time.pop(task, None)
             self.advance(task)
+
+
+    def note_handle(self, number, handle):
+        """Erlang's server calls the third open file by the handle of the second: what is written to
+        either goes to one of them.  Raises TargetError, for what that is nobody can tell any more."""
+        closed = self.handles.get(handle, 0)
+        if closed is None or closed > number:       # when this file was asked for
+            self.shares_handles = True
+            raise TargetError('the sftp server gave one handle to two open files')
+        self.handles[handle] = None
+        if len(self.handles) > 4 * self.AHEAD:
+            self.handles = {handle: closed for handle, closed in self.handles.items()
+                            if closed is None or closed in self.sent}
 
 
 class SftpTransport(Staging):
@@ -8340,6 +8359,7 @@ class SftpTransport(Staging):
         self.base = to_bytes(self.stream.target_base).rstrip(b'/') + b'/'
         self.session = None
         self.can_hash = None            # check-file: not yet tried
+        self.one_by_one = False         # whether a file may be open there only while no other is
         self.sources = {}               # path at the target -> of the file here, for messages
         self.resumed = set()            # jobs that went on where an earlier run had ended
         self.begin()
@@ -8366,17 +8386,19 @@ class SftpTransport(Staging):
                                      stream.target_host, 'sftp']
         try:
             self.session = SftpSession(argv, self.stop, stream.stall_timeout, stream.connect_timeout + 10,
+                                       1 if self.one_by_one else SftpSession.AHEAD,
                                        keep_fds=self.lock_fds, secret=self.ssh.askpass())
         except TargetError as error:
             error.hint = error.hint or ssh_hint(stream, error.message)
             raise
-        self.can_sync = b'fsync@openssh.com' in self.session.extensions
+        self.can_sync = b'fsync@openssh.com' in self.session.extensions and not self.one_by_one
         self.can_replace = b'posix-rename@openssh.com' in self.session.extensions
         if stream.create_directories:       # else present() tells whether it is there
             self.make_base()
 
     def close(self):
         if self.session:
+            self.one_by_one = self.one_by_one or self.session.shares_handles
             self.session.close()
             self.session = None
 
@@ -8545,8 +8567,10 @@ class SftpTransport(Staging):
         import hashlib
         self.can_hash = False           # until this is over
         said = yield from self.ask_hash(path, length, 0)
+        if not said:
+            return
         opened, = yield [self.to_read(path)]
-        if said and opened[0] == Fxp.HANDLE:
+        if opened[0] == Fxp.HANDLE:
             data = yield from self.read(opened[1], 0, length)
             yield [(Fxp.CLOSE, opened[1])]
             self.can_hash = hashlib.sha256(data).digest() == said
@@ -8779,6 +8803,11 @@ class SftpTransport(Staging):
 
     def make_files(self, files):
         """Steps that make new files of (path, content); whether that went well."""
+        if self.one_by_one and len(files) > 1:
+            good = True
+            for file in files:
+                good = (yield from self.make_files([file])) and good
+            return good
         opened = yield [self.to_create(path) for path, _ in files]
         good = [(answer[1], content) for answer, (_, content) in zip(opened, files)
                 if answer[0] == Fxp.HANDLE]
@@ -13060,7 +13089,12 @@ def check_target(worker, transport):
         raise TargetError('target_marker: %s is missing' % stream.target_marker, 'is the disk mounted?')
     yield 'target_dir', '%s is there%s' % (target_of(stream, False), ', and a stop file suspends the stream'
                                           if to_bytes(stream.stop_file) in found else '')
-    worker.probe()
+    try:
+        worker.probe()
+    except TargetError:             # the line may end by what it teaches: see SftpSession.note_handle()
+        transport.close()
+        transport.open()
+        worker.probe()
     yield 'write, %s, rename, remove' % ('hash' if stream.verify == 'checksum' else 'size'), 'done'
     yield from transport.learned()
     if stream.mirror and stream.mirror_delete:

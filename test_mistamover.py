@@ -919,6 +919,25 @@ class Conch(SshScript):
     program = 'sftp_conch.py'
 
 
+class Erlang(SshServer):
+    """OTP's ssh_sftpd, whose third open file gets the handle of the second."""
+
+    needs = SshServer.needs + (('erl', 'erlang-ssh'),)
+    lines = 'ssh:start(), {ok, _} = ssh:daemon({127,0,0,1}, %d, [{system_dir, "%s"}, {user_dir, "%s"}, ' \
+        '{auth_methods, "publickey"}, {subsystems, [ssh_sftpd:subsystem_spec([])]}]).'
+
+    def prepare(self):
+        SshServer.prepare(self)
+        shutil.copy(self.host_key, os.path.join(self.top, 'ssh_host_ed25519_key'))
+        shutil.copy(self.authorized, os.path.join(self.top, 'authorized_keys'))
+
+    def command(self):
+        return ['erl', '-noinput', '-eval', self.lines % (self.port, self.top, self.top)]
+
+    def environment(self):
+        return dict(os.environ, HOME=self.top)
+
+
 class NpmSsh2(SshScript):
     needs = SshServer.needs + (('npm/node_modules/ssh2', None), ('node', 'nodejs'))
     program = 'sftp_ssh2.js'
@@ -1064,7 +1083,7 @@ CLASSES = {
     'one_session': OneSession, 'gesftpserver': GesFtpServer, 'mod_sftp': ProFtpdSftp,
     'dropbear': Dropbear, 'nas': Nas, 'tinysshd': TinySshd, 'asyncssh': AsyncSsh, 'paramiko': Paramiko,
     'between': SftpBetween, 'password': AsyncSshPassword, 'question': AsyncSshQuestion, 'code': AsyncSshCode,
-    'conch': Conch, 'npm_ssh2': NpmSsh2, 'rclone_sftp': RcloneSftp,
+    'conch': Conch, 'erlang': Erlang, 'npm_ssh2': NpmSsh2, 'rclone_sftp': RcloneSftp,
     # rclone's remotes
     'rclone': Rclone, 'seaweedfs': SeaweedFs, 'moto': Moto, 'serve_s3': ServeS3,
 }
@@ -1410,7 +1429,8 @@ def on_sites(*names, each=False, **abilities):
 # The contract suite: every site, unless MISTAMOVER_TEST_SITES says standard
 CONTRACT = STANDARD if os.environ.get('MISTAMOVER_TEST_SITES') == 'standard' else list(SITES)
 SITES.update((site.name, site) for site in (
-    OverSsh('between', 'between', 'sftp'), ByPassword('password', 'password', 'sftp'),
+    OverSsh('between', 'between', 'sftp'), OverSsh('erlang', 'erlang', 'sftp'),
+    ByPassword('password', 'password', 'sftp'),
     ByPassword('question', 'question', 'sftp'), ByPassword('code', 'code', 'sftp'),
     ToStore('s3', 'seaweedfs')))
 FOLDING = ('exfat', 'ntfs_folds')
@@ -6546,6 +6566,34 @@ class Sftp(Invariants):
         originals = self.many(world, 5)
         self.assert_run(world, 0)
         self.assert_converged(world, originals)
+
+    def test_a_server_that_gives_one_handle_to_two_open_files(self):
+        world = self.world('erlang')
+        self.assertIn('write, hash, rename, remove: done', self.assert_run(world, 0, '--check').output)
+        self.assertEqual(tree(world.target), {})
+        for verify in ('checksum', 'size'):
+            world = self.world('erlang', verify=verify, log_level=None)
+            originals = self.many(world, 60, 60 * 5000)
+            write(os.path.join(world.source, 'day', 'run'), b'in a directory')
+            write(os.path.join(world.target, 'file 007'), b'old')
+            done = self.assert_run(world, 0)
+            self.assertNotIn('ERROR', done.output)
+            target = held_at_target(world)
+            backup = next(name for name in target if b'~' in name)
+            self.assertEqual((target.pop(backup), target.pop(b'day/run')), (b'old', b'in a directory'))
+            self.assertEqual(target, originals)
+            self.assertEqual((tree(world.source), world.leftovers()), ({}, []), str(done))
+
+    def test_a_server_that_hangs_up_at_a_name(self):
+        world = self.between('closes_at:a:b')
+        done = self.assert_run(world, 0, '--check')
+        self.assertIn('odd names: refused are those with a colon', done.output)
+        originals = self.many(world, 5)
+        write(os.path.join(world.source, 'a:b'), b'x')
+        done = self.assert_run(world, 1)
+        self.assertIn('ERROR   s: a:b: the sftp server ended', done.output)
+        self.assertEqual(contents(tree(world.source)), {b'a:b': b'x'})
+        self.assertEqual((contents(tree(world.target)), world.leftovers()), (originals, []))
 
     def test_a_server_that_hashes_is_believed_after_a_trial(self):
         world = self.world('mod_sftp')
