@@ -4362,6 +4362,7 @@ class Staging(Transport):
     knows_own_copies = True
     PART_FILES = 1000           # one part is verified, published and released while the next is staged
     PART_SIZE = 1 << 30         # or as many bytes
+    REMEMBERED = 20000          # of what is learned of single names and files
 
     class Job:
         """One file on its way: where it is staged, what it should be, how it fares."""
@@ -4604,6 +4605,7 @@ class Staging(Transport):
         self.ensure_parents(jobs)
         self.verify(batch, [job for job in jobs if not job.error and not job.linked])
         self.check_names(jobs)
+        self.forget_names()
         jobs = [job for job in jobs if not job.error]
         taken = self.names_taken(jobs)
         free = [job for job in jobs if not job.error and job not in taken]
@@ -4735,6 +4737,13 @@ class Staging(Transport):
                 job.error = Unfit('%s cannot be sent: the target would change its name' % show(job.final),
                                   'rename it')
 
+    def forget_names(self):
+        """A connection may last for years, and every name beyond ASCII is odd in its own way."""
+        with self.trying:
+            if len(self.traits) > self.REMEMBERED:
+                for key in [key for key in self.traits if key[0] == 'names']:
+                    del self.traits[key]
+
     def names_taken(self, jobs):
         """Those whose final names are taken; asked for once before the publication.  A job has an
         error if nobody can tell."""
@@ -4770,6 +4779,9 @@ class Staging(Transport):
         for job in jobs:
             directory, name = parent_of(job.final), os.path.basename(job.final)
             there = job.final in sizes
+            if there and isinstance(sizes[job.final], ItemError):       # nobody can tell
+                job.error = sizes[job.final]
+                continue
             if there and self.lists and oddities(name):
                 if directory not in listed:
                     listed[directory] = self.listing(directory)
@@ -4980,7 +4992,8 @@ class Staging(Transport):
         if self.stream.staging != 'area':
             return None
         staged = self.staged_name(entries[0])
-        return (self.measure([staged], False).get(staged) or (0,))[0]
+        there = self.measure([staged], False).get(staged, (0,))
+        return there[0] if isinstance(there, tuple) else None
 
     def tidy(self):
         if self.stream.staging != 'area':
@@ -7550,6 +7563,8 @@ put() { place "$1" "$2" && rm -f -- "$1" && echo 1 || echo 0; }
         return {name for name, there in zip(names, self.exist_all(names)) if there}
 
     def start_dialogue(self):
+        self.traits.clear()
+        self.shown.clear()
         self.prepared = [self.new_feed()]       # its session begins while the first questions are asked
         self.batches, self.batch_patience = 0, 0
         self.run_id = random_hex(4)     # what an older run staged is never taken for ours
@@ -8377,6 +8392,7 @@ class SftpTransport(Staging):
     # -- the connection
 
     def open(self):
+        self.made.clear()               # who empties a directory there may remove it between two passes
         if self.session and self.session.alive():
             return
         self.close()
@@ -9151,7 +9167,6 @@ class FtpTransport(Staging):
     UNKNOWN = (500, 501, 502, 504)      # such a command there is not
     ROW = re.compile(rb'(?:[-dlbcps]\S{9,} +\d+ +\S+ +\S+ +\d+ +\S+ +\S+ +\S+|'
                      rb'\d\d-\d\d-\d+ +\S+ +(?:<DIR>|\d+)) (.+)')
-    REMEMBERED = 20000
     # (verb, its arguments before the name, hashlib's name); draft-bryan-ftpext-hash for HASH
     HASHES = ((b'XSHA256', b'', 'sha256'), (b'HASH', b'SHA-256', 'sha256'), (b'XSHA512', b'', 'sha512'),
               (b'HASH', b'SHA-512', 'sha512'), (b'XSHA1', b'', 'sha1'), (b'XMD5', b'', 'md5'))
@@ -9832,6 +9847,7 @@ class FtpTransport(Staging):
                     raise job.error
         self.each(jobs, store)
         self.keep_whole(cut)
+        self.ended.clear()
         sent = [job for job in jobs if not job.error]
         if sent and not self.rehearsed:
             with self.connection() as line:
@@ -9950,8 +9966,8 @@ class FtpTransport(Staging):
         if self.times:
             verb = b'MFMT' if b'MFMT' in self.features_of(line) else b'MDTM'
             replies = self.answers(line, [b'%s %s %s' % (verb, time.strftime(
-                '%Y%m%d%H%M%S', time.gmtime(job.entry.mtime_ns // 10 ** 9)).encode(), self.name(job.staged))
-                for job in jobs])
+                '%Y%m%d%H%M%S', time.gmtime(min(max(0, job.entry.mtime_ns // 10 ** 9), LAST_SECOND))
+            ).encode(), self.name(job.staged)) for job in jobs])
             self.times = any(reply.done for reply in replies)
         if self.stream.target_chmod:
             replies = self.answers(line, [b'SITE CHMOD %o %s' % (

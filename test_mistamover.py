@@ -5407,6 +5407,103 @@ class Poison(Invariants):
         self.assertIn('f07', str(mm.SharedJson(world.state, 'failures.json').read()), str(done))
 
 
+@spread
+class OneItemAlone(Invariants):
+    """What is odd about one file keeps no other one back."""
+
+    @on_sites(each=True)
+    def test_a_time_beyond_every_calendar(self, site):
+        memory = '/dev/shm'             # whose files take such times
+        if not os.access(memory, os.W_OK):
+            self.skipTest('%s is missing' % memory)
+        source = tempfile.mkdtemp(prefix='mistamover-test-', dir=memory)
+        self.addCleanup(shutil.rmtree, source, True)
+        world = self.world(site)
+        world.source = source
+        world.configure()
+        for name in ('a', 'b', 'c'):
+            write(os.path.join(source, name), name.encode())
+        os.utime(os.path.join(source, 'b'), ns=(0, 2 ** 60 * 10 ** 9))
+        if os.stat(os.path.join(source, 'b')).st_mtime_ns != 2 ** 60 * 10 ** 9:
+            self.skipTest('%s takes no such times' % memory)
+        done = self.assert_run(world, 0)
+        self.assertEqual(tree(source), {}, str(done))
+        self.assertEqual(held_at_target(world), {b'a': b'a', b'b': b'b', b'c': b'c'}, str(done))
+
+    @on_sites(each=True)
+    def test_nothing_grows_with_the_files_that_went(self, site):
+        # a daemon runs for years; and what is learned of a target belongs to one connection
+        world = self.world(site)
+        for number in range(40):
+            write(os.path.join(world.source, 'f%02d' % number), b'%d' % number)
+            write(os.path.join(world.source, 'caf\u00e9 %02d' % number), b'%d' % number)
+        found = os.path.join(world.top, 'found')
+
+        def doctor():
+            def end(self, real=mm.Worker.end):
+                sizes = {'%s.%s' % (type(thing).__name__, name): len(value)
+                         for thing in (self, self.transport, self.releaser, self.failures, self.settler)
+                         for name, value in vars(thing).items()
+                         if isinstance(value, (dict, set, list, collections.deque)) and len(value) > 20
+                         and name != 'links'}           # which are closed
+                self.transport.close()
+                self.transport.open()
+                learned = [getattr(self.transport, name, None) for name in ('traits', 'shown')]
+                write(found, repr((sizes, [bool(notes) for notes in learned])).encode())
+                real(self)
+            mm.Worker.end = end
+            mm.Staging.REMEMBERED = 10
+
+        done = self.doctored(world, doctor)
+        self.assertEqual((done.code, tree(world.source)), (0, {}), str(done))
+        self.assertEqual(text_of(found), repr(({}, [False, False])))
+
+    @on_sites(each=True)
+    def test_a_dated_directory_that_goes_under_a_daemon(self, site):
+        # who takes the files from there may remove what is empty
+        world = self.world(site)
+        world.configure(target_dir=world.options['target_dir'] + '/%Y')
+        process = self.daemon(world)
+        for name in ('a', 'b'):
+            write(os.path.join(world.source, name), name.encode())
+            wait_for(lambda: process.poll() or not tree(world.source), 'the move; ' + world.said())
+            self.assertEqual(held_at_target(world), {b'2017/' + name.encode(): name.encode()}, world.said())
+            shutil.rmtree(os.path.join(world.target, '2017'))
+        self.assertNotIn('ERROR', world.said())
+
+    @on_sites('ftp', 'sftp')
+    def test_a_target_that_does_not_tell_of_one_file_after_its_rename(self, site):
+        world = self.world(site)
+        for name in ('a', 'b', 'c'):
+            write(os.path.join(world.source, name), name.encode())
+
+        def doctor():
+            def place(self, jobs, real=mm.TRANSPORTS[site].place):
+                self.placed = True
+                return real(self, jobs)
+
+            def answers(self, line, commands, real=mm.FtpTransport.answers):
+                busy = mm.FtpReply(450, [b'450 the virus scanner has it'])
+                return [busy if command.endswith(b' ./b') and hasattr(self, 'placed') else reply
+                        for command, reply in zip(commands, real(self, line, commands))]
+
+            def stat_of(self, path, kind=mm.Fxp.LSTAT, real=mm.SftpTransport.stat):
+                if path == b'b' and hasattr(self, 'placed'):
+                    raise mm.ItemError('cannot look at b: failure')
+                return (yield from real(self, path, kind))
+            mm.TRANSPORTS[site].place = place
+            mm.FtpTransport.answers, mm.SftpTransport.stat = answers, stat_of
+            mm.SftpTransport.note_size = lambda *args: None
+
+        done = self.doctored(world, doctor)
+        self.assertEqual(done.code, 1, str(done))
+        self.assertNotIn('bug', done.output)
+        self.assertEqual(held_at_source(world), {b'b': b'b'}, str(done))
+        self.assertEqual(held_at_target(world), {b'a': b'a', b'b': b'b', b'c': b'c'}, str(done))
+        self.assert_run(world, 0)
+        self.assert_converged(world, {b'a': b'a', b'b': b'b', b'c': b'c'})
+
+
 class FtpLines(Doctored):
     """Commands that are under way together, and answers that stay in step with them."""
 
