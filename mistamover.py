@@ -5772,9 +5772,9 @@ class LocalTransport(Staging):
         for path in paths:
             try:
                 os.unlink(self.path(path))
-            except OSError as error:    # a name that cannot be is not there
-                if error.errno not in (errno.ENOENT, errno.EILSEQ, errno.EINVAL, errno.ENAMETOOLONG):
-                    raise
+            except OSError as error:    # what cannot be deleted stays: tidy() says so
+                if error.errno in self.AWAY:
+                    raise self.trouble('cannot delete', error)
 
     def outcomes(self, batch):
         for job in batch.jobs:

@@ -7946,6 +7946,34 @@ class LocalTrouble(Invariants):
             self.assertEqual(sorted(held_at_target(world).values()), [b'ours'] * lost or [b'ours', b'theirs'])
             self.assertEqual(world.leftovers(), [])
 
+    def test_a_name_that_is_changed_and_cannot_be_deleted(self):
+        """As by s3fs before a store whose keys are UTF-8."""
+        world = self.world('local')
+
+        def doctor():
+            top, change, unlink = os.fsencode(world.target), os.rename, os.unlink
+            def shown(path):
+                path = os.fsencode(path)
+                return path.decode('utf-8', 'replace').encode() if path.startswith(top) else path
+            def rename(old, new, **dirs):
+                change(old, shown(new), **dirs)
+            def refuse(path, **dirs):
+                if shown(path) != os.fsencode(path):
+                    raise OSError(errno.EPERM, 'no', path)
+                unlink(path, **dirs)
+            os.rename, os.unlink = rename, refuse
+            mm.rename_exclusively = lambda old, new: rename(old, new)
+
+        done = self.doctored(world, doctor, '--check')
+        self.assertIn('refused are those with bytes that are no UTF-8', done.output)
+        self.assertEqual((done.code, tree(world.target)), (0, {}), str(done))
+        for name in (b'plain', b'raw\xff'):
+            write(os.path.join(mm.to_bytes(world.source), name), name)
+        done = self.doctored(world, doctor)
+        self.assertIn('raw\\xff cannot be sent', done.output)
+        self.assertEqual((done.code, contents(tree(world.source))), (1, {b'raw\xff': b'raw\xff'}), str(done))
+        self.assertEqual((contents(tree(world.target)), world.leftovers()), ({b'plain': b'plain'}, []))
+
     def test_a_broken_link_call_is_no_broken_disk(self):
         world = self.world('local', target_chmod='644')
         for name in ('a', 'b'):
