@@ -4235,6 +4235,10 @@ class Transport:
                            'may this account make it there?' if self.stream.create_directories else
                            'create it or mount it, or set create_directories = yes' + more)
 
+    def unmarked(self):
+        return TargetError('%s is missing in %s' % (self.stream.target_marker, target_of(self.stream, False)),
+                           'is the disk mounted there?')
+
     def free_space(self):
         """Bytes free at the target, or None where nobody can tell."""
         return None
@@ -5872,6 +5876,7 @@ class LocalTransport(Staging):
         return not os.path.lexists(self.path(self.area))
 
     def delete_missing(self, wanted):
+        self.stay()
         gone, self.cleared = self.cleared, []
         same = {}                       # folded names of what is kept, if that ever matters
 
@@ -6767,6 +6772,9 @@ class RsyncTransport(Transport):
     def delete_missing(self, wanted):
         """List the target, then name what must go; a name that exists here by then is safe."""
         listed = self.check_listing()
+        marker = to_bytes(self.stream.target_marker or '')
+        if marker and marker not in dict(listed) and folded(marker) not in map(folded, dict(listed)):
+            raise self.unmarked()
         # a target that folds case or accents may show what is here under another name; else none
         # of these is left, and nothing needs to be folded
         shown = {folded(path) for path in wanted.difference(name for name, _ in listed)}
@@ -11378,8 +11386,7 @@ class Delivery:
         if to_bytes(stream.stop_file) in found:
             raise Suspended('%s in %s' % (stream.stop_file, target_of(stream, False)))
         if stream.target_marker and to_bytes(stream.target_marker) not in found:
-            raise TargetError('%s is missing in %s' % (stream.target_marker, target_of(stream, False)),
-                              'is the disk mounted there?')
+            raise self.transport.unmarked()
         self.worker.asked = time.monotonic()
 
     def ask_stop_files(self):

@@ -5366,8 +5366,9 @@ class OtherRsyncs(Doctored):
 
     @on_sites(each=True, rsync=True)
     def test_mirror_delete_on_a_target_that_folds_case(self, site):
-        world = self.world(site, transfer_mode='mirror', mirror_delete='yes')
+        world = self.world(site, transfer_mode='mirror', mirror_delete='yes', target_marker='Mounted')
         self.mount('ntfs_folds', world.target)
+        write(os.path.join(world.target, 'Mounted'))
         for name in ('Day/Run1.dat', 'Lone.dat', 'gone'):
             write(os.path.join(world.source, name), b'content')
         backup = 'f.~20200101T000000.000Z~'
@@ -5378,7 +5379,8 @@ class OtherRsyncs(Doctored):
         for _ in range(2):
             self.assert_run(world, 0)
             self.assertEqual({name.lower(): content for name, content in held_at_target(world).items()}, {
-                b'day/run1.dat': b'content', b'lone.dat': b'content', backup.lower().encode(): b'a backup'})
+                b'day/run1.dat': b'content', b'lone.dat': b'content', backup.lower().encode(): b'a backup',
+                b'mounted': b''})
 
 
 class PoisonProxy(Proxy):
@@ -5470,6 +5472,28 @@ class OneItemAlone(Invariants):
             self.assertEqual(held_at_target(world), {b'2017/' + name.encode(): name.encode()}, world.said())
             shutil.rmtree(os.path.join(world.target, '2017'))
         self.assertNotIn('ERROR', world.said())
+
+    @on_sites(each=True, mirrors=True)
+    def test_mirror_delete_where_the_disk_went_a_moment_ago(self, site):
+        world = self.world(site, transfer_mode='mirror', mirror_delete='yes', target_marker='Mounted')
+        if site == 'local':
+            world.configure(transfer_mode='mirror', mirror_delete='yes')
+        write(os.path.join(world.source, 'a'), b'a')
+        write(os.path.join(world.target, 'Mounted'))
+        self.assert_run(world, 0)
+
+        def doctor():
+            def everything(self, real=mm.Scanner.everything):
+                os.rename(world.target, world.target + '-disk')
+                write(os.path.join(world.target, 'precious'), b'what it had covered')
+                return real(self)
+            mm.Scanner.everything = everything
+
+        write(os.path.join(world.source, 'b'), b'b')
+        world.configure(**dict(world.options, retry_count='1'))
+        done = self.doctored(world, doctor)
+        self.assertEqual(done.code, 1, str(done))
+        self.assertEqual(held_at_target(world), {b'precious': b'what it had covered'}, str(done))
 
     @on_sites('ftp', 'sftp')
     def test_a_target_that_does_not_tell_of_one_file_after_its_rename(self, site):
