@@ -2421,30 +2421,26 @@ class KeepDelivered(Case):
                          {b'run001': b'run', b'.delivered': 'link to ' + world.top})
 
 
-OPENER = """
-import os, subprocess, sys, time
-def opener(directory, name):
-    # a program that works in a directory opens a file there in place, and is slow
-    return subprocess.Popen([sys.executable, '-c', '''if True:
-        import os, sys, time
-        try:
-            handle = open(sys.argv[1], 'r+b')
-        except FileNotFoundError:
-            os._exit(0)
-        handle.truncate()
-        handle.write(b'half')
-        handle.flush()
-        while not os.path.exists(sys.argv[2]):
-            time.sleep(0.01)
-        handle.write(b' and whole')
-        ''', name, TARGET + '/../go'], cwd=directory,
-                            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-def until(condition):
-    end = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < end, 'waited in vain'
+SLOW_WRITER = """if True:
+    import os, sys, time
+    try:
+        handle = open(sys.argv[1], 'r+b')
+    except FileNotFoundError:
+        os._exit(0)
+    handle.truncate()
+    handle.write(b'half')
+    handle.flush()
+    while not os.path.exists(sys.argv[2]):
         time.sleep(0.01)
+    handle.write(b' and whole')
 """
+
+
+def opener(world, directory, name):
+    """A program that works in a directory below the source opens a file there in place, and is slow."""
+    return subprocess.Popen([sys.executable, '-c', SLOW_WRITER, name, os.path.join(world.top, 'go')],
+                            cwd=os.path.join(world.source, directory),
+                            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def leases_work():
@@ -2465,9 +2461,9 @@ class OpenWriters(Doctored):
         if not leases_work():
             self.skipTest('needs a file system with leases')
 
-    def half_written(self, world, code):
-        """Run with `code`; what the source holds after the writer had its time."""
-        done = self.doctored(world, OPENER + code)
+    def half_written(self, world, doctor):
+        """Run with `doctor`; what the source holds after the writer had its time."""
+        done = self.doctored(world, doctor)
         self.assertEqual(done.code, 0, str(done))
         target = held_at_target(world)
         write(os.path.join(world.top, 'go'))
@@ -2478,15 +2474,19 @@ class OpenWriters(Doctored):
         world = self.world('local', directories='zip')
         for name in ('a', 'b', 'c'):
             write(os.path.join(world.source, 'day', name), name.encode())
-        done, target, source = self.half_written(world, """
-real = mm.Releaser.discard
-def discard(self, name, *args):
-    real(self, name, *args)
-    if os.path.basename(name) == b'c':
-        opener(SOURCE + '/.mistamover-release/day', 'a')
-        until(lambda: os.path.getsize(SOURCE + '/.mistamover-release/day/a') == 4)
-mm.Releaser.discard = discard
-""")
+
+        def doctor():
+            real = mm.Releaser.discard
+
+            def discard(self, name, *args):
+                real(self, name, *args)
+                if os.path.basename(name) == b'c':
+                    day = os.path.join(world.source, '.mistamover-release', 'day')
+                    opener(world, day, 'a')
+                    wait_for(lambda: os.path.getsize(os.path.join(day, 'a')) == 4, 'half of it')
+            mm.Releaser.discard = discard
+
+        done, target, source = self.half_written(world, doctor)
         self.assertEqual(target, {b'day/a': b'a', b'day/b': b'b', b'day/c': b'c'}, str(done))
         self.assertEqual(source, {b'day/a': b'half and whole'}, str(done))
         self.assertEqual([r['outcome'] for r in world.ledger()], ['delivered', 'kept'])
@@ -2498,19 +2498,23 @@ mm.Releaser.discard = discard
             world = self.world('local', directories='zip')
             for name in ('a', 'b'):
                 write(os.path.join(world.source, 'day', name), name.encode())
-            done, target, source = self.half_written(world, """
-real = mm.Releaser.release_open, mm.Releaser.discard
-def release_open(self, fd, leased, entry, *args):
-    if entry.path.endswith(b'a') and %r == 'before':
-        opener(SOURCE + '/.mistamover-release/day', 'a')
-        until(lambda: mm.lease_broken(fd))
-    return real[0](self, fd, leased, entry, *args)
-def discard(self, name, *args):
-    if name.endswith(b'a') and %r == 'after':
-        opener(SOURCE + '/.mistamover-release/day', 'a').wait()
-    real[1](self, name, *args)
-mm.Releaser.release_open, mm.Releaser.discard = release_open, discard
-""" % (step, step))
+
+            def doctor():
+                real = mm.Releaser.release_open, mm.Releaser.discard
+
+                def release_open(self, fd, leased, entry, *args):
+                    if entry.path.endswith(b'a') and step == 'before':
+                        opener(world, '.mistamover-release/day', 'a')
+                        wait_for(lambda: mm.lease_broken(fd), 'the writer')
+                    return real[0](self, fd, leased, entry, *args)
+
+                def discard(self, name, *args):
+                    if name.endswith(b'a') and step == 'after':
+                        opener(world, '.mistamover-release/day', 'a').wait()
+                    real[1](self, name, *args)
+                mm.Releaser.release_open, mm.Releaser.discard = release_open, discard
+
+            done, target, source = self.half_written(world, doctor)
             self.assertEqual(target, {b'day/a': b'a', b'day/b': b'b'}, str(done))
             self.assertEqual(source, {b'day/a': b'half and whole'} if step == 'before' else {}, str(done))
             self.assertEqual(world.leftovers(), [])
@@ -2541,21 +2545,25 @@ mm.Releaser.release_open, mm.Releaser.discard = release_open, discard
 
     @slow
     def test_a_linked_file_before_and_after_its_ledger_line(self):
-        for verb, outcomes in (('LocalTransport.sync', [('delivered', 14)]),
-                               ('Delivery.record', [('delivered', 5), ('withdrawn', 5), ('delivered', 14)])):
+        for owner, verb, outcomes in (
+                (mm.LocalTransport, 'sync', [('delivered', 14)]),
+                (mm.Delivery, 'record', [('delivered', 5), ('withdrawn', 5), ('delivered', 14)])):
             world = self.world('local')
             write(os.path.join(world.source, 'day', 'f'), b'first')
             write(os.path.join(world.source, 'other'), b'other')
-            done, target, source = self.half_written(world, """
-real = mm.%s
-def interrupted(self, *args):
-    real(self, *args)
-    links = getattr(self, 'transport', self).links
-    fd = next(link.fd for link in links if link.path.endswith(b'/f'))
-    opener(SOURCE + '/day', 'f')
-    until(lambda: mm.lease_broken(fd))
-mm.%s = interrupted
-""" % (verb, verb))
+
+            def doctor():
+                real = getattr(owner, verb)
+
+                def interrupted(self, *args):
+                    real(self, *args)
+                    links = getattr(self, 'transport', self).links
+                    fd = next(link.fd for link in links if link.path.endswith(b'/f'))
+                    opener(world, 'day', 'f')
+                    wait_for(lambda: mm.lease_broken(fd), 'the writer')
+                setattr(owner, verb, interrupted)
+
+            done, target, source = self.half_written(world, doctor)
             self.assertEqual(target, {b'other': b'other'}, str(done))
             self.assertEqual(source, {b'day/f': b'half and whole'}, str(done))
             self.assert_run(world, 0)
@@ -2568,13 +2576,15 @@ mm.%s = interrupted
     def test_a_linked_file_whose_release_never_comes(self):
         world = self.world('local', retry_count='1')
         write(os.path.join(world.source, 'f'), b'first')
-        done = self.doctored(world, OPENER + """
-def record(self, *args):
-    opener(SOURCE, 'f')
-    until(lambda: mm.lease_broken(self.transport.links[0].fd))
-    raise mm.StateError('no ledger')
-mm.Delivery.record = record
-""")
+
+        def doctor():
+            def record(self, *args):
+                opener(world, '', 'f')
+                wait_for(lambda: mm.lease_broken(self.transport.links[0].fd), 'the writer')
+                raise mm.StateError('no ledger')
+            mm.Delivery.record = record
+
+        done = self.doctored(world, doctor)
         self.assertEqual((done.code, held_at_target(world), world.ledger()), (1, {}, []), str(done))
         write(os.path.join(world.top, 'go'))
         wait_for(lambda: held_at_source(world) == {b'f': b'half and whole'}, 'the writer to end')
@@ -2582,15 +2592,18 @@ mm.Delivery.record = record
     def test_a_linked_file_for_which_no_descriptor_is_left(self):
         world = self.world('local')
         write(os.path.join(world.source, 'f'), b'first')
-        done, target, source = self.half_written(world, """
-mm.Link.FREE.clear()
-real = mm.Delivery.record
-def record(self, *args):
-    real(self, *args)
-    opener(SOURCE, 'f')
-    until(lambda: os.path.getsize(SOURCE + '/f') == 4)
-mm.Delivery.record = record
-""")
+
+        def doctor():
+            mm.Link.FREE.clear()
+            real = mm.Delivery.record
+
+            def record(self, *args):
+                real(self, *args)
+                opener(world, '', 'f')
+                wait_for(lambda: os.path.getsize(os.path.join(world.source, 'f')) == 4, 'half of it')
+            mm.Delivery.record = record
+
+        done, target, source = self.half_written(world, doctor)
         self.assertEqual((target, source), ({}, {b'f': b'half and whole'}), str(done))
         self.assertEqual([r['outcome'] for r in world.ledger()], ['delivered', 'withdrawn'])
 
@@ -2628,7 +2641,10 @@ mm.Delivery.record = record
         world = self.world('local')
         write(os.path.join(world.source, 'f'), b'content')
         write(os.path.join(world.source, 'day', 'g'), b'content')
-        everywhere = 'import errno\nmm.lease = lambda fd: errno.EAGAIN\n'
+
+        def everywhere():
+            mm.lease = lambda fd: errno.EAGAIN
+
         done = self.doctored(world, everywhere, '--check')
         self.assertIn('this file system says of every file that it is being written', done.output)
         done = self.doctored(world, everywhere)
