@@ -2081,24 +2081,19 @@ class Modes(Case):
 # 6  delivery, daemon, stop files, settling
 # ----------------------------------------------------------------------------------------
 
-FLIP = """
-import os
-def flip():
-    for top, _, names in os.walk(TARGET):
-        for name in names:
-            with open(os.path.join(top, name), 'r+b') as handle:
-                handle.write(b'#')
-"""
+def setting(owner, **values):
+    """A doctor that gives attributes of a class or module of the program these values."""
+    def doctor():
+        for name, value in values.items():
+            setattr(owner, name, value)
+    return doctor
 
 
 class Doctored(Case):
     """Runs of the real program in which something happens between two of its steps."""
 
     def doctored(self, world, doctor, *args):
-        """Run the program after doctor() has changed it (or a text that does, with mm, TARGET, SOURCE)."""
-        if isinstance(doctor, str):
-            text, names = doctor, {'mm': mm, 'sys': sys, 'TARGET': world.target, 'SOURCE': world.source}
-            doctor = lambda: exec(text, names)
+        """Run the program after doctor() has changed it."""
         return forked(['--config', world.ini] + list(args), world.environment(), 120, doctor)
 
 
@@ -2109,16 +2104,22 @@ class Verifying(Doctored):
         world = self.world(site, retry_count='2', target_chmod='644' if site == 'local' else None)
         write(os.path.join(world.source, 'precious'), b'exists once')
         before = tree(world.source)
-        done = self.doctored(world, FLIP + """
-verb = 'push' if hasattr(mm.TRANSPORTS[%r], 'push') else 'stage'
-cls = mm.TRANSPORTS[%r]
-real = getattr(cls, verb)
-def damaging(self, *args, **kwargs):
-    answer = real(self, *args, **kwargs)
-    flip()
-    return answer
-setattr(cls, verb, damaging)
-""" % ((world.options['transfer_protocol'],) * 2))
+
+        def doctor():
+            transport = mm.TRANSPORTS[world.options['transfer_protocol']]
+            verb = 'push' if hasattr(transport, 'push') else 'stage'
+            real = getattr(transport, verb)
+
+            def damaging(self, *args, **kwargs):
+                answer = real(self, *args, **kwargs)
+                for top, _, names in os.walk(world.target):
+                    for name in names:
+                        with open(os.path.join(top, name), 'r+b') as handle:
+                            handle.write(b'#')
+                return answer
+            setattr(transport, verb, damaging)
+
+        done = self.doctored(world, doctor)
         self.assertEqual(done.code, 1, str(done))
         self.assertIn('arrived damaged', done.output)
         self.assertEqual(tree(world.source), before)
@@ -2660,18 +2661,18 @@ class Zips(Doctored):
     def test_a_file_that_appears_meanwhile_survives(self, site):
         world = self.world(site)
         write(os.path.join(world.source, 'day', 'early'), b'early')
-        late = """
-real = mm.TRANSPORTS[%r].finish
-def finish(self, batch):
-    answer = real(self, batch)
-    path = SOURCE + '/day/late'
-    if not mm.os.path.exists(path) and mm.os.path.exists(SOURCE + '/day'):
-        with open(path, 'w') as handle:
-            handle.write('late')
-    return answer
-mm.TRANSPORTS[%r].finish = finish
-""" % ((world.options['transfer_protocol'],) * 2)
-        done = self.doctored(world, late)
+        transport = mm.TRANSPORTS[world.options['transfer_protocol']]
+        real = transport.finish
+
+        def finish(self, batch):
+            answer = real(self, batch)
+            path = os.path.join(world.source, 'day', 'late')
+            if not os.path.exists(path) and os.path.exists(os.path.dirname(path)):
+                with open(path, 'w') as handle:
+                    handle.write('late')
+            return answer
+
+        done = self.doctored(world, setting(transport, finish=finish))
         self.assertEqual(done.code, 0, str(done))
         self.assertEqual(contents(tree(world.source)), {b'day': 'directory', b'day/early': b'early',
                                                         b'day/late': b'late'})
@@ -3063,7 +3064,7 @@ class Combinations(Doctored):
         world = self.world('local', transfer_mode='mirror')
         write(os.path.join(world.source, 'f'), b'f')
         for _ in range(2):
-            self.assertEqual(self.doctored(world, 'mm.os.utime = lambda path, ns: None\n').code, 0)
+            self.assertEqual(self.doctored(world, setting(os, utime=lambda path, ns: None)).code, 0)
         self.assertEqual(contents(tree(world.target)), {b'f': b'f'})
         self.assertEqual([r['outcome'] for r in world.ledger()], ['delivered'])
 
@@ -3164,7 +3165,8 @@ class Quietly(Doctored):
             world.configure(**options)
             if not options:
                 write(os.path.join(world.source, '.stop'))
-            done = self.doctored(world, 'mm.Scanner.scan = lambda *args: print("SCANNED") or iter(())')
+            done = self.doctored(world, setting(
+                mm.Scanner, scan=lambda *args: print('SCANNED') or iter(())))
             self.assertEqual(done.code, 0)
             self.assertIn('suspended', done.output)
             self.assertNotIn('SCANNED', done.output)
@@ -3172,13 +3174,11 @@ class Quietly(Doctored):
     @on_sites('sftp')
     def test_the_ledger_is_read_when_a_directory_is_met(self, site):
         world = self.world(site)
-        code = """
-read = mm.Ledger.read
-mm.Ledger.read = lambda self, *months: print('READ') or read(self, *months)
-"""
+        read = mm.Ledger.read
+        doctor = setting(mm.Ledger, read=lambda self, *months: print('READ') or read(self, *months))
         for name, expected in (('file', 0), ('day/file', 1)):
             write(os.path.join(world.source, name), b'x')
-            done = self.doctored(world, code)
+            done = self.doctored(world, doctor)
             self.assertEqual((done.code, done.output.count('READ')), (0, expected), done.output)
 
     def test_once_is_never_mute(self):
@@ -3981,20 +3981,20 @@ class Daemons(Doctored):
 
     @slow
     def test_a_stream_for_which_no_thread_can_be_had(self):
-        starve = """
-import os, signal, threading
-real_start, real_tidy, refused = threading.Thread.start, mm.Delivery.tidy, []
-def start(self):
-    if self.name == 's' and not refused:
-        refused.append(self)
-        raise RuntimeError("can't start new thread")
-    real_start(self)
-threading.Thread.start = start
-def tidy(self):
-    real_tidy(self)
-    os.kill(os.getpid(), signal.SIGTERM)
-mm.Delivery.tidy = tidy
-"""
+        def starve():
+            real_start, real_tidy, refused = threading.Thread.start, mm.Delivery.tidy, []
+
+            def start(self):
+                if self.name == 's' and not refused:
+                    refused.append(self)
+                    raise RuntimeError("can't start new thread")
+                real_start(self)
+
+            def tidy(self):
+                real_tidy(self)
+                os.kill(os.getpid(), signal.SIGTERM)
+            threading.Thread.start, mm.Delivery.tidy = start, tidy
+
         for how, code in (('--once', 1), ('--daemon', 143)):
             world = self.world('local')
             write(os.path.join(world.source, 'item'), b'item')
@@ -4776,14 +4776,11 @@ class Isolation(Invariants):
             self.assertEqual(handle.read(), originals[b'file 07'])
 
 
-ARRIVED = """
-import os, time
-def arrived(batch):
-    path = os.path.join(TARGET, mm.to_text(batch.entries[0].path))
-    while not os.path.exists(path):     # it has gone, and the other end may be slow
-        time.sleep(0.01)
+def arrived(world, batch):
+    """The path at the target of the first file of a batch, which has gone; the other end may be slow."""
+    path = os.path.join(world.target, mm.to_text(batch.entries[0].path))
+    wait_for(lambda: os.path.exists(path), 'its arrival')
     return path
-"""
 
 
 @spread
@@ -4881,22 +4878,26 @@ class Parts(Invariants):
     def test_what_is_late_goes_with_the_next_part(self, site):
         world = self.world(site, bandwidth_limit='1M')
         originals = self.many(world)
-        done = self.doctored(world, ARRIVED + """
-mm.Push.PART_AFTER = 0; mm.Push.PART_FILES = 20
-real, moved = mm.RsyncTransport.finish, []
-def finish(self, batch):
-    first = not moved
-    if first:
-        path = arrived(batch)
-        moved.append(path)
-        os.rename(path, TARGET + '/../away')
-    answer = real(self, batch)
-    if first:
-        os.rename(TARGET + '/../away', path)
-        print('late: %d' % len(batch.jobs.late))
-    return answer
-mm.RsyncTransport.finish = finish
-""")
+        away = os.path.join(world.top, 'away')
+
+        def doctor():
+            mm.Push.PART_AFTER, mm.Push.PART_FILES = 0, 20
+            real, moved = mm.RsyncTransport.finish, []
+
+            def finish(self, batch):
+                first = not moved
+                if first:
+                    path = arrived(world, batch)
+                    moved.append(path)
+                    os.rename(path, away)
+                answer = real(self, batch)
+                if first:
+                    os.rename(away, path)
+                    print('late: %d' % len(batch.jobs.late))
+                return answer
+            mm.RsyncTransport.finish = finish
+
+        done = self.doctored(world, doctor)
         self.assertRegex(done.output, 'late: [1-9]')
         self.assert_all_delivered(world, originals, done)
 
@@ -4904,18 +4905,21 @@ mm.RsyncTransport.finish = finish
     def test_what_arrives_damaged_is_sent_again_at_the_end(self, site):
         world = self.world(site, bandwidth_limit='1M')
         originals = self.many(world)
-        done = self.doctored(world, ARRIVED + """
-mm.Push.PART_AFTER = 0; mm.Push.PART_FILES = 20
-real, harmed = mm.RsyncTransport.finish, []
-def finish(self, batch):
-    if not harmed:
-        path = arrived(batch)
-        harmed.append(path)
-        with open(path, 'r+b') as handle:
-            handle.write(b'#')
-    return real(self, batch)
-mm.RsyncTransport.finish = finish
-""")
+
+        def doctor():
+            mm.Push.PART_AFTER, mm.Push.PART_FILES = 0, 20
+            real, harmed = mm.RsyncTransport.finish, []
+
+            def finish(self, batch):
+                if not harmed:
+                    path = arrived(world, batch)
+                    harmed.append(path)
+                    with open(path, 'r+b') as handle:
+                        handle.write(b'#')
+                return real(self, batch)
+            mm.RsyncTransport.finish = finish
+
+        done = self.doctored(world, doctor)
         self.assertEqual(done.code, 0, str(done))
         self.assertEqual(tree(world.source), {})
         target = held_at_target(world)
@@ -4968,16 +4972,27 @@ mm.RsyncTransport.finish = finish
         world = self.world(site)
         proxy = Proxy(int(world.options['target_port']))
         self.addCleanup(proxy.close)
-        world.configure(target_port=proxy.port, retry_count='1', bandwidth_limit='1M')
-        originals = self.many(world)
-        proxy.set(('cut', 2500000))
-        done = self.doctored(world, 'mm.Push.PART_AFTER = 0; mm.Push.PART_FILES = 20')
+        world.configure(target_port=proxy.port, retry_count='1', bandwidth_limit='200K')
+        originals, over = self.many(world), threading.Event()
+
+        def cut():
+            while not over.wait(0.02):
+                if len(os.listdir(world.source)) < 350:
+                    return proxy.set(('cut', 0))
+        cutter = threading.Thread(target=cut)
+        cutter.start()
+        try:
+            done = self.doctored(world, setting(mm.Push, PART_AFTER=0, PART_FILES=20))
+        finally:
+            over.set()
+            cutter.join()
         self.assertEqual(done.code, 1, str(done))
         self.assert_nothing_lost(world, originals, str(done))
         left = held_at_source(world)
         self.assertLess(len(left), 350, str(done))
         self.assertEqual({r['item'].encode() for r in world.ledger()}, set(originals) - set(left))
         proxy.set('pass')
+        world.configure(target_port=proxy.port, retry_count='1')
         done = wait_for(lambda: Kills.undisturbed(world), 'the stream to be free', 60)
         self.assert_all_delivered(world, originals, done)
 
@@ -5022,7 +5037,11 @@ mm.RsyncTransport.finish = finish
                 originals[b'day %d/%d' % (number, inner)] = b'%d in %d' % (inner, number)
         for name, content in originals.items():
             write(os.path.join(mm.to_bytes(world.source), name), content)
-        done = self.doctored(world, 'mm.Push.PART_AFTER = 0; mm.Push.PART_FILES = mm.Staging.PART_FILES = 7')
+
+        def doctor():
+            mm.Push.PART_AFTER, mm.Push.PART_FILES, mm.Staging.PART_FILES = 0, 7, 7
+
+        done = self.doctored(world, doctor)
         self.assertEqual(done.code, 0, str(done))
         self.assert_converged(world, originals, str(done))
         self.assertEqual(len(world.ledger()), 31)
@@ -5547,20 +5566,24 @@ class OneItemAlone(Invariants):
 class FtpLines(Doctored):
     """Commands that are under way together, and answers that stay in step with them."""
 
-    def run_with(self, code, names):
+    @property
+    def one_ahead(self):
+        return lambda transport: setattr(transport, 'ahead', 1)
+
+    def run_with(self, names, **verbs):
+        """verbs: of FtpTransport, in place of its own."""
         world = self.world('ftp')
         for name in names:
             write(os.path.join(world.source, name), name.encode() * 1000)
-        return world, self.doctored(world, code)
+        return world, self.doctored(world, setting(mm.FtpTransport, **verbs))
 
     def test_a_refused_file_does_not_put_the_others_out_of_step(self):
         names = ['bad %d' % n if n % 3 == 0 else 'good %d' % n for n in range(30)]
         names += ['bad and %s' % ('large' * 20), 'good and large' * 10]
-        for ahead in ('', '\nmm.FtpTransport.learn_ahead = lambda self: setattr(self, "ahead", 1)'):
-            world, done = self.run_with("""
-real = mm.FtpTransport.staged_name
-mm.FtpTransport.staged_name = lambda self, entry: (
-    b'no such directory/x' if entry.path.startswith(b'bad') else real(self, entry))""" + ahead, names)
+        real = mm.FtpTransport.staged_name
+        for ahead in ({}, {'learn_ahead': self.one_ahead}):
+            world, done = self.run_with(names, staged_name=lambda self, entry: (
+                b'no such directory/x' if entry.path.startswith(b'bad') else real(self, entry)), **ahead)
             self.assertEqual(done.code, 1, str(done))
             self.assertIn('STOR bad 0: 553', done.output)
             self.assertEqual(contents(tree(world.target)), {
@@ -5570,8 +5593,7 @@ mm.FtpTransport.staged_name = lambda self, entry: (
 
     def test_a_server_that_takes_one_command_at_a_time(self):
         names = ['file %d' % n for n in range(30)]
-        world, done = self.run_with(
-            'mm.FtpTransport.learn_ahead = lambda self: setattr(self, "ahead", 1)', names)
+        world, done = self.run_with(names, learn_ahead=self.one_ahead)
         self.assertEqual(done.code, 0, str(done))
         self.assertEqual(contents(tree(world.target)), {n.encode(): n.encode() * 1000 for n in names})
         self.assertEqual((tree(world.source), world.leftovers()), ({}, []))
@@ -6447,7 +6469,7 @@ class ObjectStores(Invariants):
         world = self.world()
         large = random.Random(2).getrandbits(8 * 12000000).to_bytes(12000000, 'little')
         write(os.path.join(world.source, 'large'), large)
-        done = self.doctored(world, 'mm.RcloneTransport.ONE_PIECE = 5 << 20')
+        done = self.doctored(world, setting(mm.RcloneTransport, ONE_PIECE=5 << 20))
         self.assertEqual(done.code, 0, str(done))
         self.assertEqual((self.stored(world), tree(world.source)), ({b'large': large}, {}))
         record, = world.ledger()
@@ -6847,20 +6869,19 @@ class Sftp(Invariants):
 
     def test_at_most_three_round_trips_more(self):
         """What experiments cost one ordinary file; a round trip: answers that went together."""
-        counts = []
+        counts, real = [], mm.SftpTransport.begin
+
+        def begin(self):
+            real(self)
+            self.publish_by, self.can_hash = 'rename', False
+            self.traits['absence',] = True
+
         for known in (True, False):
             world = self.between('pass')
             log = os.path.join(world.top, 'round-trips')
             self.between_again(world, 'count:' + log)
             write(os.path.join(world.source, 'item'), b'x' * 10000)
-            done = self.doctored(world, """
-real = mm.SftpTransport.begin
-def begin(self):
-    real(self)
-    self.publish_by, self.can_hash = 'rename', False
-    self.traits['absence',] = True
-mm.SftpTransport.begin = begin
-""" if known else '')
+            done = self.doctored(world, setting(mm.SftpTransport, begin=begin) if known else lambda: None)
             self.assertEqual(done.code, 0, str(done))
             counts.append(text_of(log).count('\n'))
         self.assertLessEqual(counts[1] - counts[0], 3, counts)
@@ -6989,7 +7010,7 @@ class BadTarget(Invariants):
             if number % 2:
                 write(os.path.join(world.target, name), b'old %03d' % number)
                 os.chown(os.path.join(world.target, name), *ftp_ids())
-        done = self.doctored(world, 'mm.STOP_FILE_AGE = -1')
+        done = self.doctored(world, setting(mm, STOP_FILE_AGE=-1))
         self.assertEqual(done.code, 0, str(done))
         target = contents(tree(world.target))
         self.assertEqual({n: v for n, v in target.items() if b'~' not in n}, originals)
@@ -7285,7 +7306,7 @@ class ScpTargets(Invariants):
                          {'openssl': 'echo "unknown option: -r"'}):
             world = self.box(**programs)
             write(os.path.join(world.source, 'item'), b'item')
-            done = self.doctored(world, 'mm.ScpTransport.MUCH = 1')
+            done = self.doctored(world, setting(mm.ScpTransport, MUCH=1))
             self.assertEqual((done.code, tree(world.source)), (0, {}), str(done))
             self.assertEqual(world.ledger()[0]['checksum'], 'sha256:' + hashlib.sha256(b'item').hexdigest())
 
@@ -7742,10 +7763,10 @@ class Clocks(Doctored):
             clock[:] = [1100000.0, 5.0]
             self.assertEqual(ages.age(990), 15)
 
-    SET = """
-real, off = mm.time.time, %f
-mm.time.time = lambda: real() + off
-"""
+    def set_by(self, off):
+        """A doctor: the clock is wrong by so many seconds."""
+        real = time.time
+        return setting(time, time=lambda: real() + off)
 
     @slow
     def test_a_clock_set_right_purges_and_quarantines_nothing(self):
@@ -7756,11 +7777,11 @@ mm.time.time = lambda: real() + off
         write(os.path.join(world.source, 'bad'), b'bad')
         write(os.path.join(world.source, 'run001'), b'run')
         for _ in range(3):
-            self.assertEqual(self.doctored(world, self.SET % -years).code, 1)
+            self.assertEqual(self.doctored(world, self.set_by(-years)).code, 1)
         kept = contents(tree(os.path.join(world.source, '.delivered')))
         self.assertIn(b'run', kept.values())
         for _ in range(2):
-            done = self.doctored(world, self.SET % 0)
+            done = self.doctored(world, self.set_by(0))
             self.assertEqual(done.code, 1, str(done))
         self.assertNotIn('quarantined', done.output)
         self.assertEqual(contents(tree(os.path.join(world.source, '.delivered'))), kept)
@@ -8098,29 +8119,26 @@ class LocalTrouble(Invariants):
             subprocess.check_call(['umount', '-l', where])
 
     def test_times_and_modes_that_are_not_taken(self):
-        refused = """
-import errno, os
-def refuse(*args, **options):
-    raise OSError(errno.%s, 'not here')
-os.utime = os.chmod = refuse
-"""
-        for number in ('ENOSYS', 'EOPNOTSUPP'):
+        for number in (errno.ENOSYS, errno.EOPNOTSUPP):
+            def refuse(*args, number=number, **options):
+                raise OSError(number, 'not here')
+            refused = setting(os, utime=refuse, chmod=refuse)
             world = self.world('local', verify='size')
             write(os.path.join(world.source, 'day', 'f'), b'content')
             os.chmod(os.path.join(world.source, 'day', 'f'), 0o444)
             mirror = self.world('local', transfer_mode='mirror', symlinks='keep')
             write(os.path.join(mirror.source, 'day', 'f'), b'content')
-            done = self.doctored(mirror, refused % number)
+            done = self.doctored(mirror, refused)
             self.assertEqual((done.code, held_at_target(mirror)), (0, {b'day/f': b'content'}), str(done))
             before = os.lstat(os.path.join(mirror.target, 'day', 'f'))
-            done = self.doctored(mirror, refused % number)
+            done = self.doctored(mirror, refused)
             self.assertEqual(done.code, 0, str(done))
             after = os.lstat(os.path.join(mirror.target, 'day', 'f'))
             self.assertEqual((before.st_ino, before.st_ctime_ns), (after.st_ino, after.st_ctime_ns))
             self.assertEqual(len(mirror.ledger()), 1, str(done))
             os.truncate(os.path.join(mirror.source, 'day', 'f'), 0)
             write(os.path.join(mirror.source, 'day', 'f'), b'CONTENT', time.time() + 5)
-            self.doctored(mirror, refused % number)
+            self.doctored(mirror, refused)
             self.assertEqual(held_at_target(mirror), {b'day/f': b'CONTENT'})
             self.assertEqual(mirror.leftovers(), [])
 
@@ -8128,16 +8146,13 @@ os.utime = os.chmod = refuse
         world = self.world('local', transfer_mode='mirror')
         for number in range(4):
             write(os.path.join(world.source, 'day', 'f%d' % number), b'content', OLD + number)
-        coarse = """
-import os
-real = os.utime
-def utime(path, times=None, ns=None):
-    seconds = (ns[1] // 10 ** 9 if ns else times[1]) // 2 * 2
-    real(path, (seconds, seconds))
-os.utime = utime
-"""
+        real = os.utime
+
+        def utime(path, times=None, ns=None):
+            seconds = (ns[1] // 10 ** 9 if ns else times[1]) // 2 * 2
+            real(path, (seconds, seconds))
         for _ in range(2):
-            done = self.doctored(world, coarse)
+            done = self.doctored(world, setting(os, utime=utime))
             self.assertEqual((done.code, len(world.ledger())), (0, 1), str(done))
         self.assertEqual(world.leftovers(), [])
 
@@ -8146,10 +8161,8 @@ os.utime = utime
         world.configure('[disk_space_monitor]\nlevel_vlow = 2%\nlevel_low = 5%\nlevel_good = 9%\n',
                         directories='zip')
         write(os.path.join(world.source, 'day', 'f'), b'content')
-        unknown = """
-import collections, shutil
-shutil.disk_usage = lambda path: collections.namedtuple('usage', 'total used free')(0, 0, 0)
-"""
+        usage = collections.namedtuple('usage', 'total used free')
+        unknown = setting(shutil, disk_usage=lambda path: usage(0, 0, 0))
         done = self.doctored(world, unknown, '--check')
         self.assertIn('free space: unknown', done.output)
         done = self.doctored(world, unknown)
@@ -8296,22 +8309,21 @@ shutil.disk_usage = lambda path: collections.namedtuple('usage', 'total used fre
 
 
 class Quarantine(Doctored):
-    LATER = '''
-wall, boot, later = mm.time.time, mm.time.clock_gettime, %f
-mm.time.time = lambda: wall() + later
-mm.time.clock_gettime = lambda clock: boot(clock) + later
-'''
+    def later(self, seconds):
+        """A doctor: so much time has gone by."""
+        wall, boot = time.time, time.clock_gettime
+        return setting(time, time=lambda: wall() + seconds, clock_gettime=lambda clock: boot(clock) + seconds)
 
     def test_a_hopeless_item_is_counted_across_runs_and_set_aside(self):
         world = self.world('sftp', retry_count='3', quarantine_after='1h', dir_size_limit='3')
         write(os.path.join(world.source, 'huge', 'file'), b'four')
         write(os.path.join(world.source, 'fine'), b'fine')
         for hours in (0, 0.5, 0.9):
-            done = self.doctored(world, self.LATER % (hours * 3600))
+            done = self.doctored(world, self.later(hours * 3600))
             self.assertEqual(done.code, 1, str(done))
         self.assertEqual(sorted(tree(world.source)), [b'huge', b'huge/file'])
         self.assertEqual(contents(tree(world.target)), {b'fine': b'fine'})
-        done = self.doctored(world, self.LATER % 3700)
+        done = self.doctored(world, self.later(3700))
         self.assertIn('quarantined huge', done.output)
         found = contents(tree(world.source))
         reason = found.pop(b'.quarantine/huge.reason').decode()
@@ -8810,7 +8822,7 @@ class Alerting(Doctored):
         self.assert_run(world, 1)
         self.assertEqual(sink.mails, [])
         for _ in range(2):
-            self.assertEqual(self.doctored(world, 'mm.Failures.TOLD_AFTER = 0').code, 1)
+            self.assertEqual(self.doctored(world, setting(mm.Failures, TOLD_AFTER=0)).code, 1)
         told, = map(body_of, sink.mails)
         self.assertIn('Stream s cannot deliver item, for more than an hour now: item ', told)
         self.assertIn('; and 1 more item like it.  The others go on.', told)
