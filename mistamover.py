@@ -9054,12 +9054,14 @@ class FtpLine:
 
     LONGEST = 1 << 20                   # bytes of one reply
     TELNET = re.compile(rb'(\xff[\xfb-\xfe].|\xff[\xf0-\xfa])+', re.S)      # RFC 854, before a reply
+    FIRST = re.compile(rb'[1-6]\d\d([ -]|$)')                                 # a reply's first line
     PASSIVE = ((b'PASV', rb'\d+,\d+,\d+,\d+,(\d+),(\d+)'), (b'EPSV', rb'\((.)\1\1(\d+)\1\)'))
 
     def __init__(self, host, context):
         self.host, self.context = host, context
-        self.sock = None
-        self.waiting = b''              # bytes that were received and not read yet
+        self.sock = self.peer = None
+        self.lines = collections.deque()    # that were received and not read yet
+        self.waiting = b''              # the beginning of one
         self.option = b''               # of HASH, set last
         self.passive = self.PASSIVE
 
@@ -9068,7 +9070,8 @@ class FtpLine:
         import socket
         self.sock = socket.create_connection((self.host, port), timeout)
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if ':' in self.sock.getpeername()[0]:
+        self.peer = self.sock.getpeername()
+        if ':' in self.peer[0]:
             self.passive = self.PASSIVE[::-1]       # PASV knows no IPv6
         if at_once:
             self.secure()
@@ -9098,20 +9101,21 @@ class FtpLine:
         self.sock.sendall(b''.join(command + b'\r\n' for command in commands))
 
     def line(self):
-        while b'\n' not in self.waiting:
+        while not self.lines:
             data = self.sock.recv(1 << 16)
             if not data:
                 raise EOFError('the server hung up')
-            self.waiting += data
+            self.lines.extend((self.waiting + data).split(b'\n'))
+            self.waiting = self.lines.pop()
             if len(self.waiting) > self.LONGEST:
                 raise OSError('an endless reply')
-        line, _, self.waiting = self.waiting.partition(b'\n')
-        return self.TELNET.sub(b'', line.rstrip(b'\r'), 1) if line[:1] == b'\xff' else line.rstrip(b'\r')
+        line = self.lines.popleft().rstrip(b'\r')
+        return self.TELNET.sub(b'', line, 1) if line[:1] == b'\xff' else line
 
     def reply(self):
         lines = [self.line()]
         code = lines[0][:3]
-        if not re.match(rb'[1-6]\d\d([ -]|$)', lines[0]):
+        if not self.FIRST.match(lines[0]):
             raise OSError('no FTP reply: %s' % show(lines[0][:80]))
         while lines[0][3:4] == b'-' and (lines[-1][:3] != code or lines[-1][3:4] == b'-'):
             lines.append(self.line())
@@ -9123,21 +9127,82 @@ class FtpLine:
         self.tell([command])
         return self.reply()
 
+    def hear(self):
+        """Steps to the next reply."""
+        if not self.lines:
+            yield self.sock, False
+        return self.reply()
+
     def open_data(self):
-        """A new data connection (RFC 959, RFC 2428) to the host of this line, wherever the
+        """Steps to a new data connection (RFC 959, RFC 2428) to the host of this line, wherever the
         answer points (CVE-2021-4189)."""
-        import socket
         for index, (verb, pattern) in enumerate(self.passive):
-            reply = self.command(verb)
+            self.tell([verb])
+            reply = yield from self.hear()
             found = re.search(pattern, reply.lines[-1]) if reply.done else None
             if found:
                 self.passive = self.passive[index:]
                 high, low = found.groups()
                 port = int(high) * 256 + int(low) if verb == b'PASV' else int(low)
-                return socket.create_connection((self.sock.getpeername()[0], port), self.sock.gettimeout())
+                return (yield from self.connect_data(port))
             if reply.code == 421:
                 break
         raise OSError('no data connection: %s' % reply)
+
+    def connect_data(self, port):
+        import socket
+        conn = socket.socket(self.sock.family)
+        try:
+            conn.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                conn.connect((self.peer[0], port) + self.peer[2:])
+            yield conn, True
+            conn.settimeout(self.sock.gettimeout())
+            conn.send(b'')                          # waits until it is connected
+        except BaseException:
+            conn.close()
+            raise
+        return conn
+
+
+def finished(steps):
+    """What a generator returns; nobody else goes on where it yields."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return end.value
+
+
+class Turns:
+    """Generators of which one goes on while the others wait for the network, in one thread: each
+    yields (socket, whether it wants to write) where it would wait."""
+
+    def __init__(self, limit):
+        """limit: seconds after which silence is an error."""
+        import select
+        self.select, self.poll, self.limit = select, select.poll(), limit
+        self.waiting = {}               # descriptor -> who waits for it, the longest first
+
+    def go_on(self, turn, step=next):
+        """Until it waits, or ends.  Raises what it raises."""
+        with contextlib.suppress(StopIteration):
+            sock, writes = step(turn)
+            self.waiting[sock.fileno()] = turn
+            self.poll.register(sock, self.select.POLLOUT if writes else self.select.POLLIN)
+
+    def wait(self):
+        """Until one of them can go on; they do."""
+        import socket
+        ready = [fd for fd, _ in self.poll.poll(self.limit * 1000)]
+        step = next if ready else lambda turn: turn.throw(socket.timeout('timed out'))
+        for fd in ready or list(self.waiting):
+            self.poll.unregister(fd)
+            self.go_on(self.waiting.pop(fd), step)
+
+    def close(self):
+        for turn in self.waiting.values():
+            turn.close()
 
 
 class Digests:
@@ -9305,9 +9370,11 @@ class FtpTransport(Staging):
         text = '%s: %s' % (what, reply)
         if storing and reply.code in self.ROOM:
             return NoRoom(text, 'is its disk or a quota full, or the file above a limit?')
-        if reply.code in self.TROUBLE or reply.code // 100 == 4 and reply.code not in self.ITEMS:
-            return TargetError(text)
-        return ItemError(text)
+        return TargetError(text) if self.is_trouble(reply) else ItemError(text)
+
+    def is_trouble(self, reply):
+        """Whether it refuses more than one file."""
+        return reply.code in self.TROUBLE or reply.code // 100 == 4 and reply.code not in self.ITEMS
 
     def enter_base(self, line):
         base = to_bytes(self.stream.target_base)
@@ -9465,7 +9532,7 @@ class FtpTransport(Staging):
                 line.tell(chunk)
                 replies = [line.reply() for _ in chunk]
             for command, reply in zip(chunk, replies):
-                if isinstance(self.fault('', reply), TargetError) and not reply.done:
+                if self.is_trouble(reply):
                     raise self.fault(show(command), reply)
             found += replies
         return found
@@ -9481,11 +9548,9 @@ class FtpTransport(Staging):
                 action(line, chunk)
 
     def each(self, values, action):
-        """action(connection, value) for every value, on up to `parallel` connections.  None is
-        waited for: a further one is opened when the work has taken as long as a login does."""
+        """action(connection, value) for every value, on up to `parallel` connections."""
         work = collections.deque(values)
-        failures, hands, ended = [], [], threading.Event()
-        busy = threading.Lock()         # guards hands: nobody joins in when it has ended
+        failures = []
 
         def labour(line):
             while work and not failures:
@@ -9497,6 +9562,46 @@ class FtpTransport(Staging):
                     failures.append(error)
                 line = None
 
+        if work:
+            line = self.take()
+            with self.assisted(len(work), labour):
+                labour(line)
+        if failures:
+            raise failures[0]
+
+    def in_turn(self, values, action):
+        """The same by this thread alone, where action() is a generator for Turns: threads that send
+        small files wait for each other more than for a server."""
+        work, joined = collections.deque(values), collections.deque()
+        turns = Turns(self.stream.stall_timeout)
+
+        def labour(line):
+            with self.connection(line):
+                while work and line.sock:
+                    self.stop.check()
+                    yield from action(line, work.popleft())
+
+        try:
+            with self.assisted(len(work), joined.append):
+                while work or turns.waiting:
+                    if not turns.waiting:
+                        turns.go_on(labour(self.take()))
+                    while joined:
+                        turns.go_on(labour(joined.popleft()))
+                    turns.wait()
+        finally:
+            turns.close()
+            for line in joined:
+                self.give(line)
+
+    @contextlib.contextmanager
+    def assisted(self, pieces, use):
+        """While this is entered, use(connection) may be called by threads of their own, for up to
+        `parallel` connections with the caller's.  None is waited for: a further one is opened when the work
+        has taken as long as a login does."""
+        hands, ended = [], threading.Event()
+        busy = threading.Lock()         # guards hands: nobody joins in when it has ended
+
         def help_out():
             line = self.another(ended)
             if line:
@@ -9504,23 +9609,20 @@ class FtpTransport(Staging):
                     late = ended.is_set()
                     if not late:
                         hands.append(threading.current_thread())
-                self.give(line) if late else labour(line)
+                self.give(line) if late else use(line)
 
-        if not work:
-            return
-        line = self.take()
         self.helpers = [thread for thread in self.helpers if thread.is_alive()]
-        for _ in range(min(self.stream.parallel, len(work)) - 1):
+        for _ in range(min(self.stream.parallel, pieces) - 1):
             thread = threading.Thread(target=help_out, name='ftp', daemon=True)
             self.helpers.append(thread)
             thread.start()
-        labour(line)
-        with busy:
-            ended.set()
-        for thread in hands:
-            thread.join()
-        if failures:
-            raise failures[0]
+        try:
+            yield
+        finally:
+            with busy:
+                ended.set()
+            for thread in hands:
+                thread.join()
 
     def work_on(self, line, work, action):
         """One piece of the work; False if there is none left."""
@@ -9697,7 +9799,7 @@ class FtpTransport(Staging):
         use(block).  A refusal is for the caller to judge."""
         blocks = []
         with self.translated(show(command)):
-            conn = line.open_data()
+            conn = finished(line.open_data())
             try:
                 reply = line.command(command)
                 if reply.code // 100 != 1:
@@ -9768,7 +9870,7 @@ class FtpTransport(Staging):
     def write_small(self, path, content):
         """A file of a few bytes, by STOR as all the others.  Raises ItemError, TargetError."""
         with self.connection() as line:
-            reply = self.upload(line, path, content)
+            reply = finished(self.upload(line, path, content))
         if not reply.done:
             raise self.fault('cannot write %s' % show(path), reply)
 
@@ -9831,7 +9933,7 @@ class FtpTransport(Staging):
         """Whether REST and STOR go on with a part: tried on a small file, once."""
         if self.resumes is None:
             path, content = os.path.join(self.area, b'.probe-rest'), b'abcDEFG'
-            replies = [self.upload(line, path, content[start:start + 4], start) for start in (0, 3)]
+            replies = [finished(self.upload(line, path, content[start:start + 4], start)) for start in (0, 3)]
             reply, data = self.download(line, b'RETR ' + self.name(path))
             self.resumes = all(r.done for r in replies + [reply]) and data == content
             self.answers(line, [b'DELE ' + self.name(path)])
@@ -9844,7 +9946,7 @@ class FtpTransport(Staging):
 
         def store(line, job):
             try:
-                self.store(line, batch, job)
+                yield from self.store(line, batch, job)
             except (Changed, ItemError) as error:
                 job.error = error
             except TargetError as error:
@@ -9853,7 +9955,10 @@ class FtpTransport(Staging):
                 cut.append(job)
                 if len(cut) > self.stream.parallel:     # it is not this file
                     raise job.error
-        self.each(jobs, store)
+        if all(self.is_eager(job.entry.size) for job in jobs):
+            self.in_turn(jobs, store)
+        else:
+            self.each(jobs, lambda line, job: finished(store(line, job)))
         self.keep_whole(cut)
         self.ended.clear()
         sent = [job for job in jobs if not job.error]
@@ -9873,15 +9978,15 @@ class FtpTransport(Staging):
                         job.error, job.hashed = None, self.stream.verify != 'accepted'
 
     def store(self, line, batch, job):
-        """STOR to the temporary name, or REST and STOR for the rest of a big file.  Raises
+        """Steps: STOR to the temporary name, or REST and STOR for the rest of a big file.  Raise
         Changed, ItemError, TargetError."""
         start = self.part_there(line, job)
-        reply, digest = self.transfer(line, batch, job, start)
+        reply, digest = yield from self.transfer(line, batch, job, start)
         if not reply.done and reply.code not in (421, 425, 426, 452, 552) and \
                 self.answers(line, [b'DELE ' + self.name(job.staged)])[0].done:
             # what was there could not be gone on with, nor replaced: anew, once
             self.resumes = self.resumes and not start
-            reply, digest = self.transfer(line, batch, job, 0)
+            reply, digest = yield from self.transfer(line, batch, job, 0)
         if not reply.done:
             error = self.fault('STOR %s' % show(job.entry.path), reply, True)
             if isinstance(error, ItemError):
@@ -9904,7 +10009,7 @@ class FtpTransport(Staging):
         return there
 
     def transfer(self, line, batch, job, start):
-        """Send the bytes from `start` on; (the last reply, the digests of all of them)."""
+        """Steps that send the bytes from `start` on; (the last reply, the digests of all of them)."""
         digest = Digests(self.hasher[2] if self.hasher else 'sha256')
         if start:
             copy_prefix(batch.root, job.entry, digest, start, self.stop)
@@ -9923,20 +10028,23 @@ class FtpTransport(Staging):
             copy_entry(batch.root, job.entry, write, self.stop, start)
             self.ended.add(job.staged)
         self.ended.discard(job.staged)
-        reply = self.upload(line, job.staged, content, start, job.entry.size - start)
+        reply = yield from self.upload(line, job.staged, content, start, job.entry.size - start)
         return reply, digest
 
     def upload(self, line, path, content, start=0, size=0):
-        """STOR content, or what content(send) sends, over a data connection of its own; the last reply.  A
-        few bytes follow STOR at once, a round trip earlier; for many, and for a handshake, a
+        """Steps that STOR content, or what content(send) sends, over a data connection of its own; the last
+        reply.  A few bytes follow STOR at once, a round trip earlier; for many, and for a handshake, a
         refusal must be heard first."""
         with self.translated('STOR %s' % show(path)):
-            return self.upload_now(line, path, content, start, size)
+            return (yield from self.upload_now(line, path, content, start, size))
+
+    def is_eager(self, size):
+        return not self.stream.tls and size <= self.EAGER
 
     def upload_now(self, line, path, content, start, size):
-        eager = not line.context and size <= self.EAGER
+        eager = self.is_eager(size)
         trouble = None
-        conn = line.open_data()
+        conn = yield from line.open_data()
         try:
             if start:
                 reply = line.command(b'REST %d' % start)
@@ -9944,7 +10052,7 @@ class FtpTransport(Staging):
                     return reply
             line.tell([b'STOR ' + self.name(path)])
             if not eager:
-                reply = line.reply()
+                reply = yield from line.hear()
                 if reply.code // 100 != 1:
                     return reply
             try:
@@ -9957,14 +10065,14 @@ class FtpTransport(Staging):
                 trouble = error
         finally:
             conn.close()
-        return self.hear_out(line, trouble)
+        return (yield from self.hear_out(line, trouble))
 
     @staticmethod
     def hear_out(line, trouble):
-        """What the server says of a transfer that has ended; trouble: what we know already."""
-        reply = line.reply()
+        """Steps to what the server says of a transfer that has ended; trouble: what we know already."""
+        reply = yield from line.hear()
         while reply.code // 100 == 1:
-            reply = line.reply()
+            reply = yield from line.hear()
         if isinstance(trouble, MoverError) or trouble and reply.done:
             raise trouble                           # whatever it says of the half it got
         return reply                                # if it hung up, this says why

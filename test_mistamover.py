@@ -5822,7 +5822,7 @@ class FtpTargets(Invariants):
         def doctor():
             real = mm.FtpTransport.hear_out
             def hear_out(line, trouble):
-                reply = real(line, trouble)
+                reply = yield from real(line, trouble)
                 if mm.sizes.pop(line, 0) > 100000:
                     print('hung up')
                     raise EOFError('the server hung up')
