@@ -9686,11 +9686,17 @@ class FtpTransport(Staging):
     def choose_looker(self, line, blind=b''):
         """The verb to ask with: one that says of a name that cannot exist that it does not."""
         for verb in (b'SIZE', b'MLST'):
-            reply = self.answers(line, [verb + b' ' + self.name(OWN_PREFIX + b'-' + random_hex(8))])[0]
-            if verb != blind and not reply.done and reply.code not in self.UNKNOWN:
-                self.looker, self.absent = verb, reply.code
+            if verb != blind and self.denies(line, verb, OWN_PREFIX + b'-' + random_hex(8)):
                 return
         self.looker = b''
+
+    def denies(self, line, verb, name):
+        """Whether a verb says that a name is not there; then it is asked with from now on."""
+        reply = self.answers(line, [verb + b' ' + self.name(name)])[0]
+        if reply.done or reply.code in self.UNKNOWN:
+            return False
+        self.looker, self.absent = verb, reply.code
+        return True
 
     def check_looker(self, line, path, size):
         """A verb that does not tell the size of a file of ours gives way to the other, or to none."""
@@ -9731,7 +9737,11 @@ class FtpTransport(Staging):
             if not self.answers(line, [b'CWD .'])[0].done:
                 raise TargetError('the target directory %s is gone' % target_of(self.stream),
                                   'create it or mount it')
-            found = {name: self.is_there(line, name) for name in names}
+            found = {}
+            for name in sorted(names, key=lambda name: not name.startswith(HERE_NAME)):
+                new = self.looker is None and self.stream.staging == 'area' and name.startswith(HERE_NAME)
+                # who learns how it says no of a name that can hardly be there has asked for it
+                found[name] = False if new and self.denies(line, b'SIZE', name) else self.is_there(line, name)
         for name, there in found.items():
             if there is None and self.stream.verify == 'accepted':
                 log.once('this account may not ask whether %s is in %s' % (
