@@ -2460,6 +2460,7 @@ class Failures:
                       if isinstance(entry, dict) and all(
                           isinstance(entry.get(key), (int, float)) for key in ('count', 'first', 'last'))}
         self.held_back = {}         # name -> (tries, time of the last): not by its own fault, it seems
+        self.unfit = {}             # name -> the last Unfit of it that this process has counted
         self.late = set(self.items)     # names that failed before: they go last
 
     def count(self, name, error, now):
@@ -2467,6 +2468,13 @@ class Failures:
         self.late.add(to_text(name))
         entry.update(count=entry['count'] + 1, last=now, error=str(error))
         return entry
+
+    def is_known(self, name, error):
+        """Whether just that was counted before in this process."""
+        known = str(error) == self.unfit.get(to_text(name))
+        if isinstance(error, Unfit):
+            self.unfit[to_text(name)] = str(error)
+        return known
 
     def hold_back(self, name, now):
         """It waits like one that failed, but nothing is counted; how often in a row it did."""
@@ -2477,7 +2485,7 @@ class Failures:
 
     def forget(self, name):
         if self.late:
-            for notes in (self.items, self.held_back):
+            for notes in (self.items, self.held_back, self.unfit):
                 notes.pop(to_text(name), None)
             self.late.discard(to_text(name))
 
@@ -9042,6 +9050,17 @@ class FtpReply(collections.namedtuple('FtpReply', 'code lines')):
         return show(b' '.join(self.lines[:5]).strip())
 
 
+class NotFtp(OSError):
+    """What answers speaks another protocol."""
+
+    GREETINGS = (b'SSH-', 'sftp or scp'), (b'@RSYNCD', 'rsync_native')
+
+    def __init__(self, line):
+        OSError.__init__(self, 'no FTP reply: %s' % show(line[:80]))
+        self.hint = next(('is target_port right? that is how transfer_protocol = %s begins' % protocol
+                          for begin, protocol in self.GREETINGS if line.startswith(begin)), '')
+
+
 OTHER_NAME = 62, 64         # X509_V_ERR_HOSTNAME_MISMATCH and _IP_ADDRESS_MISMATCH, in x509_vfy.h
 
 
@@ -9116,7 +9135,7 @@ class FtpLine:
         lines = [self.line()]
         code = lines[0][:3]
         if not self.FIRST.match(lines[0]):
-            raise OSError('no FTP reply: %s' % show(lines[0][:80]))
+            raise NotFtp(lines[0])
         while lines[0][3:4] == b'-' and (lines[-1][:3] != code or lines[-1][3:4] == b'-'):
             lines.append(self.line())
             if len(lines) > self.LONGEST >> 6:
@@ -9356,6 +9375,8 @@ class FtpTransport(Staging):
                 hint = 'give target_host the name that its certificate holds'
             elif reason == 'CERTIFICATE_VERIFY_FAILED':
                 hint = 'if nobody vouches for its certificate, tls_ca_file may name a file that holds it'
+            elif isinstance(error, NotFtp):
+                hint = error.hint
             elif isinstance(error, socket.gaierror):
                 hint = 'is target_host right?'
             elif isinstance(error, ConnectionRefusedError):
@@ -11031,6 +11052,7 @@ class Delivery:
         self.failures = worker.failures
         self.releaser = worker.releaser
         self.result = Result()
+        self.backing_off = False
         self.followers = []             # ready and check files whose item has been delivered
         self.lasts = []                 # Items of the markers inside of those
         self.answered = []              # (batch, outcomes) that wait for their sums
@@ -11059,6 +11081,7 @@ class Delivery:
         Raises TargetError, Suspended, Interrupted; returns a Result.
         """
         started = time.monotonic()
+        self.backing_off = backing_off
         self.prepare()
         if self.worker.unsummed:
             self.worker.unsummed.break_off()        # by what ended the pass before
@@ -11955,17 +11978,20 @@ class Delivery:
 
     def fail(self, name, error):
         """Count a fault of the item itself; quarantine it when it is hopeless."""
-        now = self.worker.wall()
-        entry = self.failures.count(name, error, now)
-        message = '%s: %s' % (self.stream.name, self.about(name, error))
         self.result.failed += 1
         self.progress.failed(str(error))
+        if not self.failures.is_known(name, error) or self.backing_off:     # --once tries the target again
+            self.count(name, error)
+        if self.stream.move and self.failures.hopeless(name, self.worker.age):
+            self.hopeless[name] = self.failures.items[to_text(name)]
+
+    def count(self, name, error):
+        entry = self.failures.count(name, error, self.worker.wall())
+        message = '%s: %s' % (self.stream.name, self.about(name, error))
         log.error(message if entry['count'] == 1 else '%s; failed %d times' % (message, entry['count']))
         if entry['count'] == 1 and isinstance(error, Mismatch):
             self.worker.state.alerts.tell('error', 'Stream %s does not send %s: %s.' % (
                 self.stream.name, show(to_bytes(name)), error))
-        if self.stream.move and self.failures.hopeless(name, self.worker.age):
-            self.hopeless[name] = entry
 
     def tell_of_failing(self):
         """An item that fails for an hour makes one alert, long before it is quarantined."""
