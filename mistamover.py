@@ -5933,6 +5933,8 @@ SSH_TROUBLE = (     # what ssh(1) says, in English as programs are run here, and
     ('Permission denied', 'it accepts no key or password of ours%(key)s: try by hand: %(login)s'),
     ('Connection refused', 'nothing listens on port %(port)s there: is it up? see target_port'),
     ('Could not resolve', 'is target_host right?'),
+    ('banner exchange', 'what answers on port %(port)s speaks no ssh, or not in time: see target_port; '
+     'FTP needs transfer_protocol = ftp'),
     ('timed out', 'is that machine up, and port %(port)s open for this one?'),
     ('kex_exchange_identification', 'what answers on port %(port)s is no ssh server, or sends us away: see '
      'target_port'))
@@ -8443,11 +8445,12 @@ class SftpTransport(Staging):
         path = self.base + relative if relative else self.base[:-1] or b'/'
         return len(path).to_bytes(4, 'big') + path
 
-    @staticmethod
-    def trouble(what, answer):
-        """An ItemError that says what the server said; NoRoom by its code where it has one."""
+    def trouble(self, what, answer, step, *paths):
+        """An ItemError that says what the server said; NoRoom by its code where it has one.  step: what
+        was asked for, with a %s for each of the paths."""
         cls = NoRoom if Fxp.status(answer) in Fxp.FULL else ItemError
-        hint = 'may this account do that there?' if Fxp.status(answer) == Fxp.DENIED else ''
+        hint = 'may this account %s there?' % (step % tuple(show(self.base + path) for path in paths)) \
+            if Fxp.status(answer) == Fxp.DENIED else ''
         return cls('%s: %s' % (what, Fxp.words(answer)), hint)
 
     def make_base(self):
@@ -8469,7 +8472,7 @@ class SftpTransport(Staging):
             return Fxp.attributes(answer[1], 0)[0]
         if Fxp.status(answer) == Fxp.MISSING:
             return None
-        raise self.trouble('cannot look at %s' % show(path), answer)
+        raise self.trouble('cannot look at %s' % show(path), answer, 'look at %s', path)
 
     def is_directory(self, path):
         """Following links, which may lead anywhere on purpose."""
@@ -8564,7 +8567,7 @@ class SftpTransport(Staging):
                 return answer.hex()
         answer, = yield [self.to_read(path)]
         if answer[0] != Fxp.HANDLE:
-            raise self.trouble('cannot read %s back' % show(path), answer)
+            raise self.trouble('cannot read %s back' % show(path), answer, 'read %s', path)
         handle, digest, at = answer[1], hashlib.sha256(), 0
         while size is None or at < size:
             left = self.ROUND * self.PIECE if size is None else min(self.ROUND * self.PIECE, size - at)
@@ -8672,14 +8675,14 @@ class SftpTransport(Staging):
         try:
             bad = yield self.writes(batch, job, handle, start)
             if bad:
-                raise self.trouble('cannot write %s' % show(job.final), bad[0])
+                raise self.trouble('cannot write %s' % show(job.final), bad[0], 'write to %s', job.staged)
             yield from self.dress(job, handle)
         except (ItemError, Changed):
             yield [(Fxp.CLOSE, handle)]
             raise
         answer, seen = yield [(Fxp.CLOSE, handle), (Fxp.LSTAT, self.path(job.staged))]
         if not Fxp.good(answer):
-            raise self.trouble('cannot write %s' % show(job.final), answer)
+            raise self.trouble('cannot write %s' % show(job.final), answer, 'write to %s', job.staged)
         self.note_size(job.staged, job.entry.size, seen)
 
     def note_size(self, path, size, answer):
@@ -8716,7 +8719,7 @@ class SftpTransport(Staging):
             job.staged += b'-' + random_hex(4)
             answer, = yield [self.to_create(job.staged)]
         if answer[0] != Fxp.HANDLE:
-            raise self.trouble('cannot write %s' % show(job.final), answer)
+            raise self.trouble('cannot write %s' % show(job.final), answer, 'create %s', job.staged)
         return answer[1], 0
 
     def is_ours(self, batch, job):
@@ -8766,7 +8769,8 @@ class SftpTransport(Staging):
             if not change or Fxp.status(answers[0]) == Fxp.OK:
                 return
             if self.stream.target_chmod:
-                raise self.trouble('cannot set mode and time of %s' % show(job.final), answers[0])
+                raise self.trouble('cannot set mode and time of %s' % show(job.final), answers[0],
+                                   'set those of %s', job.staged)
             self.dressing, sync = max(self.dressing, choice + 1), []
 
     @staticmethod
@@ -8778,7 +8782,8 @@ class SftpTransport(Staging):
             if Fxp.status(answer) in (Fxp.UNSUPPORTED, Fxp.BAD):
                 self.can_sync = False
             elif not Fxp.good(answer):
-                raise self.trouble('%s cannot be had on the disk' % show(job.final), answer)
+                raise self.trouble('%s cannot be had on the disk' % show(job.final), answer,
+                                   'sync %s', job.staged)
 
     def sync(self):
         """The fsync of one more file commits the journal that the new names are in."""
@@ -8915,7 +8920,7 @@ class SftpTransport(Staging):
             return True
         if (yield from self.is_there(new)):
             return False
-        raise self.trouble('%s cannot be placed' % show(new), answer)
+        raise self.trouble('%s cannot be placed' % show(new), answer, 'rename %s to %s', old, new)
 
     def rename(self, old, new):
         self.run(self.renaming(old, new), new)
@@ -8940,7 +8945,8 @@ class SftpTransport(Staging):
                 yield [(Fxp.REMOVE, self.path(aside)) if good else self.to_rename(aside, new)]
                 if good:
                     return
-        raise self.trouble('cannot rename %s to %s' % (show(old), show(new)), answer)
+        raise self.trouble('cannot rename %s to %s' % (show(old), show(new)), answer,
+                           'rename %s to %s', old, new)
 
     def delete(self, paths):
         self.session.run((self.sources.get(path), self.removing(path)) for path in paths)
@@ -8969,7 +8975,7 @@ class SftpTransport(Staging):
             yield [(Fxp.SETSTAT, self.path(path) + Fxp.packed(mode))]
         if not self.tells_directory(seen) and not (yield from self.is_directory(path)):
             error = self.trouble('cannot make the directory %s at %s' % (
-                show(path), target_of(self.stream)), answer)
+                show(path), target_of(self.stream)), answer, 'make %s', path)
             if path == self.area:
                 error.hint = 'may this account make directories there? if not, set staging = beside'
             return error

@@ -5714,6 +5714,27 @@ class FtpTargets(Invariants):
             self.assertRegex(output, r'cannot log in to \S+, port \d+%s.* \(%s' % (said, re.escape(hint)))
             self.assertEqual((contents(tree(world.source)), tree(world.target)), ({b'one': b'one'}, {}))
 
+    def test_another_protocol_answers(self):
+        for site, needs, hint in (('ftp', 'sshd', 'transfer_protocol = sftp or scp'),
+                                  ('ftp', 'rsyncd', 'transfer_protocol = rsync_native'),
+                                  ('sftp', 'ftp', 'FTP needs transfer_protocol = ftp')):
+            world = self.world(site, target_port=server(needs).port, connect_timeout='1s', retry_count='1')
+            self.arriving(world, one=b'one')
+            done = self.assert_run(world, 1)
+            self.assertIn(hint, done.output)
+            self.assertEqual((contents(tree(world.source)), tree(world.target)), ({b'one': b'one'}, {}))
+
+    def test_an_item_that_cannot_go_while_no_server_answers(self):
+        """It is counted once, and said once, however often that run tries the server."""
+        world = self.world_at(server('ftp'), target_port=free_port(), retry_count='3')
+        self.arriving(world, **{'good': b'good', 'line\nfeed': b'bad'})
+        for count in (1, 2):
+            done = self.assert_run(world, 1)
+            self.assertEqual(done.output.count('cannot be sent by ftp'), 1, str(done))
+            failures = mm.SharedJson(world.state, 'failures.json').read()['s']
+            self.assertEqual({name: entry['count'] for name, entry in failures.items()},
+                             {'line\nfeed': count})
+
     def test_tls_on_one_side_only(self):
         plain, secure = server('ftp'), server('ftps')
         for running, options, hint in (
@@ -6810,6 +6831,18 @@ class Sftp(Invariants):
         self.assertIn('cannot make the directory .mistamover', done.output)
         self.assertIn('permission denied (may this account make directories', done.output)
         self.assertIn('set staging = beside', done.output)
+
+    def test_what_an_account_may_not_do_and_where(self):
+        for number, step in ((3, r'create %s/\.mistamover-\w+/[\w-]+'),                 # OPEN
+                             (18, r'rename %s/\.mistamover-\w+/[\w-]+ to %s/\S+')):     # RENAME
+            world = self.between('refuses:%d' % number)
+            write(os.path.join(world.source, 'item'), b'x')
+            done = self.assert_run(world, 1)
+            place = re.escape(world.target)
+            self.assertRegex(done.output, r'item.*: permission denied \(may this account %s there\?\)' %
+                             step.replace('%s', place))
+            self.assertEqual((contents(tree(world.source)), contents(tree(world.target)).get(b'item')),
+                             ({b'item': b'x'}, None))
 
     def test_accounts_that_may_not_have_a_staging_area(self):
         """Neither MKDIR nor OPENDIR; then neither RENAME nor REMOVE."""
