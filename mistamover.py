@@ -4712,7 +4712,15 @@ class Staging(Transport):
         return False
 
     def try_names(self, name):
-        """Whether an odd name comes back byte for byte.  The staging area is
+        try:
+            return self.comes_back(name)
+        except TargetError:             # some hang up, or say EIO, at a name that is no UTF-8
+            self.exist_all([self.area])     # unless the target is in trouble
+            self.present(())
+            return False
+
+    def comes_back(self, name):
+        """Whether a file of ours has an odd name byte for byte after a rename.  The staging area is
         listed, for the same question asked in the same words gets the same answer; what another
         name was made of goes with the area."""
         path = os.path.join(self.area, name)
@@ -5146,7 +5154,7 @@ class LocalTransport(Staging):
         self.together = None        # whether syncfs may be used
         self.beyond = set()         # directories that lie on another file system than target_dir
         self.notes = os.path.join(self.area, b'beyond')
-        self.identity = self.device = None
+        self.identity = self.device = self.kind = None
 
     def path(self, relative):
         return self.base + relative
@@ -5203,6 +5211,7 @@ class LocalTransport(Staging):
         kind, source = file_system(self.device, mounts())
         if kind == b'fuse' and source.startswith((b'http://', b'https://')):
             kind = b'davfs'
+        self.kind = kind
         if kind not in self.UPLOADS_LATER or self.stream.target_uploads_later == 'accepted':
             return
         message = '%s is a mount that may upload later (%s): what is read back there proves nothing' % (
@@ -5211,6 +5220,15 @@ class LocalTransport(Staging):
             raise TargetError(message, "use the server's own protocol, or set target_uploads_later = "
                               'accepted and keep_delivered')
         log.once(message, self.stream)
+
+    def refusal(self, entries):
+        """WebDAV carries names in XML (RFC 4918): of any other name, what a mount shows is its cache,
+        and the server has another one."""
+        for entry in entries if self.kind and self.kind.endswith(b'davfs') else ():
+            path = entry.path
+            if re.search(rb'[\0-\x1f]', path) or path.decode('utf-8', 'ignore').encode() != path:
+                return Unfit('%s cannot be sent: WebDAV carries no such name' % show(path), 'rename it')
+        return None
 
     def close(self):
         links, self.links = self.links, []
@@ -10290,13 +10308,6 @@ class FtpTransport(Staging):
             except ItemError:
                 return self.measure([second], False).get(second) == (10, None)
         return False
-
-    def try_names(self, name):
-        try:
-            return Staging.try_names(self, name)
-        except TargetError:             # some hang up when they get a name that is no UTF-8
-            self.exist_all([self.area])     # unless the target is in trouble
-            return False
 
 
 TRANSPORTS = {
