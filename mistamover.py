@@ -1859,8 +1859,8 @@ def check_mirror_delete(config, stream):
                 fail('would delete %s in target_dir' % show(path), 'put it somewhere else')
 
 
-def check_places(config, state_dir):
-    """No stream may eat another's directory, its own target, or our own files."""
+def check_apart(config):
+    """No stream may eat another's directory or its own target."""
     for stream in config.streams:
         section = 'stream:' + stream.name
         for other in config.streams:
@@ -1878,17 +1878,22 @@ def check_places(config, state_dir):
                 lies_below(stream.target_base, stream.directory)):
             config.mistake(section, 'target_dir', '%s and directory %s lie in each other' % (
                    show(stream.target_base), show(stream.directory)), 'use two separate directories')
+
+
+def check_own_files(config, state_dir):
+    """Our own files lie in no stream's directory."""
+    for stream in config.streams:
         for option, path in (('state_dir', state_dir), ('log_file', config.settings.log_file),
                              ('status_page', config.settings.status_page),
                              ('metrics_file', config.settings.metrics_file)):
             if path and lies_below(path, stream.directory):
                 config.mistake('mistamover', option, 'lies in the directory of stream %s' % stream.name,
                                'put it somewhere else')
+
+
+def check_quarantines(config):
+    """What is put aside must not be sent by another stream."""
     for stream in config.streams:
-        stream.companions = [other.name for other in config.streams
-                             if other is not stream and overlap(stream, other)]
-        if stream.mirror and stream.mirror_delete:
-            check_mirror_delete(config, stream)
         for other in config.streams:
             # a direct child of its own directory is skipped by the scan; elsewhere it would be sent
             own = other is stream and stream.quarantine_dir != stream.directory and \
@@ -1898,6 +1903,18 @@ def check_places(config, state_dir):
                 config.mistake('stream:' + stream.name, 'quarantine_dir',
                                'lies in the directory of stream %s' % other.name,
                                'put it directly into this directory or outside of all')
+
+
+def check_places(config):
+    """No two places may lie in each other where one would eat what is in the other."""
+    check_apart(config)
+    check_own_files(config, config.settings.state_dir)
+    for stream in config.streams:
+        stream.companions = [other.name for other in config.streams
+                             if other is not stream and overlap(stream, other)]
+        if stream.mirror and stream.mirror_delete:
+            check_mirror_delete(config, stream)
+    check_quarantines(config)
 
 
 def read_stream_files(config):
@@ -1964,7 +1981,7 @@ def load_config(path, protocols, names=(), mode=None):
     if unknown and known:
         raise ConfigError('no stream %s in %s' % (show(min(unknown)), show(config.path)),
                           nearest(min(unknown), known))
-    check_places(config, config.settings.state_dir)
+    check_places(config)
     check_email(config)
     check_monitor(config)
     config.every = config.streams       # the page shows them all, whatever this run works on
@@ -3777,7 +3794,8 @@ def zip_item(root, item, path, stop):
     """
     import zipfile
     room = NoRoom('no room to zip %s (%s) in %s' % (
-        show(item.name), format_size(item.size), show(os.path.dirname(path))), 'see state_dir')
+        show(item.name), format_size(item.size), show(os.path.dirname(path))),
+        'make room there, or move state_dir to a larger disk')
     # of each entry the zip holds two headers and its name twice
     free = shutil_free(os.path.dirname(path))
     if free is not None and free < item.size + sum(200 + 2 * len(e.path) for e in item.entries):
@@ -5759,7 +5777,7 @@ class LocalTransport(Staging):
                 os.unlink(path)
         except OSError as error:
             raise ItemError('%s is in the way: %s' % (show(path), error.strerror), 'rename or remove it')
-        log.info('%s was of another kind at the target and gave way' % show(name), self.stream)
+        log.info('%s was of another kind at the target and was replaced' % show(name), self.stream)
 
     def sync(self):
         directories, self.renamed = self.renamed, set()
@@ -11470,26 +11488,33 @@ class Delivery:
 
     def parcel(self, item):
         """The item itself, or the zip of a directory where the protocol wants one; None if there is
-        nothing to send.  A zip is made anew at each try, for the tree may have changed; not where
-        the ledger says that this very tree was delivered."""
+        nothing to send."""
         if not (self.stream.zips and item.is_directory):
             return Parcel(item, item.entries)
         if self.worker.delivered_trees().get(to_text(item.name)) == item.snapshot:
-            # the ledger says that this very tree was delivered before a crash
-            log.info('%s was delivered before; its release is finished' % show(item.name), self.stream)
-            self.drain()               # one release at a time
-            self.ask_stop_files()
-            try:
-                for reason in self.releaser.release_tree(item, self.scanner):
-                    log.info(reason, self.stream)
-            except ItemError as error:
-                self.fail(item.name, error)
+            self.finish_release(item)
             return None
         limit = self.stream.dir_size_limit
         if limit is not None and item.size > limit:
             self.fail(item.name, Unfit('%s holds %s, more than dir_size_limit' % (
                 show(item.name), format_size(item.size)), 'raise the limit or move it by hand'))
             return None
+        return self.zipped(item)
+
+    def finish_release(self, item):
+        """The ledger says that this very tree was delivered before a crash."""
+        log.info('%s was delivered before; its release is finished' % show(item.name), self.stream)
+        self.drain()                # one release at a time
+        self.ask_stop_files()
+        try:
+            for reason in self.releaser.release_tree(item, self.scanner):
+                log.info(reason, self.stream)
+        except ItemError as error:
+            self.fail(item.name, error)
+
+    def zipped(self, item):
+        """The zip of a directory as a Parcel, or None if none could be made.  It is made anew at each
+        try, for the tree may have changed."""
         name = item.name + b'.zip'
         path = os.path.join(to_bytes(self.stream.spool), name)
         make_private_directory(self.stream.spool)
