@@ -503,7 +503,7 @@ class SshServer(Server):
         return self.public(self.host_key)
 
     def prepare(self):
-        # under an alias, so that a proxy on another port may stand before it
+        # under an alias, so that a proxy on another port may sit before it
         self.known_hosts = self.file('known_hosts', 'mover-test ' + self.host_keys())
         self.key = self.keygen('key')
         self.authorized = self.file('authorized', self.public(self.key), 0o644)
@@ -604,7 +604,7 @@ class RsyncDaemon(Server):
         module = '[%s]\npath = %s\nread only = no\nwrite only = %s\nauth users = mover\n' \
             'secrets file = %s\n'
         head = 'use chroot = no\nmunge symlinks = no\nmax connections = 0\n'
-        if not os.getuid():         # else it works as whoever started it, and may not be told so
+        if not os.getuid():         # else it works as whoever started it, and may not ask for that
             head += 'uid = 0\ngid = 0\n'
         coarse = os.path.join(self.top, 'coarse')       # a script of a test's, run after each transfer
         self.config = self.file('rsyncd.conf', head + ''.join(
@@ -1674,7 +1674,7 @@ class Configuration(Case):
                           mm.hash_named(stream.send_checksum)), (False, 'accepted', 3600, 'none', 0, 'md5'))
         self.assertTrue(self.loaded(self.stream('sftp', 'x', 'target_host = h')).zips)
 
-    def test_all_mistakes_are_told_at_once(self):
+    def test_all_mistakes_are_shown_at_once(self):
         path = os.path.join(tempfile.mkdtemp(dir=BASE), 'm.ini')
         top = os.path.dirname(path)
         write(path, ("""[mistamover]
@@ -3221,7 +3221,7 @@ class Quietly(Doctored):
         self.assert_run(world, 0)
         self.assertEqual(sorted(tree(world.target)), [b'item'])
 
-    def test_what_waits_for_long_is_told(self):
+    def test_what_waits_for_long_makes_an_alert(self):
         top = tempfile.mkdtemp(dir=BASE)
         shared, stream = mm.SharedJson(top, 'waiting.json'), mm.Settings('s', {})
         day, told = 86400, []
@@ -3308,7 +3308,7 @@ class Quietly(Doctored):
         self.assertEqual(world.leftovers(), [])
 
     @slow
-    def test_a_file_that_is_always_replaced_is_counted_and_told(self):
+    def test_a_file_that_is_always_replaced_is_counted_and_makes_an_alert(self):
         need('sh')
         world = self.world('local', settle_time='2s')
         world.configure("alert_command = sh -c 'cat >> %s/alerts'\n[email]\ndigest_time = 1s\n" % world.top,
@@ -3330,7 +3330,7 @@ class Quietly(Doctored):
         self.assertEqual(self.ended(process), 143)
         self.assertEqual((list(tree(world.target)), text_of(alerts).count('latest.jpg')), ([], 2))
 
-    def test_what_keeps_an_emptied_directory_is_told_once_ever(self):
+    def test_what_keeps_an_emptied_directory_is_logged_once_ever(self):
         world = self.world('local', ignore='.*, Thumbs.db')
         for day in ('mon', 'tue'):
             write(os.path.join(world.source, day, '.DS_Store'), b'junk')
@@ -6116,7 +6116,7 @@ class Sums(Doctored):
         self.assertEqual(self.delivered(world), {'a': self.A, 'tree/b': self.B, 'SHA256SUMS': sums})
         self.assertEqual(contents(tree(world.source)), {b'unlisted': self.A})
 
-    def test_a_mismatch_is_told_once_and_quarantined_with_its_sum(self):
+    def test_a_mismatch_is_reported_once_and_quarantined_with_its_sum(self):
         need('sh')
         world = self.world(check_file='{name}.md5', quarantine_after='0s', retry_count='2')
         told = os.path.join(world.top, 'told')
@@ -7301,7 +7301,7 @@ class ScpTargets(Invariants):
 
     @staticmethod
     def here(*programs):
-        """(name, path) of those that are here; a missing one is told in the last lines."""
+        """(name, path) of those that are here; a missing one is named in the last lines."""
         for name, _, package in (program.partition(':') for program in programs):
             path = find_program(name)
             if path:
@@ -8862,7 +8862,7 @@ class Alerting(Doctored):
         self.assert_run(world, 0)
         self.assertEqual([mail.get_payload() for mail in sink.mails], [])
 
-    def test_an_item_that_fails_is_told_about_within_the_hour_and_once(self):
+    def test_an_item_that_fails_makes_one_alert_within_the_hour(self):
         sink = SmtpSink().start()
         self.addCleanup(sink.listener.close)
         world = self.world('local')
@@ -8962,7 +8962,7 @@ class Alerting(Doctored):
         world.configure(sink.settings(username='mover', password_file=secret))
         self.assertIn('in clear', self.assert_run(world, 2).output)
 
-    def test_a_bug_in_a_stream_is_told_and_the_stream_started_again(self):
+    def test_a_bug_in_a_stream_is_reported_and_the_stream_started_again(self):
         world = self.world('local')
         out = os.path.join(world.top, 'heard')
         world.configure('alert_command = tee %s\n' % out)
@@ -9169,7 +9169,7 @@ class Reload(Case):
         wait_for(lambda: not os.path.exists(os.path.join(world.state, 'mistamover.pid')), 'the end')
 
     @slow
-    def test_systemd_is_told(self):
+    def test_systemd_learns_what_it_does(self):
         world = self.world('local')
         path = os.path.join(world.top, 'notify')
         with contextlib.closing(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)) as listener:
