@@ -394,6 +394,15 @@ def own_files(what, hint=''):
         raise StateError('%s: %s' % (what, error.strerror), hint)
 
 
+@contextlib.contextmanager
+def machine_trouble():
+    """What is the target's is translated: any other OSError is this machine's trouble, a StateError."""
+    try:
+        yield
+    except OSError as error:
+        raise StateError('%s: %s' % (show(error.filename or 'this machine'), error.strerror))
+
+
 def same_directory(one, two):
     """Whether two paths lead to one directory, as far as this machine can tell."""
     one, two = to_bytes(one), to_bytes(two)
@@ -8824,7 +8833,10 @@ class SftpTransport(Staging):
     def sync(self):
         """The fsync of one more file commits the journal that the new names are in."""
         if self.can_sync and self.stream.staging == 'area':
-            self.run(self.sync_names())
+            try:
+                self.run(self.sync_names())
+            except ItemError as error:          # of all names since the last one
+                raise TargetError(error.message, error.hint)
 
     def open_mark(self):
         path = self.path(os.path.join(self.area, b'sync'))
@@ -8837,7 +8849,11 @@ class SftpTransport(Staging):
         if self.mark is None:
             return
         yield [(Fxp.WRITE, self.mark + bytes(8) + Fxp.string(random_hex(4)))]
-        yield [self.to_sync(self.mark)]
+        answer, = yield [self.to_sync(self.mark)]
+        if Fxp.status(answer) in (Fxp.UNSUPPORTED, Fxp.BAD):
+            self.can_sync = False
+        elif not Fxp.good(answer):
+            raise self.trouble('new names cannot be had on the disk', answer)
 
     # -- publishing
 
@@ -11204,7 +11220,9 @@ class Delivery:
         settler.begin(directory_clock(self.stream), now)
         due, names, gone = [], set(), set(self.failures.late)
         size, files, key, oldest = 0, 0, ORDER_KEYS[self.stream.order], None
+        here = 0
         for item in self.scanner.scan(self.worker.watch):
+            here += 1
             if gone:
                 gone.difference_update(to_text(name) for name in (
                     item.name, item.ready.path if item.ready else item.name))
@@ -11235,6 +11253,7 @@ class Delivery:
                     self.approach()     # while the rest is looked at; they will not all be in use
         for name in gone:
             self.failures.forget(name)
+        self.worker.forget_mirrored(here)
         self.worker.tell_of_staying(self.scanner.staying)
         self.follow_orphans()
         self.put_in_order(due)
@@ -12614,6 +12633,12 @@ class Worker:
             else:
                 os.unlink(self.dirty_path())
 
+    def forget_mirrored(self, here):
+        """here: how many items there are.  What a daemon of years has mirrored may be gone since."""
+        if len(self.mirrored) > 2 * here + 1000:
+            self.mirrored = {name: mark for name, mark in self.mirrored.items()
+                             if os.path.lexists(os.path.join(self.stream.root, name))}
+
     def tell_of_staying(self, staying):
         """Directories that are kept by what is never sent (.DS_Store): one warning, not at each run
         of cron."""
@@ -12739,7 +12764,8 @@ class Worker:
         """Raises TargetError (with the connection given up), Suspended, Interrupted."""
         delivery = Delivery(self)
         try:
-            result = delivery.run(backing_off)
+            with machine_trouble():
+                result = delivery.run(backing_off)
         except Suspended:
             self.waits.hold(self.wall())
             self.waits.save(True)
@@ -12748,8 +12774,6 @@ class Worker:
             if delivery.suspects or delivery.result.failed:
                 self.exit_code = EXIT_FAILED
             raise
-        except OSError as error:        # of our own files: what belongs to the target is translated
-            raise StateError('%s: %s' % (show(error.filename or 'this machine'), error.strerror))
         except TargetError:
             self.transport.close()
             self.asked = -STOP_FILE_AGE
@@ -13329,8 +13353,8 @@ def check_steps(worker):
     transport.open()
     try:
         yield from check_target(worker, transport)
-    except MoverError:
-        with contextlib.suppress(MoverError):
+    except (MoverError, OSError):
+        with contextlib.suppress(MoverError, OSError):
             transport.tidy()
         raise
 
@@ -13379,7 +13403,7 @@ def check_program(config):
 def check_one(stream, config, stop):
     """Try one stream's target, with a state directory of its own; raises MoverError."""
     import tempfile
-    with tempfile.TemporaryDirectory(prefix='mistamover-') as scratch:
+    with machine_trouble(), tempfile.TemporaryDirectory(prefix='mistamover-') as scratch:
         config.settings.state_dir = scratch
         stream.spool = os.path.join(scratch, 'spool')
         stream.control_dir = os.path.join(scratch, 'ssh')   # a running daemon keeps its own

@@ -5524,6 +5524,60 @@ class OneItemAlone(Invariants):
         self.assertEqual(done.code, 1, str(done))
         self.assertEqual(held_at_target(world), {b'precious': b'what it had covered'}, str(done))
 
+    def test_a_mirror_does_not_remember_what_is_gone_here(self):
+        world = self.world('rsync_native', transfer_mode='mirror')
+        found = os.path.join(world.top, 'found')
+        for name in ('a', 'b'):
+            write(os.path.join(world.source, name), name.encode())
+
+        def doctor():
+            def start(self, real=mm.Worker.start):
+                real(self)
+                self.mirrored = {b'gone %d' % number: 1 for number in range(5000)}
+
+            def end(self, real=mm.Worker.end):
+                write(found, repr(sorted(self.mirrored)).encode())
+                real(self)
+            mm.Worker.start, mm.Worker.end = start, end
+
+        done = self.doctored(world, doctor)
+        self.assertEqual((done.code, text_of(found)), (0, "[b'a', b'b']"), str(done))
+
+    def test_check_goes_on_when_this_machine_is_in_trouble(self):
+        world = self.world('local')
+        with open(world.ini, 'a') as handle:
+            handle.write('[stream:t]\ndirectory = %s\ntransfer_protocol = local\ntarget_dir = %s\n' % (
+                os.path.join(world.top, 'in2'), world.target))
+        os.mkdir(os.path.join(world.top, 'in2'))
+
+        def doctor():
+            def probe(self, real=mm.Worker.probe):
+                if self.stream.name == 's':
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), '/tmp/probe')
+                real(self)
+            mm.Worker.probe = probe
+
+        done = self.doctored(world, doctor, '--check')
+        self.assertEqual(done.code, 1, str(done))
+        self.assertIn('s            FAILED  /tmp/probe: No space left on device', done.output)
+        self.assertIn('t            OK      our own files at the target: removed', done.output)
+        self.assertEqual(tree(world.target), {})
+
+    @on_sites('sftp')
+    def test_names_that_cannot_be_had_on_the_disk_release_nothing(self, site):
+        world = self.world(site, retry_count='1')
+        write(os.path.join(world.source, 'a'), b'a')
+
+        def doctor():
+            def to_sync(self, handle, real=mm.SftpTransport.to_sync):
+                return real(b'\0\0\0\4none' if handle == self.mark else handle)
+            mm.SftpTransport.to_sync = to_sync
+
+        done = self.doctored(world, doctor)
+        self.assertEqual((done.code, held_at_source(world)), (1, {b'a': b'a'}), str(done))
+        self.assert_run(world, 0)
+        self.assert_converged(world, {b'a': b'a'})
+
     @on_sites('ftp', 'sftp')
     def test_a_target_that_does_not_tell_of_one_file_after_its_rename(self, site):
         world = self.world(site)
