@@ -10115,6 +10115,7 @@ def bench(words):
     print('MiStaMover %s, Python %s, %d cores, in %s, %d pairs; %s' % (
         mm.__version__, sys.version.split()[0], os.cpu_count(), os.path.dirname(BASE), PAIRS,
         '; '.join(versions())))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)       # timeout(1): servers end all the same
     print('\n' + LINE % ('', 'ours', 'beside', '', 'ratio', 'to reach', 'to old'))
     outcomes = []
     try:
