@@ -81,6 +81,7 @@ import itertools
 import json
 import os
 import pwd
+import py_compile
 import queue
 import random
 import re
@@ -9762,7 +9763,7 @@ def bench_help():
             '  %s  %s\n' % (letter, LETTERS[letter]) for letter in sorted(LETTERS))) + \
         'MISTAMOVER_BENCH_PAIRS=N: how many pairs (3)\n' \
         'MISTAMOVER_BENCH_OLD=FILE: another mistamover.py runs beside this one, in one more column\n' \
-        'TMPDIR=/dev/shm measures in memory'
+        'TMPDIR=/dev/shm measures in memory; by -m: as python3 -m mistamover, which is compiled once'
 
 
 def rsync_words(world):
@@ -9904,10 +9905,22 @@ def race(letter, site, options, work):
     return seconds
 
 
-def mover(program, world):
-    """By an interpreter of its own, as cron does it."""
-    done = subprocess.run([sys.executable, program, '--config', world.ini, '--once'], stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=world.environment())
+def script(program):
+    return [sys.executable, program]
+
+
+@functools.lru_cache(None)
+def as_module(program):
+    """What README has in a crontab: Python compiles the program once and keeps that."""
+    top = tempfile.mkdtemp(dir=BASE)
+    py_compile.compile(shutil.copy(program, os.path.join(top, 'mistamover.py')))
+    return ['sh', '-c', 'cd "$0" && exec %s -m mistamover "$@"' % shlex.quote(sys.executable), top]
+
+
+def mover(argv, world):
+    """By an interpreter of its own: cron has no other."""
+    done = subprocess.run(argv + ['--config', world.ini, '--once'], stdin=subprocess.DEVNULL,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=world.environment())
     if done.returncode:
         raise AssertionError('exit code %d, output:\n%s' % (done.returncode, done.stdout.decode()[-2000:]))
 
@@ -9922,7 +9935,7 @@ def median_seconds(argv, times=5):
 
 
 @contextlib.contextmanager
-def daemon_at_rest(program, world):
+def daemon_at_rest(argv, world):
     """Its pid, when the first pass over every stream is over."""
     def at_rest():
         if process.poll() is not None:
@@ -9930,7 +9943,7 @@ def daemon_at_rest(program, world):
         status = os.path.join(world.state, 'status.json')
         rows = json.loads(text_of(status)).values() if os.path.exists(status) else ()
         return rows and all(row['state'] in ('idle', 'settling') for row in rows)
-    process = subprocess.Popen([sys.executable, program, '--config', world.ini, '--daemon', '-q'],
+    process = subprocess.Popen(argv + ['--config', world.ini, '--daemon', '-q'],
                                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     try:
         wait_for(at_rest, 'a daemon at rest', 600)
@@ -9941,11 +9954,11 @@ def daemon_at_rest(program, world):
         shutil.rmtree(world.top)
 
 
-def latency(program):
+def latency(argv):
     """Seconds from close to the end of the source's copy, which is after the proof; the median of five."""
     world = World(SITES['local']).configure(pause_time=None)
     seconds = []
-    with daemon_at_rest(program, world):
+    with daemon_at_rest(argv, world):
         for number in range(5):
             time.sleep(random.uniform(1, 2))        # a file comes when it comes
             path = os.path.join(world.source, 'f%d' % number)
@@ -9957,7 +9970,7 @@ def latency(program):
     return sorted(seconds)[2]
 
 
-def idle_cpu(program, seconds=20):
+def idle_cpu(argv, seconds=20):
     """Percent of one core."""
     world = World(SITES['local'])
     with open(world.ini, 'w') as handle:
@@ -9970,21 +9983,21 @@ def idle_cpu(program, seconds=20):
 
     def used(pid):
         return sum(map(int, text_of('/proc/%d/stat' % pid).rsplit(')', 1)[1].split()[11:13]))
-    with daemon_at_rest(program, world) as pid:
+    with daemon_at_rest(argv, world) as pid:
         before = used(pid)
         time.sleep(seconds)
         ticks = max(1, used(pid) - before)      # one is the least that can be seen
         return ticks * 100 / os.sysconf('SC_CLK_TCK') / seconds
 
 
-def peak_memory(letter, program):
+def peak_memory(letter, argv):
     """MB of a daemon before which all these files wait."""
     world = World(SITES['local']).configure(directory=master(letter), settle_time='1d', pause_time=None)
-    with daemon_at_rest(program, world) as pid:
+    with daemon_at_rest(argv, world) as pid:
         return int(re.search(r'VmHWM:\s*(\d+)', text_of('/proc/%d/status' % pid)).group(1)) / 1024
 
 
-# ours(program) and peer() return numbers in that unit; aim: ours to peer, where there is a peer
+# ours(how the program is called) and peer() return numbers in that unit; aim: ours to peer, or ours alone
 Row = collections.namedtuple('Row', 'letter what unit ours peer_name peer aim')
 
 
@@ -9992,20 +10005,28 @@ def contest(letter, site, peer_name, peer, aim, **options):
     """A row in which the mover and its peer do the same work."""
     run = functools.partial(race, letter, site, options)
     return Row(letter, ' '.join([site] + ['%s=%s' % pair for pair in options.items()]), 's',
-               lambda program: run(functools.partial(mover, program)), peer_name, lambda: run(peer), aim)
+               lambda argv: run(functools.partial(mover, argv)), peer_name, lambda: run(peer), aim)
 
 
 def measure(letter, what, unit, ours, aim):
     return Row(letter, what, unit, ours, '', None, aim)
 
 
+def by_module(row):
+    return row._replace(what=row.what + ' by -m', ours=lambda argv: row.ours(as_module(argv[-1])))
+
+
 CHECKED, BARE = 'rsync, checksum pass, delete', 'rsync --remove-source-files'
 LFTP, SCP = 'lftp mirror -R -P 4', 'scp -r, delete'
+START = Row('V', '--version', 's', lambda argv: median_seconds(argv + ['--version']),
+            'python3 -c pass', lambda: median_seconds([sys.executable, '-c', 'pass']), 2)
+ONE_BY_RSYNC = contest('O', 'rsync_ssh', BARE, peer_rsync, 1.5)
+ONE_BY_SCP = contest('O', 'scp', SCP, peer_scp, 1.5)
+WAITING = measure('R', 'local', 'MB', functools.partial(peak_memory, 'R'), 40)
 ROWS = [
-    Row('V', '--version', 's', lambda program: median_seconds([sys.executable, program, '--version']),
-        'python3 -c pass', lambda: median_seconds([sys.executable, '-c', 'pass']), 2),
-    contest('O', 'rsync_ssh', BARE, peer_rsync, 1.5),
-    contest('O', 'scp', SCP, peer_scp, 1.5),
+    START, by_module(START),
+    ONE_BY_RSYNC, by_module(ONE_BY_RSYNC),
+    ONE_BY_SCP, by_module(ONE_BY_SCP),
     contest('O', 'sftp', LFTP + ' over sftp', peer_lftp_sftp, None, verify='size'),
     contest('O', 'ftp', LFTP, peer_lftp, None, verify='size'),
     contest('T', 'rsync_ssh', BARE, peer_rsync, 1.4, verify='size'),
@@ -10033,7 +10054,7 @@ ROWS = [
     contest('I', 'local', 'rsync -a', peer_rsync_idle, None, transfer_mode='mirror'),
     measure('W', 'local, settle_time=0s', 's', latency, 0.3),
     measure('Z', 'local', '%', idle_cpu, 0.5),
-    measure('R', 'local', 'MB', functools.partial(peak_memory, 'R'), 40),
+    WAITING, by_module(WAITING),
     measure('X', 'local', 'MB', functools.partial(peak_memory, 'X'), 300),
 ]
 
@@ -10045,12 +10066,12 @@ def median(numbers):
 def or_nothing(ours):
     """What an older program cannot do yet is no number."""
     with contextlib.suppress(AssertionError):
-        return ours(OLD_PROGRAM)
+        return ours(script(OLD_PROGRAM))
 
 
 def measured(row):
     """{'peer', 'ours', 'old': numbers of each run}: the peer first, then last, then first ..."""
-    ways = [('ours', lambda: row.ours(PROGRAM))]
+    ways = [('ours', lambda: row.ours(script(PROGRAM)))]
     if row.peer:
         ways.insert(0, ('peer', row.peer))
     if OLD_PROGRAM:
@@ -10070,7 +10091,7 @@ def ratio(numbers, one, other):
     return median([a / b for a, b in zip(numbers[one], numbers[other])])
 
 
-LINE = '   %-22s %9s  %-33s %9s %9s %9s %9s'
+LINE = '   %-26s %9s  %-33s %9s %9s %9s %9s'
 
 
 def told(row, numbers):
@@ -10091,10 +10112,10 @@ def run_row(row):
         numbers = measured(row)
     except unittest.SkipTest as missing:
         outcome['left_out'] = str(missing)
-        print('   %-22s left out: %s' % (row.what, missing), flush=True)
+        print('   %-26s left out: %s' % (row.what, missing), flush=True)
     except (AssertionError, subprocess.CalledProcessError) as error:
         outcome['failed'] = str(error)
-        print('   %-22s FAILED: %s' % (row.what, error), flush=True)
+        print('   %-26s FAILED: %s' % (row.what, error), flush=True)
     else:
         outcome.update(numbers, to_peer=ratio(numbers, 'ours', 'peer'), to_old=ratio(numbers, 'ours', 'old'))
         print(told(row, numbers), flush=True)
@@ -10141,7 +10162,7 @@ class Benchmark(Case):
     @slow
     def test_rows_of_both_kinds(self):
         rows = [contest('O', 'local', 'cp -a, delete', peer_cp, 2.0),
-                measure('R', 'local', 'MB', functools.partial(peak_memory, 'O'), 40)]
+                by_module(measure('R', 'local', 'MB', functools.partial(peak_memory, 'O'), 40))]
         for row in rows:
             with mock.patch.dict(globals(), PAIRS=1, OLD_PROGRAM=PROGRAM):
                 numbers = measured(row)
