@@ -9797,12 +9797,15 @@ def peer_scp(world):
     peer_delete(world)
 
 
+MIRROR = 'set net:max-retries 2; mirror -R --Remove-source-files -P 4 %s %s; bye'
+
+
 def peer_lftp(world):
     need('lftp')
     ftpd = server('ftp')
-    subprocess.check_call(['lftp', '-e', 'mirror -R --Remove-source-files -P 4 %s %s; bye' % (
-        world.source, os.path.relpath(world.target, BASE)), '-u', 'anonymous,' + ftpd.password,
-        '-p', str(world.options['target_port']), '127.0.0.1'], stdout=subprocess.DEVNULL)
+    subprocess.check_call(['lftp', '-e', MIRROR % (world.source, os.path.relpath(world.target, BASE)),
+                           '-u', 'anonymous,' + ftpd.password, '-p', str(world.options['target_port']),
+                           '127.0.0.1'], stdout=subprocess.DEVNULL)
 
 
 def peer_lftp_sftp(world):
@@ -9810,10 +9813,10 @@ def peer_lftp_sftp(world):
     sshd = server('sftp')
     connect = 'ssh -a -x -F none -o HostKeyAlias=mover-test -o UserKnownHostsFile=%s -i %s' % (
         sshd.known_hosts, sshd.key)
-    subprocess.check_call(['lftp', '-c', 'set sftp:connect-program "%s"; open -u %s, sftp://127.0.0.1:%s; '
-                           'mirror -R --Remove-source-files -P 4 %s %s' % (
-                               connect, getpass.getuser(), world.options['target_port'], world.source,
-                               world.target)], stdout=subprocess.DEVNULL)
+    login = 'set sftp:connect-program "%s"; open -u %s, sftp://127.0.0.1:%s; ' % (
+        connect, getpass.getuser(), world.options['target_port'])
+    subprocess.check_call(['lftp', '-c', login + MIRROR % (world.source, world.target)],
+                          stdout=subprocess.DEVNULL)
 
 
 def peer_rename(world):
