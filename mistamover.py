@@ -49,7 +49,7 @@ Where it is decided, by what a reader asks first:
     when a source is deleted, and how       Delivery.release, by Releaser.release
     what a crash left, on both sides        Releaser.recover, Transport.tidy
     when the next try is                    backoff, by Worker.pause_after, Failures.must_wait
-    what --check tries                      check_steps; what --explain knows: explain
+    what --check tries                      check_source, target_steps; what --explain knows: explain
     the exit code                           Worker.once, Supervisor.run
 """
 try:
@@ -13314,10 +13314,16 @@ def command_dry_run(config, _args, stop):
     return code
 
 
-def check_target(worker, transport):
+def may_release(stream):
+    """Whether what is delivered can be deleted; a mirror deletes nothing."""
+    return stream.mirror or os.access(stream.root, os.W_OK | os.X_OK)
+
+
+def target_steps(worker, transport):
     stream = worker.stream
     names = {to_bytes(stream.stop_file), to_bytes(stream.target_marker or stream.stop_file)}
-    found = worker.ask_for_marker(names) if os.path.isdir(stream.root) else transport.present(names)
+    found = worker.ask_for_marker(names) if os.path.isdir(stream.root) and may_release(stream) else \
+        transport.present(names)
     if stream.target_marker and to_bytes(stream.target_marker) not in found:
         raise TargetError('target_marker: %s is missing' % stream.target_marker, 'is the disk mounted?')
     yield 'target_dir', '%s is there%s' % (target_of(stream, False), ', and a stop file suspends the stream'
@@ -13339,20 +13345,25 @@ def check_target(worker, transport):
         'a directory of ours stays, for nothing may be removed there; every check uses the same'
 
 
-def check_steps(worker):
-    """Yield (what, answer) for one stream; a MoverError ends it."""
-    stream, transport = worker.stream, worker.transport
+def check_source(worker):
+    """Yield (what, answer) for a stream's incoming directory.  Raises StateError."""
+    stream = worker.stream
     trouble = directory_trouble('directory:', stream.root, stream.create_directories)
     if trouble and not (trouble[0] == errno.ENOENT and stream.create_directories):
         raise StateError(*trouble[1:])
-    if stream.move and os.path.isdir(stream.root) and not os.access(stream.root, os.W_OK | os.X_OK):
+    if os.path.isdir(stream.root) and not may_release(stream):
         raise StateError('directory: %s is not writable, so nothing could be deleted after its '
                          'delivery' % show(stream.directory), 'change its permissions')
     yield 'directory', show(stream.directory)
     yield 'open writers', worker.releaser.leases.report() or 'seen, and waited for'
+
+
+def check_target(worker):
+    """Yield (what, answer) for a stream's target.  Raises MoverError."""
+    transport = worker.transport
     transport.open()
     try:
-        yield from check_target(worker, transport)
+        yield from target_steps(worker, transport)
     except (MoverError, OSError):
         with contextlib.suppress(MoverError, OSError):
             transport.tidy()
@@ -13400,8 +13411,9 @@ def check_program(config):
         yield 'mail by %s, port %d' % (email.smarthost, email.port), functools.partial(try_mail, email)
 
 
-def check_one(stream, config, stop):
-    """Try one stream's target, with a state directory of its own; raises MoverError."""
+def check_one(stream, config, stop, shown):
+    """Try both ends of one stream, with a state directory of its own.  shown(name): a context that
+    shows a MoverError, so that what is wrong at one end does not hide the other."""
     import tempfile
     with machine_trouble(), tempfile.TemporaryDirectory(prefix='mistamover-') as scratch:
         config.settings.state_dir = scratch
@@ -13411,8 +13423,10 @@ def check_one(stream, config, stop):
         worker.transport = stream.protocol(stream, stop, worker.progress)
         worker.transport.area = CHECK_AREA
         try:
-            for what, answer in check_steps(worker):
-                say('%-12s OK      %s: %s' % (stream.name, what, answer))
+            for check in (check_source, check_target):
+                with shown(stream.name), machine_trouble():
+                    for what, answer in check(worker):
+                        say('%-12s OK      %s: %s' % (stream.name, what, answer))
         finally:
             worker.transport.close()
 
@@ -13428,6 +13442,15 @@ def command_check(config, _args, stop):
         if hint:
             say('%-12s         -> %s' % ('', hint))
 
+    @contextlib.contextmanager
+    def shown(name):
+        try:
+            yield
+        except Interrupted:
+            raise
+        except MoverError as error:
+            bad(name, error.message, error.hint)
+
     for what, attempt in check_program(config):
         try:
             attempt()
@@ -13435,12 +13458,8 @@ def command_check(config, _args, stop):
         except OSError as error:
             bad('program', '%s: %s' % (what, error.strerror or error))
     for stream in config.streams:
-        try:
-            check_one(stream, config, stop)
-        except Interrupted:
-            raise
-        except MoverError as error:
-            bad(stream.name, error.message, error.hint)
+        with shown(stream.name):
+            check_one(stream, config, stop, shown)
     return EXIT_FAILED if failed else EXIT_OK
 
 

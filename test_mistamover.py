@@ -8742,6 +8742,19 @@ class Commands(Doctored):
         self.assertIn('FAILED  mail by 127.0.0.1, port ', done.output)
         self.assertIn('OK      mirror_delete: the target can be listed', done.output)
 
+    @on_sites('local', 'rsync_ssh', 'sftp', 'ftp')
+    def test_a_check_shows_what_is_wrong_at_either_end(self, site):
+        world = self.world(site)
+        for place in (world.source, world.target):
+            os.rmdir(place)
+        lines = self.assert_run(world, 1, '--check').output.splitlines()
+        self.assertEqual(lines[1:3], [
+            's            FAILED  directory: %s is missing' % world.source,
+            '                     -> create it or mount it, or set create_directories = yes'])
+        self.assertRegex(lines[3], '^s            FAILED  .*(missing|is not a directory)')
+        self.assertEqual((len(lines), os.path.exists(world.source), os.path.exists(world.target)),
+                         (5, False, False), lines)
+
     def test_a_check_that_fails_leaves_nothing(self):
         world = self.world('local')
         for _ in range(2):
