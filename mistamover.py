@@ -3262,7 +3262,8 @@ class Scanner:
             top and (name in self.own or name in SYSTEM_NAMES)
 
     def listing(self, relative):
-        """Yield (name, stat_result) of what a directory holds; raises OSError."""
+        """Yield (name, stat_result) of what a directory holds, with an OSError instead where that
+        cannot be had; raises OSError."""
         if self.watch:
             self.watch.add(self.root + relative)
         with os.scandir(self.root + relative) as entries:
@@ -3273,6 +3274,8 @@ class Scanner:
                         entry.stat(follow_symlinks=False)
                 except FileNotFoundError:
                     continue
+                except OSError as error:        # a damaged inode, a stale handle: its own trouble
+                    yield entry.name, error
 
     def lacks(self, path):
         """An item has no ready file, or one of another that went."""
@@ -3288,6 +3291,8 @@ class Scanner:
                 self.passed += 1
                 left.append((os.path.join(relative, name), 'ignored'))
                 continue
+            if isinstance(info, OSError):
+                raise info
             entry = Entry.of(os.path.join(relative, name), info)
             if entry.kind == 'f' or entry.kind == 'l' and self.follow_links:
                 entries.append(entry)
@@ -3354,7 +3359,7 @@ class Scanner:
             if self.skip(name, not relative) and not (self.ready_pattern and self.is_ready_name(name)) \
                     and not (self.checks and self.checks.is_one(name)):
                 continue
-            if stat.S_ISDIR(info.st_mode):
+            if not isinstance(info, OSError) and stat.S_ISDIR(info.st_mode):
                 below.append((path, info))      # later: an open directory a level would be too many
             else:
                 yield path, info
@@ -3397,9 +3402,12 @@ class Scanner:
         for path, info in found:
             self.stop.check()
             name = path if top else os.path.basename(path)
+            if isinstance(info, OSError):
+                if not self.skip(name, top) and self.wanted(name):
+                    yield self.unreadable(path, ': %s' % info.strerror, 'is the file system damaged?')
+                continue
             if not top and stat.S_ISDIR(info.st_mode):
-                yield Item(path, [Entry.of(path, info)], (), ItemError(
-                    '%s cannot be read' % show(path), 'check its permissions and its depth'))
+                yield self.unreadable(path, '', 'check its permissions and its depth')
                 continue
             if self.checks and self.checks.is_one(name):
                 self.follow_check(path, info, top)
@@ -3424,6 +3432,11 @@ class Scanner:
                 continue
             yield item
 
+    @staticmethod
+    def unreadable(path, why, hint):
+        entry = Entry(path, '?', 0, 0, 0, 0, 0, 0)
+        return Item(path, [entry], (), ItemError('%s cannot be read%s' % (show(path), why), hint))
+
     def everything(self):
         """Every relative path below the directory, ignored or not.  Raises OSError."""
         def refuse(error):
@@ -3443,7 +3456,7 @@ class Scanner:
         complete = {}
         for path, info in found.items():
             head, name = os.path.split(path)
-            if not self.is_ready_name(name) or not stat.S_ISREG(info.st_mode):
+            if not self.is_ready_name(name) or isinstance(info, OSError) or not stat.S_ISREG(info.st_mode):
                 continue
             item = os.path.join(head, name[len(before):len(name) - len(after)])
             if item in found:
@@ -6638,10 +6651,11 @@ class RsyncTransport(Transport):
                 equal.update(proven)
                 known.update(rows)
         problems = {}
-        if batch is push.last and push.done.code == self.NO_ROOM:
-            problems = self.make_room(batch, everything - set(equal))
+        missing = everything - set(equal)
+        if batch is push.last and missing and push.done.code == self.NO_ROOM:
+            problems = self.make_room(batch, missing)
         elif batch is push.last:
-            problems = self.send_again(batch, push, everything - set(equal), sent, known, equal)
+            problems = self.send_again(batch, push, missing, sent, known, equal)
         else:
             push.late = [p for p in batch.parcels if any(e.path not in equal for e in p.entries)]
             late = set(map(id, push.late))

@@ -5579,6 +5579,60 @@ class OneItemAlone(Invariants):
         self.assert_run(world, 0)
         self.assert_converged(world, {b'a': b'a'})
 
+    def test_an_entry_that_cannot_be_looked_at(self):
+        # a damaged inode, a stale handle: ls shows it with question marks
+        class Damaged:
+            def __init__(self, entry):
+                self.name, self.path = entry.name, entry.path
+
+            def stat(self, follow_symlinks=True):
+                raise OSError(errno.EUCLEAN, os.strerror(errno.EUCLEAN), self.path)
+
+        def doctor():
+            def listing(self, relative, real=mm.Scanner.listing):
+                mm.os.scandir = scandir
+                try:
+                    yield from real(self, relative)
+                finally:
+                    mm.os.scandir = plain
+
+            @contextlib.contextmanager
+            def scandir(path):
+                with plain(path) as entries:
+                    yield (Damaged(e) if os.path.basename(e.path) == b'bad' else e for e in entries)
+            plain, mm.Scanner.listing = os.scandir, listing
+
+        for items, where in (('top', 'bad'), ('top', 'day/bad'), ('files', 'bad'), ('files', 'day/bad'),
+                             ('ready', 'bad')):
+            world = self.world('local')
+            world.configure(**{'ready_file': '{name}.done'} if items == 'ready' else {'items': items})
+            for name in ('a', 'b', where):
+                write(os.path.join(world.source, name), name.encode())
+                if items == 'ready':
+                    write(os.path.join(world.source, name + '.done'))
+            done = self.doctored(world, doctor)
+            self.assertEqual(done.code, 1, str(done))
+            self.assertIn(where + ' cannot be read: Structure needs cleaning', done.output)
+            self.assertEqual({name: content for name, content in held_at_target(world).items()
+                              if not name.endswith(b'.done')}, {b'a': b'a', b'b': b'b'}, str(done))
+            self.assertEqual(held_at_source(world)[where.encode()], where.encode())
+
+    def test_an_rsync_that_complains_of_the_disk_although_all_is_there(self):
+        world = self.world('rsync_native')
+        wrapper = os.path.join(world.top, 'rsync')
+        write(wrapper, b"""#!/bin/sh
+rsync "$@"; code=$?
+case " $* " in *" -n "*|*" --version "*) exit $code ;; esac
+exit 11
+""")
+        os.chmod(wrapper, 0o755)
+        world.configure(rsync_command=wrapper)
+        for name in ('a', 'b'):
+            write(os.path.join(world.source, name), name.encode())
+        done = self.assert_run(world, 0)
+        self.assertNotIn('bug', done.output)
+        self.assert_converged(world, {b'a': b'a', b'b': b'b'})
+
     @on_sites('ftp', 'sftp')
     def test_a_target_that_does_not_tell_of_one_file_after_its_rename(self, site):
         world = self.world(site)
