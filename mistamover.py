@@ -4415,6 +4415,7 @@ class Staging(Transport):
     PART_FILES = 1000           # one part is verified, published and released while the next is staged
     PART_SIZE = 1 << 30         # or as many bytes
     REMEMBERED = 20000          # of what is learned of single names and files
+    REFUSED_AGE = 600           # seconds after which a name that did not come back is tried again
 
     class Job:
         """One file on its way: where it is staged, what it should be, how it fares."""
@@ -4442,6 +4443,7 @@ class Staging(Transport):
     def __init__(self, *args, **kwargs):
         Transport.__init__(self, *args, **kwargs)
         self.traits = {}            # (name, ...) -> what an experiment showed; of one connection
+        self.refused = {}           # odd name that does not come back -> when that was tried
         self.trying = threading.RLock()     # one experiment at a time
         self.shown = set()          # directories in which a new name of ours was found
         self.area = OWN_PREFIX + b'-' + staging_id(self.stream)
@@ -4784,9 +4786,15 @@ class Staging(Transport):
         return True
 
     def trait_of_name(self, odd, name):
+        """smbnetfs says EIO to everything for a second after a name that its server refuses: what is
+        refused stays so for a while, or every pass would end at the same name."""
+        if name in self.refused and time.monotonic() - self.refused[name] < self.REFUSED_AGE:
+            return False
         kept = self.trait('names', name)
         if kept:
             self.traits[('names', odd)] = True      # other names that are odd in this way, too
+        else:
+            self.refused[name] = time.monotonic()
         return kept
 
     def check_names(self, jobs):
@@ -4803,6 +4811,8 @@ class Staging(Transport):
             if len(self.traits) > self.REMEMBERED:
                 for key in [key for key in self.traits if key[0] == 'names']:
                     del self.traits[key]
+            if len(self.refused) > self.REMEMBERED:
+                self.refused.clear()
 
     def names_taken(self, jobs):
         """Those whose final names are taken; asked for once before the publication.  A job has an

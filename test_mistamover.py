@@ -8195,6 +8195,34 @@ class LocalTrouble(Invariants):
         self.assertEqual((done.code, contents(tree(world.source))), (1, {b'raw\xff': b'raw\xff'}), str(done))
         self.assertEqual((contents(tree(world.target)), world.leftovers()), ({b'plain': b'plain'}, []))
 
+    def test_a_name_at_which_the_whole_mount_is_out_for_a_while(self):
+        """As smbnetfs at a name that its server refuses."""
+        world = self.world('local', target_chmod='644', retry_pause='0.6s', retry_pause_max='0.6s')
+        names = [b'"quote"', b'a\nb', b'plain', b'plainer']
+        for name in names:
+            write(os.path.join(mm.to_bytes(world.source), name), name)
+
+        def doctor():
+            top, out = os.fsencode(world.target), [0.0]
+            def during(real):
+                def call(path, *more, **options):
+                    paths = [os.fsencode(p) for p in (path,) + more if isinstance(p, (str, bytes))]
+                    if any(p.startswith(top) for p in paths):
+                        if any(mark in p for p in paths for mark in (b'"', b'\n')):
+                            out[0] = time.monotonic() + 0.3
+                        if time.monotonic() < out[0]:
+                            raise OSError(errno.EIO, 'Input/output error', path)
+                    return real(path, *more, **options)
+                return call
+            for name in ('lstat', 'stat', 'open', 'rename', 'unlink', 'listdir', 'mkdir', 'rmdir'):
+                setattr(os, name, during(getattr(os, name)))
+
+        done = self.doctored(world, doctor)
+        self.assertEqual((done.code, contents(tree(world.source))), (1, {n: n for n in names[:2]}), str(done))
+        self.assertEqual((contents(tree(world.target)), world.leftovers()), ({n: n for n in names[2:]}, []))
+        for name in ('"quote"', 'a\\nb'):
+            self.assertIn('s: %s cannot be sent' % name, done.output)
+
     def test_a_broken_link_call_is_no_broken_disk(self):
         world = self.world('local', target_chmod='644')
         for name in ('a', 'b'):
