@@ -6946,27 +6946,47 @@ def plain_reason(text):
     return re.sub(r'\d{4}/\d\d/\d\d \d\d:\d\d:\d\d (?:[A-Z]+ *: )?', '', text)
 
 
+def is_own_trouble(reason):
+    """Whether a store answered with a status that says that the trouble is its own (RFC 9110, 15.6): it
+    may be full.  rclone shows the number as its libraries do, whatever the words around it."""
+    status = re.search(r'\bstatus ?code: (\d{3})\b', reason, re.I)
+    return status is not None and status.group(1) >= '500'
+
+
+class Refusing(Exception):
+    """A store answers several files in a row with an error of its own."""
+
+
 class Report:
     """What one rclone says with --use-json-log: a JSON object a line (rclone.org/docs, Logging).
 
     limit: seconds without progress after which it counts as hung; its statistics come all the time.
     copied(name): called for each file that it has sent.
+    most: errors of the store itself, with no file between them that goes, after which it is ended.
     """
 
     HASHED = re.compile(r'(\w+) = ([0-9a-f]{8,128}) OK$')       # with -vv: both hashes were there, and equal
     COPIED = re.compile(r'(Multi-thread )?Copied \(')
 
-    def __init__(self, limit, progress=None, copied=None):
-        self.limit, self.progress, self.copied = limit, progress, copied
-        self.before = progress and progress.sent_bytes
+    def __init__(self, limit, progress=None, copied=None, most=None):
+        self.limit, self.progress, self.copied, self.most = limit, progress, copied, most
         self.errors = {}            # name -> what went wrong with it
         self.trouble = ''           # the last error of all
         self.hashes = {}            # name -> 'md5:...', compared and found equal
         self.sent = set()           # names
+        self.refused = set()        # names that it answered with 5xx: its own trouble, not the file's
+        self.untried = set()        # names
+        self.begin()
+
+    def begin(self):
+        """Another rclone, about other names."""
+        self.before = self.progress and self.progress.sent_bytes
         self.seen, self.since = None, time.monotonic()
         self.rest = b''
+        self.in_a_row = 0
 
     def hear(self, piece):
+        """Raises TargetError, Refusing."""
         *lines, self.rest = (self.rest + piece).split(b'\n')
         for line in lines:
             try:
@@ -6986,15 +7006,32 @@ class Report:
             self.trouble = ' '.join(text.split())
             if name:
                 self.errors[to_bytes(name)] = self.trouble
+                self.note_status(to_bytes(name))
         elif name and self.COPIED.match(text):
             self.sent.add(to_bytes(name))
+            self.in_a_row = 0
             if self.copied:
                 self.copied(to_bytes(name))
         elif name and self.HASHED.match(text):
             self.hashes[to_bytes(name)] = '%s:%s' % self.HASHED.match(text).groups()
 
+    def note_status(self, name):
+        if is_own_trouble(self.trouble):
+            self.refused.add(name)
+            self.in_a_row += 1
+            if self.in_a_row == self.most:
+                raise Refusing
+
     def why(self, name):
         return self.errors.get(name) or self.trouble
+
+    def problem(self, name, later):
+        """Why a file is not there, as an error.  later: the Report of what looked for it."""
+        if name in self.untried:
+            return Changed('%s is left for the next pass: the store takes nothing now' % show(name))
+        kind, hint = (NoRoom, 'is the store full?') if name in self.refused else (ItemError, '')
+        return kind('%s was not taken by the target: %s' % (
+            show(name), self.why(name) or later.why(name) or 'no reason given'), hint)
 
     def watch(self, stats):
         """Raises TargetError."""
@@ -7030,6 +7067,7 @@ class RcloneTransport(Transport):
     PARTIAL = 1, 63             # from here on a file that is under way has another name
     CONDITION = 1, 64           # from here on `If-None-Match` reaches the store
     MANY = 100                  # files
+    REFUSALS = 6                # of a store in a row, until an rclone is ended
     ONE_PIECE = 5 << 30         # the largest object that S3 takes in one request
     USAGE, NOTHING_THERE = 2, (3, 4)        # exit codes: rclone.org/docs, List of exit codes
     # what rclone writes for characters that a store cannot hold, and what its lists lose
@@ -7231,13 +7269,24 @@ class RcloneTransport(Transport):
             if entry.kind == 'd':
                 push.note(entry.path, b'.', None)
         push.report = Report(self.patience(batch.entries), self.progress, lambda name: (
-            push.note(name, b'<', None), push.offer()))
+            push.note(name, b'<', None), push.offer()), self.REFUSALS)
         files = [e for e in batch.entries if e.kind == 'f' and e.path not in push.refused]
         whole = [e.path for e in files if not self.in_parts(e)]
         parts = [e.path for e in files if self.in_parts(e)]
         for paths, condition in ((whole, 'If-None-Match: *'), (parts, None)):
-            self.copy(batch, paths, ['--immutable', '--checksum'], condition, push.report)
+            self.copy_new(batch, paths, condition, push.report)
         hand_on(push.remainder(), False)
+
+    def copy_new(self, batch, paths, condition, report):
+        """Each file that a full store refuses takes many seconds.  After several in a row the others
+        are tried once more, the small ones first; what is left then waits for the next pass."""
+        for order in [], ['--order-by=size,ascending']:
+            try:
+                self.copy(batch, paths, ['--immutable', '--checksum'] + order, condition, report)
+                return
+            except Refusing:
+                paths = [path for path in paths if path not in report.sent and path not in report.errors]
+        report.untried.update(paths)
 
     def in_parts(self, entry):
         """Whether S3 makes an object of several: then it has no hash of the whole, and no condition."""
@@ -7253,6 +7302,7 @@ class RcloneTransport(Transport):
         report = report or Report(self.patience(batch.entries))
         if not paths:
             return report
+        report.begin()
         # few are asked for by name; of many, one list tells what is there already
         listed = self.s3 and len(paths) >= self.MANY and not any(self.odd(path) for path in paths)
         options = options + [
@@ -7325,8 +7375,7 @@ class RcloneTransport(Transport):
             problems.update(self.replace(batch, differing, equal, push))
         for path in rest:
             if path not in equal and path not in problems:
-                problems[path] = ItemError('%s was not taken by the target: %s' % (
-                    show(path), push.report.why(path) or report.why(path) or 'no reason given'))
+                problems[path] = push.report.problem(path, report)
         self.make_empty(batch, problems)
         return [self.outcome(batch, parcel, equal, problems) for parcel in batch.parcels]
 
@@ -7377,15 +7426,17 @@ class RcloneTransport(Transport):
         for path, stamp in stamps.items():      # an old sum was copied before its item; if this is another:
             stamps[path] = stamp if kept.get(stamp) in (None, before[path]) else stamped(path)
         sums = {path: stamped(path, batch.moment) for path in batch.sums_of(self.stream, before)}
+        reasons = {}
         for path, stamp in sorted(sums.items()) + sorted(stamps.items()):
-            self.answer('copyto', [], self.remote(batch.subdir, path),
-                        self.remote(batch.subdir, stamp))
+            _, _, reasons[path] = self.answer('copyto', [], self.remote(batch.subdir, path),
+                                              self.remote(batch.subdir, stamp))
         after = self.sums(batch, stamps.values())
         for path in sorted(paths):
             if path not in before or after.get(stamps[path]) != before[path]:
                 before.pop(path, None)
-                problems[path] = ItemError('%s is at the target with other content, of which no backup '
-                                           'could be made' % show(path), 'rename one of them')
+                kind = NoRoom if is_own_trouble(reasons.get(path, '')) else ItemError
+                problems[path] = kind('%s is at the target with other content, of which no backup '
+                                      'could be made' % show(path), 'rename one of them')
             else:
                 log.info('%s had other content at the target, which is %s now' % (
                     show(batch.final(path)), show(batch.final(stamps[path]))), self.stream)
@@ -7416,7 +7467,8 @@ class RcloneTransport(Transport):
                 problems[entry.path] = ItemError('%s cannot be made: %s' % (show(entry.path), reason))
 
     def outcome(self, batch, parcel, equal, problems):
-        error = next((problems[entry.path] for entry in parcel.entries if entry.path in problems), None)
+        errors = [problems[entry.path] for entry in parcel.entries if entry.path in problems]
+        error = min(errors, key=lambda error: isinstance(error, Changed), default=None)
         single = parcel.entries[0] if len(parcel.entries) == 1 else None
         checksum, _ = equal.get(single.path, (None, None)) if single else (None, None)
         proofs = sorted({equal[entry.path][1] for entry in parcel.entries if entry.path in equal})

@@ -1023,6 +1023,14 @@ class SeaweedFs(Rclone):
                 os.unlink(path)
 
 
+class FullSeaweedFs(SeaweedFs):
+    """Three volumes of 2 MB are all."""
+
+    def command(self):
+        return [word.replace('-volume.max=20', '-volume.max=3').replace('LimitMB=64', 'LimitMB=2')
+                for word in SeaweedFs.command(self)]
+
+
 class Moto(SeaweedFs):
     needs = Rclone.needs + (('venv/bin/moto_server', None),)
     remotes = '[moto]\n' + SeaweedFs.remotes.split('\n', 1)[1].split('[')[0]
@@ -1086,7 +1094,8 @@ CLASSES = {
     'between': SftpBetween, 'password': AsyncSshPassword, 'question': AsyncSshQuestion, 'code': AsyncSshCode,
     'conch': Conch, 'erlang': Erlang, 'npm_ssh2': NpmSsh2, 'rclone_sftp': RcloneSftp,
     # rclone's remotes
-    'rclone': Rclone, 'seaweedfs': SeaweedFs, 'moto': Moto, 'serve_s3': ServeS3,
+    'rclone': Rclone, 'seaweedfs': SeaweedFs, 'full_seaweedfs': FullSeaweedFs, 'moto': Moto,
+    'serve_s3': ServeS3,
 }
 
 
@@ -6702,6 +6711,43 @@ class ObjectStores(Invariants):
         daemon.terminate()
         self.ended(daemon)
         self.assertEqual(self.stored(world), {b'first': b'first', b'second': b'second'})
+
+    @slow
+    def test_a_full_store(self):
+        """What fits goes; the rest waits and is not counted, and not each file is tried for long."""
+        world = self.world(store='full_seaweedfs', rclone_options='--low-level-retries=1')
+        chance = random.Random(SEED)
+        originals = {b'file %d' % n: chance.getrandbits(8 * 1500000).to_bytes(1500000, 'little')
+                     for n in range(12)}
+        originals.update({b'tree/%d' % n: b'small' for n in range(3)})
+        for name, content in originals.items():
+            write(os.path.join(mm.to_bytes(world.source), name), content)
+        done = self.doctored(world, setting(mm.RcloneTransport, REFUSALS=2))
+        self.assertEqual(done.code, 1, str(done))
+        self.assertIn('is the store full?', done.output)
+        stored, held = self.stored(world, 'full_seaweedfs'), held_at_source(world)
+        self.assertEqual({**held, **stored}, originals)
+        self.assertFalse(set(held) & set(stored))
+        self.assertGreaterEqual((len(stored), len(held)), (3, 3))
+        self.assertEqual(mm.SharedJson(world.state, 'failures.json').read().get('s', {}), {}, str(done))
+        self.assertLess(done.output.count('was not taken by the target'), len(held), str(done))
+
+    def test_trouble_of_the_store_itself(self):
+        """It is not the item's; after several in a row an rclone is ended."""
+        for text, kind in (('https response error StatusCode: 500, RequestID: 18EC', mm.NoRoom),
+                           ('InternalError: so\n\tstatus code: 507, request id: 5', mm.NoRoom),
+                           ('https response error StatusCode: 403, RequestID: 500', mm.ItemError),
+                           ('status 500 of something', mm.ItemError)):
+            report = mm.Report(5)
+            report.note('error', 'Failed to copy: ' + text, 'x')
+            self.assertEqual(type(report.problem(b'x', mm.Report(5))), kind, text)
+        report = mm.Report(5, most=2)
+        report.note('error', 'StatusCode: 500', 'a')
+        report.note('info', 'Copied (new)', 'b')
+        report.note('error', 'StatusCode: 412', 'c')
+        report.note('error', 'StatusCode: 500', 'd')
+        with self.assertRaises(mm.Refusing):
+            report.note('error', 'StatusCode: 500', 'e')
 
     def test_two_senders_at_once(self):
         """Each name of each sender is in the store at the end, one of the two under a stamp."""
