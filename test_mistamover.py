@@ -6718,7 +6718,7 @@ class ObjectStores(Invariants):
         world = self.world(store='full_seaweedfs', rclone_options='--low-level-retries=1')
         chance = random.Random(SEED)
         originals = {b'file %d' % n: chance.getrandbits(8 * 1500000).to_bytes(1500000, 'little')
-                     for n in range(12)}
+                     for n in range(16)}
         originals.update({b'tree/%d' % n: b'small' for n in range(3)})
         for name, content in originals.items():
             write(os.path.join(mm.to_bytes(world.source), name), content)
@@ -6727,10 +6727,11 @@ class ObjectStores(Invariants):
         self.assertIn('is the store full?', done.output)
         stored, held = self.stored(world, 'full_seaweedfs'), held_at_source(world)
         self.assertEqual({**held, **stored}, originals)
-        self.assertFalse(set(held) & set(stored))
+        both = {name for name in set(held) & set(stored) if not name.startswith(b'tree/')}
+        self.assertEqual(both, set())       # of a tree some may be there already
         self.assertGreaterEqual((len(stored), len(held)), (3, 3))
         self.assertEqual(mm.SharedJson(world.state, 'failures.json').read().get('s', {}), {}, str(done))
-        self.assertLess(done.output.count('was not taken by the target'), len(held), str(done))
+        self.assertRegex(done.output, r'\b[1-5] failed, \d+ still settling')     # twice two in a row
 
     def test_trouble_of_the_store_itself(self):
         """It is not the item's; after several in a row an rclone is ended."""
