@@ -10284,14 +10284,19 @@ def bench(words):
     print('\n' + LINE % ('', 'ours', 'beside', '', 'ratio', 'to reach', 'to old'))
     outcomes = []
     try:
-        for letter in words.names or USUAL:
+        for letter in dict.fromkeys(words.names or USUAL):
             print('\n%s  %s' % (letter, LETTERS[letter]))
-            outcomes += [run_row(row) for row in ROWS if row.letter == letter]
+            for row in ROWS:
+                if row.letter == letter:
+                    outcomes.append(run_row(row))
             shutil.rmtree(os.path.join(BASE, 'master-' + letter), ignore_errors=True)
+    except KeyboardInterrupt:
+        print('interrupted')
+        return 130
+    finally:
         if words.json:
             with open(words.json, 'w') as handle:
                 json.dump(outcomes, handle, indent=1)
-    finally:
         tearDownModule()
     return int(any('failed' in outcome for outcome in outcomes))
 
