@@ -4808,14 +4808,24 @@ class Parts(Invariants):
         world = self.world(site, bandwidth_limit='1M', on_conflict='refuse' if site == 'rsync_ssh' else None)
         originals = self.many(world)
 
+        def here():
+            return len(os.listdir(world.source))
+
         def doctor():
             mm.Push.PART_AFTER = 0
             mm.Push.PART_FILES = 20
-            real = mm.Push.end
+            real, real_offer, parts = mm.Push.end, mm.Push.offer, []
+
+            def offer(self):
+                gone, before = len(self.gone), here()
+                real_offer(self)
+                if len(self.gone) < gone and len(parts) < 4:    # however slow this machine is now
+                    parts.append(wait_for(lambda: here() < before, 'a release'))
+
             def end(self, done):
-                print('still here at the end of the push: %d' % len(os.listdir(world.source)))
+                print('still here at the end of the push: %d' % here())
                 return real(self, done)
-            mm.Push.end = end
+            mm.Push.offer, mm.Push.end = offer, end
 
         done = self.doctored(world, doctor)
         self.assert_all_delivered(world, originals, done)
