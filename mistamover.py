@@ -5039,15 +5039,17 @@ class Staging(Transport):
 
     def outcomes(self, batch):
         linked = {job.entry.path: job.linked for job in batch.jobs if job.linked}
-        answers = []
-        for parcel, mine in self.jobs_by_parcel(batch):
-            error = next((job.error for job in mine if job.error), None)
-            single = mine[0] if mine and len(parcel.entries) == 1 else None
-            checksum = 'sha256:' + single.digest if single and single.digest else None
-            answers.append(Outcome(error, checksum, single.final if single else None, linked,
-                                   self.stream.move or any(not job.equal for job in mine),
-                                   any(job.taken for job in mine), self.proof_of(mine)))
-        return answers
+        return [self.outcome_of_one(mine[0], linked) if len(mine) == len(parcel.entries) == 1 else
+                self.outcome_of_many(mine, linked) for parcel, mine in self.jobs_by_parcel(batch)]
+
+    def outcome_of_one(self, job, linked):
+        return Outcome(job.error, 'sha256:' + job.digest if job.digest else None, job.final, linked,
+                       self.stream.move or not job.equal, job.taken, self.proof_of([job]))
+
+    def outcome_of_many(self, jobs, linked):
+        return Outcome(next((job.error for job in jobs if job.error), None), None, None, linked,
+                       self.stream.move or any(not job.equal for job in jobs),
+                       any(job.taken for job in jobs), self.proof_of(jobs))
 
     hashing = 'read back'       # how a hash of what is at the target is had, for the ledger
 
