@@ -5489,10 +5489,13 @@ class LocalTransport(Staging):
         fd = open_entry(batch.root, job.entry) if batch.root != self.stream.root else \
             self.leases.open_quiet(batch.root, job.entry)
         try:
-            with self.create(job) as handle:
-                self.copy_into(job, fd, handle, digest)
+            out = self.create(job)
+            try:
+                self.copy_into(job, fd, out, digest)
                 if durable:
-                    os.fsync(handle.fileno())
+                    os.fsync(out)
+            finally:
+                os.close(out)
             self.dress(job)
         except (MoverError, OSError) as error:
             with contextlib.suppress(OSError):
@@ -5503,17 +5506,17 @@ class LocalTransport(Staging):
         job.digest = digest and digest.hexdigest()
 
     def create(self, job):
-        """The staged file, new and empty.  Raises OSError."""
+        """A descriptor of the staged file, new and empty.  Raises OSError."""
         path, mode = self.path(job.staged), job.entry.mode & 0o777 | 0o600
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, 'O_NOFOLLOW', 0) | \
             getattr(os, 'O_BINARY', 0) | getattr(os, 'O_CLOEXEC', 0)
         try:
-            return os.fdopen(os.open(path, flags, mode), 'wb', 0)
+            return os.open(path, flags, mode)
         except FileExistsError:         # a crash left it
             os.unlink(path)
-            return os.fdopen(os.open(path, flags, mode), 'wb', 0)
+            return os.open(path, flags, mode)
 
-    def copy_into(self, job, fd, handle, digest):
+    def copy_into(self, job, fd, out, digest):
         size = job.entry.size
         holes = size >= SPARSE_FROM and has_holes(fd)
 
@@ -5522,16 +5525,16 @@ class LocalTransport(Staging):
                 digest.update(block)
             for is_hole, piece in split_holes(block) if holes else ((False, memoryview(block)),):
                 if is_hole:
-                    handle.seek(len(piece), os.SEEK_CUR)
+                    os.lseek(out, len(piece), os.SEEK_CUR)
                 while piece and not is_hole:
-                    piece = piece[handle.write(piece):]
+                    piece = piece[os.write(out, piece):]
             self.progress.sent(len(block))
             self.throttle.spend(len(block))
 
-        if digest or holes or self.throttle.limit or not self.copy_inside(job, fd, handle):
+        if digest or holes or self.throttle.limit or not self.copy_inside(job, fd, out):
             copy_entry(b'', job.entry, write, self.stop, 0, fd)
             if holes:
-                handle.truncate(size)
+                os.ftruncate(out, size)
 
     def cannot_write(self, job, error):
         """What it means that a file could not be written to the staging area."""
@@ -5542,7 +5545,7 @@ class LocalTransport(Staging):
             return ItemError('%s: %s' % (show(job.final), error.strerror))
         return self.trouble('cannot write', error)
 
-    def copy_inside(self, job, fd, handle):
+    def copy_inside(self, job, fd, out):
         """Let the kernel copy (copy_file_range(2)), which may only have to share the blocks.
         False if it would not; then the plain way finds out whose fault that is."""
         if not hasattr(os, 'copy_file_range'):
@@ -5551,18 +5554,18 @@ class LocalTransport(Staging):
             left, count = job.entry.size, True
             while left and count:
                 self.stop.check()
-                count = os.copy_file_range(fd, handle.fileno(), min(left, 16 * BLOCK))
+                count = os.copy_file_range(fd, out, min(left, 16 * BLOCK))
                 left -= count
                 self.progress.sent(count)
             if not job.entry.same_as(os.fstat(fd)):
                 raise Changed('%s changed while it was read' % show(job.entry.path))
-            if os.fstat(handle.fileno()).st_size == job.entry.size:
+            if os.fstat(out).st_size == job.entry.size:
                 return True
         except OSError as error:
             log.debug('copy_file_range: %s' % error.strerror, self.stream)
         os.lseek(fd, 0, os.SEEK_SET)
-        handle.truncate(0)
-        handle.seek(0)
+        os.ftruncate(out, 0)
+        os.lseek(out, 0, os.SEEK_SET)
         return False
 
     def dress(self, job):
@@ -5618,10 +5621,15 @@ class LocalTransport(Staging):
         import hashlib
         if hasattr(os, 'posix_fadvise'):
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        digest = hashlib.sha256()
-        for block in iter(lambda: os.read(fd, min(BLOCK, size + 1)), b''):
+        digest, left = hashlib.sha256(), size
+        while left >= 0:                # what is longer has another hash by its next byte
             self.stop.check()
+            asked = min(BLOCK, left + 1)
+            block = os.read(fd, asked)
             digest.update(block)
+            left -= len(block)
+            if not block or not left and len(block) < asked:
+                break
         return digest.hexdigest()
 
     def place(self, jobs):
