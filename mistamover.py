@@ -5165,6 +5165,12 @@ class Link:
         if fd is not None:
             os.close(fd)
 
+    def give_up(self):
+        """Its release never came, and perhaps a writer waits."""
+        if self.broken():
+            self.take_back()
+        self.close()
+
 
 class LocalTransport(Staging):
     """Another directory, disk or mounted share.  On one file system a move is a hard link
@@ -5285,9 +5291,7 @@ class LocalTransport(Staging):
     def close(self):
         links, self.links = self.links, []
         for link in links:
-            if link.broken():           # its release never came, and a writer waits
-                link.take_back()
-            link.close()
+            link.give_up()
 
     def trouble(self, what, error):
         hint = 'unmount it and mount it again' if error.errno in (
@@ -11880,6 +11884,14 @@ class Delivery:
 
     def record_and_release(self, proven):
         batch, outcomes = proven
+        try:
+            self.settle_outcomes(batch, outcomes)
+        finally:                        # of what stays nobody is kept from writing it
+            for links in {id(outcome.linked): outcome.linked for _, outcome in outcomes}.values():
+                for link in links.values():
+                    link.give_up()
+
+    def settle_outcomes(self, batch, outcomes):
         good = [pair for pair in outcomes if pair[1].error is None]
         if self.worker.unsummed:
             done = {parcel.item.name for parcel, _ in good}

@@ -5598,6 +5598,33 @@ class OneItemAlone(Invariants):
         self.assert_run(world, 0)
         self.assert_converged(world, {b'a': b'a'})
 
+    def test_leases_end_with_an_item_that_fails(self):
+        # or who writes one of its files waits for 45 s, and a daemon has no descriptors left
+        world = self.world('local')
+        for name in ('day/a', 'day/bad', 'day/c', 'whole'):
+            write(os.path.join(world.source, name), name.encode())
+        write(os.path.join(world.target, 'day', 'bad', 'in the way'), b'x')
+        write(os.path.join(world.source, 'stuck', 'a'), b'a')
+        write(os.path.join(world.source, 'stuck', 'b'), b'b')
+        found = os.path.join(world.top, 'found')
+
+        def doctor():
+            def close(self, real=mm.LocalTransport.close):
+                held = [mm.show(link.path) for link in self.links if link.fd is not None]
+                write(found, repr(held).encode())
+                real(self)
+
+            def release_file(self, entry, link, real=mm.Releaser.release_file):
+                if entry.path == b'stuck/a':
+                    raise mm.ItemError('stuck/a cannot be deleted')
+                return real(self, entry, link)
+            mm.LocalTransport.close, mm.Releaser.release_file = close, release_file
+
+        done = self.doctored(world, doctor)
+        self.assertEqual((done.code, text_of(found)), (1, '[]'), str(done))
+        self.assertEqual(sorted(held_at_source(world)),
+                         [b'day/a', b'day/bad', b'day/c', b'stuck/a', b'stuck/b'], str(done))
+
     def test_an_entry_that_cannot_be_looked_at(self):
         # a damaged inode, a stale handle: ls shows it with question marks
         class Damaged:
