@@ -4443,7 +4443,7 @@ class Staging(Transport):
     def __init__(self, *args, **kwargs):
         Transport.__init__(self, *args, **kwargs)
         self.traits = {}            # (name, ...) -> what an experiment showed; of one connection
-        self.refused = {}           # odd name that does not come back -> when that was tried
+        self.not_kept = {}          # odd name that does not come back -> when that was tried
         self.trying = threading.RLock()     # one experiment at a time
         self.shown = set()          # directories in which a new name of ours was found
         self.area = OWN_PREFIX + b'-' + staging_id(self.stream)
@@ -4788,13 +4788,13 @@ class Staging(Transport):
     def trait_of_name(self, odd, name):
         """smbnetfs says EIO to everything for a second after a name that its server refuses: what is
         refused stays so for a while, or every pass would end at the same name."""
-        if name in self.refused and time.monotonic() - self.refused[name] < self.REFUSED_AGE:
+        if name in self.not_kept and time.monotonic() - self.not_kept[name] < self.REFUSED_AGE:
             return False
         kept = self.trait('names', name)
         if kept:
             self.traits[('names', odd)] = True      # other names that are odd in this way, too
         else:
-            self.refused[name] = time.monotonic()
+            self.not_kept[name] = time.monotonic()
         return kept
 
     def check_names(self, jobs):
@@ -4811,8 +4811,8 @@ class Staging(Transport):
             if len(self.traits) > self.REMEMBERED:
                 for key in [key for key in self.traits if key[0] == 'names']:
                     del self.traits[key]
-            if len(self.refused) > self.REMEMBERED:
-                self.refused.clear()
+            if len(self.not_kept) > self.REMEMBERED:
+                self.not_kept.clear()
 
     def names_taken(self, jobs):
         """Those whose final names are taken; asked for once before the publication.  A job has an
