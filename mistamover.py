@@ -9716,6 +9716,17 @@ class FtpTransport(Staging):
             with self.connection() as line:
                 action(line, chunk)
 
+    def share(self, values, action):
+        """As ask(), where each of the values takes a round trip: action() is a generator for Turns, and
+        every connection that nobody uses has a share."""
+        if self.stream.tls:
+            self.ask(values, lambda line, chunk: finished(action(line, chunk)))
+            return
+        if len(values) > 1 and not self.ahead:
+            self.learn_ahead()
+        size = min(self.ahead or 1, -(-len(values) // self.stream.parallel))
+        self.in_turn(in_chunks(values, max(1, size)), action)
+
     def each(self, values, action):
         """action(connection, value) for every value, on up to `parallel` connections."""
         work = collections.deque(values)
@@ -10040,7 +10051,7 @@ class FtpTransport(Staging):
         """The name that a file of ours has now; always the same one, for it may have to stay, but
         where nothing is ever replaced."""
         for tail in (b'-moved', b'-' + content):
-            reply = self.rename_all(line, [(probe, probe + tail)])[0]
+            reply, = finished(self.rename_all(line, [(probe, probe + tail)]))
             if reply.done:
                 return probe + tail
         raise TargetError('cannot rename at %s: %s' % (target_of(self.stream), reply),
@@ -10340,7 +10351,7 @@ class FtpTransport(Staging):
     # -- names
 
     def rename_all(self, line, pairs):
-        """The reply to each RNTO, or to a RNFR that was refused.  RNTO goes only after its own
+        """Steps to the reply to each RNTO, or to a RNFR that was refused.  RNTO goes only after its own
         350 was read: a server that still held another RNFR would rename that one."""
         replies = []
         commands = [(b'RNFR ' + self.name(old), b'RNTO ' + self.name(new)) for old, new in pairs]
@@ -10350,10 +10361,10 @@ class FtpTransport(Staging):
                 following = [commands[index + 1][0]] if ahead and index + 1 < len(commands) else []
                 if not ahead or not index:
                     line.tell([source])
-                reply = line.reply()
+                reply = yield from line.hear()
                 if reply.code == 350:
                     line.tell([target] + following)
-                    reply = line.reply()
+                    reply = yield from line.hear()
                 else:
                     line.tell(following) if following else None
                 replies.append(reply)
@@ -10366,13 +10377,13 @@ class FtpTransport(Staging):
         done = set()
 
         def publish(line, chunk):
-            replies = self.rename_all(line, [(job.staged, job.final) for job in chunk])
+            replies = yield from self.rename_all(line, [(job.staged, job.final) for job in chunk])
             for job, reply in zip(chunk, replies):
                 if not reply.done and not self.is_there(line, job.final):
                     job.error = self.refused(job.final, reply)
                 if reply.done or job.error:
                     done.add(job)
-        self.ask(jobs, publish)
+        self.share(jobs, publish)
         return done
 
     @staticmethod
@@ -10382,7 +10393,7 @@ class FtpTransport(Staging):
 
     def rename(self, old, new):
         with self.connection() as line:
-            reply = self.rename_all(line, [(old, new)])[0]
+            reply, = finished(self.rename_all(line, [(old, new)]))
             if not reply.done:
                 raise self.refused(new, reply)
 

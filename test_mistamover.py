@@ -6078,6 +6078,26 @@ class FtpTargets(Invariants):
         self.assertLessEqual(done.output.count('a login'), 2, str(done))
         self.assertEqual((tree(world.source), len(tree(world.target))), ({}, 12))
 
+    def test_names_are_given_over_every_connection(self):
+        world = self.world('ftp')
+        files = {'file %02d' % number: b'%d' % number for number in range(40)}
+        self.arriving(world, **files)
+
+        def doctor():
+            real = mm.FtpTransport.rename_all
+            def rename_all(self, line, pairs):
+                if len(pairs) > 1:
+                    wait_for(lambda: self.used - len(self.idle) > 1, 'another connection')
+                    print('#%x#' % id(line))
+                return (yield from real(self, line, pairs))
+            mm.FtpTransport.rename_all = rename_all
+
+        done = self.doctored(world, doctor)
+        self.assertEqual(done.code, 0, str(done))
+        self.assertGreater(len(set(re.findall('#([0-9a-f]+)#', done.output))), 1, str(done))
+        self.assertEqual((tree(world.source), contents(tree(world.target)), world.leftovers()),
+                         ({}, {name.encode(): content for name, content in files.items()}, []))
+
     @on_sites('ftp', 'aioftp')
     def test_check_tells_what_two_senders_do(self, site):
         world = self.world(site)
