@@ -8673,6 +8673,18 @@ class SftpTransport(Staging):
                 target_of(self.stream), show(names[0])), 'may this account look there?')
         return listed & set(names)
 
+    def names_taken(self, jobs):
+        """The sizes of what has those names are asked for together: each conflict begins with its."""
+        taken = Staging.names_taken(self, jobs)
+        self.session.run((job.entry.path, self.look_ahead(job.final)) for job in taken)
+        return taken
+
+    def look_ahead(self, path):
+        answer, = yield [(Fxp.LSTAT, self.path(path))]
+        info = Fxp.attributes(answer[1], 0)[0] if answer[0] == Fxp.ATTRS else None
+        if info and info.size is not None and info.mode is not None and stat.S_ISREG(info.mode):
+            self.sized[path] = info.size
+
     def measure(self, paths, hashed):
         found = self.session.run((self.sources.get(path), self.measured(path, hashed)) for path in paths)
         return {path: value for path, value in zip(paths, found) if value is not None}

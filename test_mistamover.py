@@ -7038,6 +7038,29 @@ class Sftp(Invariants):
         self.assertIn('permission denied (may this account make directories', done.output)
         self.assertIn('set staging = beside', done.output)
 
+    def test_refused_conflicts_cost_no_round_trip_each(self):
+        world = self.world('sftp', on_conflict='refuse')
+        for number in range(40):
+            write(os.path.join(world.source, 'file %d' % number), b'new')
+            write(os.path.join(world.target, 'file %d' % number), b'older')
+        before = tree(world.source), tree(world.target)
+
+        def doctor():
+            real = mm.SftpTransport.settle_conflict
+            def settle_conflict(self, batch, job, twin):
+                try:
+                    before = self.session.last
+                    real(self, batch, job, twin)
+                finally:
+                    print('#%d#' % (self.session.last - before))        # requests
+            mm.SftpTransport.settle_conflict = settle_conflict
+
+        done = self.doctored(world, doctor)
+        said = done.output.count('at the target with other content')
+        self.assertEqual((done.code, said), (1, 40), str(done))
+        self.assertEqual(re.findall('#([0-9]+)#', done.output), ['0'] * 40)
+        self.assertEqual((tree(world.source), tree(world.target)), before)
+
     def test_what_an_account_may_not_do_and_where(self):
         for number, step in ((3, r'create %s/\.mistamover-\w+/[\w-]+'),                 # OPEN
                              (18, r'rename %s/\.mistamover-\w+/[\w-]+ to %s/\S+')):     # RENAME
