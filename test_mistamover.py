@@ -6310,6 +6310,30 @@ class Sums(Doctored):
             b'.quarantine', b'.quarantine/run', b'.quarantine/run.md5', b'.quarantine/run.reason'])
         self.assertEqual(tree(world.target), {})
 
+    @on_sites('local', 'rsync_ssh')
+    def test_a_sum_older_than_its_item(self, site):
+        """Its content decides, not its time; in any form, beside one item and for several."""
+        for check, algorithm in (('{name}.sha1', 'sha1'), ('SHA512SUMS', 'sha512')):
+            with self.subTest(check):
+                world = self.world(site, check_file=check)
+                digest = self.digest(self.A, algorithm).upper()
+                lines = {name: ('%s *./%s\r\n' % (digest, name)).encode() for name in ('same', 'rewritten')}
+                sums = {check.replace('{name}', name): line for name, line in lines.items()} \
+                    if '{name}' in check else {check: b''.join(lines.values())}
+                for name, content in sums.items():
+                    write(os.path.join(world.source, name), content, OLD)
+                for name, content in (('same', self.A), ('rewritten', self.B)):
+                    write(os.path.join(world.source, name), content, OLD + 3600)
+                done = self.assert_run(world, 1)
+                self.assertIn('rewritten is not what %s says' % check.replace('{name}', 'rewritten'),
+                              done.output)
+                self.assertIn('same', self.delivered(world))
+                self.assertNotIn('rewritten', self.delivered(world))
+                write(os.path.join(world.source, 'rewritten'), self.A, OLD + 7200)
+                self.assert_run(world, 0)
+                self.assertEqual(self.delivered(world), dict(sums, same=self.A, rewritten=self.A))
+                self.assertEqual((tree(world.source), world.leftovers()), ({}, []))
+
     def test_a_spent_check_file_does_not_count_again(self):
         world = self.world(check_file='{name}.md5')
         self.put(world, run=self.A, **{'run.md5': self.digest(self.A, 'md5').encode()})
@@ -6398,7 +6422,7 @@ class Sums(Doctored):
             (name, self.A), (name + '.sha256', old)])
         self.assertEqual(len({stamp for _, stamp, _ in aside}), stamps, aside)
 
-    @on_sites(*ONE_EACH + ('rrsync', 'write_only', 'rclone'))
+    @on_sites(*ONE_EACH + ('rrsync', 'write_only'))
     def test_an_old_item_and_its_old_sum_share_a_stamp(self, site):
         world = self.world(site, send_checksum='{name}.sha256')
         old = self.old_pair(world)
@@ -6471,6 +6495,8 @@ class Sums(Doctored):
                 held = self.delivered(world)
                 self.assertEqual({content for name, content in held.items() if '.sha256.~' in name},
                                  {old, b'of another sender'}, sorted(held))
+                stamp = next(name for name in held if name.startswith('run.~'))[4:]
+                self.assertEqual((held['run.' + stamp], held['run.sha256.' + stamp]), (self.A, old))
                 self.assertEqual(tree(world.source), {})
 
     @on_sites('local', 'rsync_ssh')
