@@ -9713,7 +9713,8 @@ class FtpTransport(Staging):
                 line.tell(chunk)
                 replies = [line.reply() for _ in chunk]
             for command, reply in zip(chunk, replies):
-                if self.is_trouble(reply):
+                exists = reply.code == 521 and command.startswith(b'MKD ')      # RFC 959, appendix II
+                if self.is_trouble(reply) and not exists:
                     raise self.fault(show(command), reply)
             found += replies
         return found
@@ -13455,15 +13456,17 @@ def target_steps(worker, transport):
         transport.close()
         transport.open()
         worker.probe()
-    yield 'write, %s, rename, remove' % ('hash' if stream.verify == 'checksum' else 'size'), 'done'
+    stays = transport.present({PROBE_NAME})
+    yield 'write, %s, rename%s' % ('hash' if stream.verify == 'checksum' else 'size',
+                                   '' if stays else ', remove'), 'done'
     yield from transport.learned()
     if stream.mirror and stream.mirror_delete:
         transport.check_listing()
         yield 'mirror_delete', 'the target can be listed'
     free = transport.free_space()
     yield 'free space', 'unknown (this protocol cannot tell)' if free is None else format_size(free)
-    yield 'our own files at the target', 'removed' if transport.tidy() else \
-        'a directory of ours stays, for nothing may be removed there; every check uses the same'
+    yield 'our own files at the target', 'removed' if transport.tidy() and not stays else \
+        'what was tried stays, for nothing may be removed there; every check uses the same'
 
 
 def check_source(worker):

@@ -5826,7 +5826,9 @@ class FtpTargets(Invariants):
             source = {name: value for name, value in contents(tree(world.source)).items()
                       if not name.startswith(b'.delivered')}
             self.assertEqual(source, {b'taken': b'other'}, denied)
-            self.assertEqual({record['item'] for record in world.ledger()}, {'one', 'empty', 'large'}, denied)
+            proof = {'accepted': 'accepted', 'size': 'size'}.get(options.get('verify'), 'read back')
+            self.assertEqual({(record['item'], record['proof']) for record in world.ledger()},
+                             {(name, proof) for name in ('one', 'empty', 'large')}, denied)
 
     def test_only_epsv(self):
         world = self.world_at(self.own_server(VsftpdWithout, denied='PASV'))
@@ -5910,6 +5912,84 @@ class FtpTargets(Invariants):
                 {(record['item'], record['checksum'], record['proof']) for record in world.ledger()},
                 {(name, 'sha256:' + hashlib.sha256(content).hexdigest(), proof)
                  for name, content in files.items()})
+
+    def test_the_command_of_the_draft_for_hashes(self):
+        """HASH, which tells several by OPTS (draft-bryan-ftpext-hash); the X commands come before it."""
+        running = self.own_server(ProFtpdDigest, algorithms='all')
+        for row in [row for row in mm.FtpTransport.HASHES if row[0] == b'HASH']:
+            world = self.world_at(running)
+            self.arriving(world, one=b'one', empty=b'')
+            done = self.doctored(world, setting(mm.FtpTransport, HASHES=(row,)))
+            self.assertEqual((done.code, tree(world.source)), (0, {}), str(done))
+            self.assertEqual(contents(tree(world.target)), {b'one': b'one', b'empty': b''})
+            self.assertEqual({record['proof'] for record in world.ledger()}, {'HASH'}, row)
+
+    def test_a_directory_that_exists(self):
+        """521 to MKD, as RFC 959 has it in its appendix II, or 450: no more trouble than 550."""
+        for code in (521, 450):
+            world = self.world('ftp', retry_count='1')
+            world.configure(**dict(world.options, target_dir=world.options['target_dir'] + '/%Y'))
+            os.mkdir(os.path.join(world.target, '2017'))
+            os.chmod(os.path.join(world.target, '2017'), 0o777)
+            self.arriving(world, one=b'one')
+
+            def doctor(code=code):
+                def reply(self, real=mm.FtpLine.reply):
+                    answer = real(self)
+                    if answer.code == 550 and b'Create directory' in answer.lines[0]:
+                        print('SAID')
+                        return mm.FtpReply(code, [b'%d exists' % code])
+                    return answer
+                mm.FtpLine.reply = reply
+
+            done = self.doctored(world, doctor)
+            self.assertIn('SAID', done.output)
+            self.assertEqual((done.code, tree(world.source)), (0, {}), str(done))
+            self.assertEqual(held_at_target(world), {b'2017/one': b'one'})
+            self.assertEqual(world.leftovers(), [])
+
+    @on_sites('ftp_srv', 'aioftp', 'npm_ftpd', 'twisted')
+    def test_empty_files(self, site):
+        """Of which some tell no size, or none of any file."""
+        for verify in ('checksum', 'size'):
+            world = self.world(site, verify=verify, retry_count='1')
+            self.arriving(world, empty=b'', same=b'', other=b'', one=b'one')
+            for name, content in (('same', b''), ('other', b'old')):
+                write(os.path.join(world.target, name), content)
+                os.chown(os.path.join(world.target, name), *ftp_ids())
+            done = self.assert_run(world, 0)
+            target = contents(tree(world.target))
+            backup, = [name for name in target if b'~' in name]
+            self.assertEqual(target.pop(backup), b'old', str(done))
+            self.assertEqual(target, {b'empty': b'', b'same': b'', b'other': b'', b'one': b'one'}, str(done))
+            self.assertEqual((tree(world.source), world.leftovers()), ({}, []))
+
+    def test_where_nothing_may_be_removed(self):
+        """--check says so, and what stays there does not grow from run to run."""
+        for denied, stays in (('DELE,RMD', True), ('DELE', True), ('SIZE', False)):
+            world = self.world_at(self.own_server(VsftpdWithout, denied=denied))
+            done = self.assert_run(world, 0, '--check')
+            self.assertEqual('what was tried stays, for nothing may be removed there' in done.output, stays,
+                             str(done))
+            self.assertEqual('hash, rename, remove: done' not in done.output, stays, str(done))
+            left = []
+            for number in range(3):
+                self.arriving(world, **{'run%d' % number: b'run'})
+                self.assert_run(world, 0)
+                held = tree(world.target)
+                left.append({name for name in held if b'.mistamover' in name})
+                self.assertEqual(set(held) - left[-1], {b'run%d' % n for n in range(number + 1)})
+            self.assertEqual(left[1:], left[:1] * 2)
+            self.assertEqual(bool(left[0]), stays)
+
+    def test_a_backup_that_cannot_be_made_costs_nothing(self):
+        world = self.world_at(self.own_server(VsftpdWithout, denied='RNFR'), staging='none')
+        write(os.path.join(world.target, 'taken'), b'was there')
+        os.chown(os.path.join(world.target, 'taken'), *ftp_ids())
+        self.arriving(world, taken=b'other', one=b'one')
+        done = self.assert_run(world, 1)
+        self.assertEqual(contents(tree(world.target)), {b'taken': b'was there', b'one': b'one'}, str(done))
+        self.assertEqual(contents(tree(world.source)), {b'taken': b'other'})
 
     def test_what_one_ordinary_file_costs(self):
         """At most eight commands more than it takes to believe the server (section 20, 7)."""
