@@ -13256,8 +13256,9 @@ class Supervisor:
                 log.info('status = stopped', stream)
         for one, two in rivals(self.config):
             log.warning('stream %s delivers into the same place: of two files of one name that come at the '
-                        'same moment one may replace the other (give each its own target_dir, or set '
-                        'on_conflict = backup)' % two.name, one)
+                        'same moment one may replace the other (give each its own target_dir%s)' % (
+                            two.name, '' if one.protocol.replaces or two.protocol.replaces else
+                            ', or set on_conflict = backup'), one)
         if self.daemon:
             threading.Thread(target=self.caretaker.run, args=(self.stop,), name='care',
                              daemon=True).start()
