@@ -10399,10 +10399,11 @@ class FtpTransport(Staging):
         self.share(jobs, publish)
         return done
 
-    @staticmethod
-    def refused(path, reply):
+    def refused(self, path, reply):
         return ItemError('RNTO %s: %s' % (show(path), reply),
-                         'may this account write there? one that may not rename needs staging = none')
+                         'may this account write there? one that may not rename needs staging = none'
+                         if self.stream.staging != 'none' else
+                         'an account that may not rename can keep no backup: set on_conflict = refuse')
 
     def rename(self, old, new):
         with self.connection() as line:

@@ -3194,7 +3194,7 @@ class Quietly(Doctored):
             self.assertIn('suspended', done.output)
             self.assertNotIn('SCANNED', done.output)
 
-    @on_sites('sftp')
+    @on_sites(each=True, zips=True)
     def test_the_ledger_is_read_when_a_directory_is_met(self, site):
         world = self.world(site)
         read = mm.Ledger.read
@@ -6005,6 +6005,7 @@ class FtpTargets(Invariants):
         done = self.assert_run(world, 1)
         self.assertEqual(contents(tree(world.target)), {b'taken': b'was there', b'one': b'one'}, str(done))
         self.assertEqual(contents(tree(world.source)), {b'taken': b'other'})
+        self.assertIn('set on_conflict = refuse', done.output)
 
     def test_what_one_ordinary_file_costs(self):
         """At most eight commands more than it takes to believe the server (section 20, 7)."""
@@ -7371,6 +7372,18 @@ class Sftp(Invariants):
         self.assertIn('Permission denied', self.assert_run(world, 1).output)
         self.assertEqual(contents(tree(world.source)), {b'item': b'x'})
 
+    def test_no_password_for_a_machine_that_nobody_knows(self):
+        """Unless ssh_options says otherwise, which come first."""
+        world = self.world('password', retry_count='1')
+        write(os.path.join(world.source, 'item'), b'x')
+        empty = os.path.join(world.top, 'nobody')
+        options = '-F none -o HostKeyAlias=mover-test -o UserKnownHostsFile=' + empty
+        done = self.assert_run(world.configure(ssh_options=options, retry_count='1'), 1)
+        self.assertIn('Host key verification failed', done.output)
+        self.assertEqual((contents(tree(world.source)), os.path.exists(empty)), ({b'item': b'x'}, False))
+        self.assert_run(world.configure(ssh_options=options + ' -o StrictHostKeyChecking=accept-new'), 0)
+        self.assertEqual((tree(world.source), contents(tree(world.target))), ({}, {b'item': b'x'}))
+
     def test_no_password_in_the_configuration(self):
         world = self.world('sftp', password='hunter2')
         done = self.assert_run(world, 2)
@@ -8049,6 +8062,23 @@ class AtEveryTarget(Invariants):
         self.assertEqual(world.leftovers(), [])
         subprocess.check_call(['umount', world.state])
 
+    @on_sites('rsync_native', 'scp', 'sftp', 'ftp')
+    def test_a_target_without_room_for_one_file(self, site):
+        """The others go, and what was sent of it does not stay on the full disk."""
+        world = self.at(site, quarantine_after='0s')
+        if subprocess.call(['mount', '-t', 'tmpfs', '-o', 'size=1m,mode=777', 'tmpfs', world.target],
+                           stderr=subprocess.DEVNULL):
+            self.skipTest('no right to mount a tmpfs')
+        self.addCleanup(subprocess.call, ['umount', '-l', world.target], stderr=subprocess.DEVNULL)
+        for name in ('a', 'large', 'z'):
+            write(os.path.join(world.source, name), name.encode() * (2 << 19 if name == 'large' else 10000))
+        done = self.assert_run(world, 1)
+        self.assertIn('large', done.output)
+        self.assertEqual(list(held_at_source(world)), [b'large'], str(done))
+        self.assertEqual(sorted(held_at_target(world)), [b'a', b'z'], str(done))
+        self.assertLess(os.statvfs(world.target).f_blocks - os.statvfs(world.target).f_bfree, 20)
+        subprocess.check_call(['umount', world.target])
+
     @on_sites(each=True, rsync=False)
     def test_other_content_of_another_size_is_not_read(self, site):
         for policy in ('refuse', 'backup'):
@@ -8384,6 +8414,17 @@ class FileSystems(Invariants):
                 self.assertIn('ERROR   s: ' + mm.show(name), done.output)
             self.assertEqual(sorted(mm.from_json(text_of(world.state + '/failures.json'))['s']),
                              sorted(map(mm.to_text, bad)))
+
+    def test_nor_does_it_in_a_mirror(self):
+        world = self.mounted('exfat', transfer_mode='mirror', retry_count='1')
+        for name in ('a', 'c:1', 'd', 'day/e', 'day/f?'):
+            write(os.path.join(world.source, name), name.encode())
+        before = tree(world.source)
+        for _ in range(2):
+            done = self.assert_run(world, 1)
+            self.assertEqual(held_at_target(world), {b'a': b'a', b'd': b'd', b'day/e': b'day/e'}, str(done))
+            self.assertEqual((tree(world.source), world.leftovers()), (before, []))
+        self.assertEqual(sorted(mm.from_json(text_of(world.state + '/failures.json'))['s']), ['c:1', 'day'])
 
     def test_a_crash_between_publication_and_release(self):
         for kind in ('exfat', 'sshfs', 'bindfs'):
@@ -10176,6 +10217,7 @@ class Explaining(Case):
         world = self.world('local')
         unit = self.assert_run(world, 0, '--print-unit', '--stream', 's').output
         self.assertIn('Type=notify', unit)
+        self.assertIn('AmbientCapabilities=CAP_LEASE', unit)        # or open files of others are not seen
         for path in (world.source, world.target, world.state):
             self.assertIn('ReadWritePaths="-%s"' % path, unit)
         self.assertIn('User=%s' % pwd.getpwuid(os.getuid()).pw_name, unit)
