@@ -455,10 +455,11 @@ def c_call(name, *args):
     raise OSError(number, os.strerror(number))
 
 
-def rename_exclusively(old, new):
+def rename_exclusively(old, new, old_in=-100, new_in=-100):
     """renameat2(2) with RENAME_NOREPLACE (Linux 3.15, glibc 2.28).  Raises OSError: EEXIST if the
-    new name is taken, EINVAL or ENOSYS where a file system or a system has no such thing."""
-    c_call('renameat2', -100, old, -100, new, 1)        # AT_FDCWD twice
+    new name is taken, EINVAL or ENOSYS where a file system or a system has no such thing.  old_in,
+    new_in: descriptors of the directories that the names are relative to; -100 is AT_FDCWD."""
+    c_call('renameat2', old_in, old, new_in, new, 1)
 
 
 def link_and_unlink(old, new):
@@ -472,6 +473,23 @@ def look_and_rename(old, new):
     if os.path.lexists(new):
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), new)
     os.rename(old, new)
+
+
+def rename_if_free(old, new, old_in=None, new_in=None):
+    """Whether a file got a name that nothing had.  old_in, new_in: descriptors of directories.
+    Raises OSError."""
+    try:
+        rename_exclusively(old, new, *(-100 if fd is None else fd for fd in (old_in, new_in)))
+        return True
+    except FileExistsError:
+        return False
+    except OSError:                     # what comes after the look is overwritten
+        try:
+            os.stat(new, dir_fd=new_in, follow_symlinks=False)
+            return False
+        except FileNotFoundError:
+            os.rename(old, new, src_dir_fd=old_in, dst_dir_fd=new_in)
+            return True
 
 
 def parent_of(path):
@@ -5670,15 +5688,18 @@ class LocalTransport(Staging):
             os.link(source, final, follow_symlinks=False)
         except FileExistsError:
             return False
-        try:
-            right = job.entry.is_at(os.lstat(final))
-            if not right:
-                os.unlink(final)
-        except FileNotFoundError:       # a reader was quicker; what did it get?
-            right = job.taken = job.entry.is_at(os.lstat(source))
-        if not right:
-            raise Changed('%s was replaced' % show(job.entry.path))
-        return True
+        found = None
+        with contextlib.suppress(FileNotFoundError):    # a reader was quicker
+            found = os.lstat(final)
+            if job.entry.is_at(found):
+                return True
+        here = os.lstat(source)
+        if found and os.path.samestat(found, here):
+            os.unlink(final)            # what was put into the source's place, or is written to
+        elif job.entry.is_at(here):     # what has the name now is somebody else's
+            job.taken = True
+            return True
+        raise Changed('%s was replaced' % show(job.entry.path))
 
     def copy_instead(self, job):
         """No link to this file, or from there: another disk after all, a file of somebody else."""
@@ -5787,10 +5808,16 @@ class LocalTransport(Staging):
             self.make_way(job.final)
             self.overwrite(job)
             return
-        if job.linked and job.entry.is_at(os.lstat(final)):
+        if job.linked and self.is_linked(job):
             self.check_apart(job)
             return                      # a crash came between the link and the release
         Staging.settle_conflict(self, batch, job, twin)
+
+    def is_linked(self, job):
+        """Whether the file itself has its final name; a reader may take that away at any time."""
+        with contextlib.suppress(OSError):
+            return job.entry.is_at(os.lstat(self.path(job.final)))
+        return False
 
     def keep_identical(self, job):
         """Ours, which is on the disk, takes the place of what may not be yet.  A mirror takes over
@@ -10828,10 +10855,7 @@ class Releaser:
                         os.unlink(old, dir_fd=aside)
                         return
             except OSError:             # no hard links here
-                try:
-                    os.stat(name, dir_fd=parent, follow_symlinks=False)
-                except FileNotFoundError:
-                    os.rename(old, name, src_dir_fd=aside, dst_dir_fd=parent)
+                if rename_if_free(old, name, aside, parent):
                     return
 
     def directory(self, relative, in_tree=False):

@@ -8583,6 +8583,15 @@ class FileSystems(Invariants):
         self.assertEqual(held_at_target(world), {b'a': b'a', b'day/b': b'day/b'})
 
 
+def renames_exclusively():
+    top = tempfile.mkdtemp(dir=BASE)
+    write(os.path.join(top, 'a'))
+    with contextlib.suppress(OSError):
+        mm.rename_exclusively(os.fsencode(os.path.join(top, 'a')), os.fsencode(os.path.join(top, 'b')))
+        return True
+    return False
+
+
 class LocalTrouble(Invariants):
     """local when a step of it fails as some file system makes it fail."""
 
@@ -8610,6 +8619,86 @@ class LocalTrouble(Invariants):
             self.assertEqual((done.code, tree(world.source)), (0, {}), str(done))
             self.assertEqual(sorted(held_at_target(world).values()), [b'ours'] * lost or [b'ours', b'theirs'])
             self.assertEqual(world.leftovers(), [])
+
+    def test_a_reader_takes_what_an_earlier_run_linked(self):
+        world = self.world('local')
+        for name in ('a', 'b'):
+            write(os.path.join(world.source, name), name.encode(), OLD)
+        os.link(os.path.join(world.source, 'a'), os.path.join(world.target, 'a'))
+
+        def doctor():
+            exists, settle = mm.LocalTransport.exists, mm.LocalTransport.settle_conflict
+            def looked_and_gone(self, path):
+                mm.LocalTransport.exists = exists
+                there = exists(self, path)
+                os.unlink(self.path(path))
+                return there
+            def settle_conflict(self, batch, job, twin):
+                mm.LocalTransport.exists = looked_and_gone if job.final == b'a' and not job.error else exists
+                try:
+                    settle(self, batch, job, twin)
+                finally:
+                    mm.LocalTransport.exists = exists
+            mm.LocalTransport.settle_conflict = settle_conflict
+
+        done = self.doctored(world, doctor, '-v')
+        self.assertEqual((done.code, tree(world.source)), (0, {}), str(done))
+        self.assertEqual(held_at_target(world), {b'a': b'a', b'b': b'b'})
+        self.assertNotIn(' ERROR ', done.output)
+
+    def test_what_another_sender_puts_where_a_reader_took_a_link_stays(self):
+        for replaced in (False, True):
+            world = self.world('local')
+            source, final = os.path.join(world.source, 'f'), os.path.join(world.target, 'f')
+            write(source, b'ours', OLD)
+
+            def doctor():
+                real = os.link
+                def link(old, new, **options):
+                    real(old, new, **options)
+                    if new == os.fsencode(final) and not os.path.exists(world.top + '/done'):
+                        write(world.top + '/done')
+                        if replaced:        # by what must not be seen at the target
+                            os.unlink(source)
+                            write(source, b'another', OLD)
+                            os.unlink(new)
+                            real(source, new)
+                        else:
+                            os.unlink(new)
+                            write(final, b'theirs')
+                os.link = link
+
+            done = self.doctored(world, doctor)
+            self.assertEqual(done.code, 0, str(done))
+            self.assertEqual(tree(world.source), {}, str(done))
+            self.assertEqual(held_at_target(world), {b'f': b'another' if replaced else b'theirs'})
+            self.assertEqual([(row['item'], row['outcome']) for row in world.ledger()],
+                             [('f', 'delivered' if replaced else 'taken')])
+
+    def test_without_hard_links_what_is_put_back_overwrites_nothing(self):
+        if not renames_exclusively():
+            self.skipTest('renameat2 does not work here')
+        top = os.fsencode(tempfile.mkdtemp(dir=BASE))
+        old, new = os.path.join(top, b'old'), os.path.join(top, b'new')
+        real, fd = mm.rename_exclusively, os.open(top, os.O_RDONLY)
+        self.addCleanup(os.close, fd)
+
+        def refuse(*args, **options):
+            raise OSError(errno.EPERM, 'no')
+
+        def just_before(*args):
+            if not os.path.exists(new):
+                write(new, b'theirs')
+            real(*args)
+
+        for names in ((old, new), (b'old', b'new', fd, fd)):
+            write(old, b'ours')
+            with mock.patch('os.link', refuse), mock.patch.object(mm, 'rename_exclusively', just_before):
+                mm.Releaser.put_back(*names)
+            found = contents(tree(top))
+            self.assertEqual((found.pop(b'new'), list(found.values())), (b'theirs', [b'ours']))
+            for name in os.listdir(top):
+                os.unlink(os.path.join(top, name))
 
     def test_a_name_that_is_changed_and_cannot_be_deleted(self):
         """As by s3fs before a store whose keys are UTF-8."""
