@@ -2298,25 +2298,41 @@ class Ledger:
             if new:
                 sync_directory(self.state_dir)
 
-    def paths(self, months=0):
-        """Raises StateError."""
+    def paths(self, months=0, since=None):
+        """The last `months` files (0: all), or those that hold what was recorded since then (epoch
+        seconds), oldest first.  Raises StateError."""
         names = []
         with own_files('cannot read %s' % show(self.state_dir), 'run it as the user that it belongs to'), \
                 contextlib.suppress(FileNotFoundError):
             names = sorted(n for n in os.listdir(self.state_dir) if re.match(r'ledger-\d{4}-\d\d\.jsonl$', n))
-        return [os.path.join(self.state_dir, name) for name in names[-months:]]
+        first = '' if since is None else 'ledger-%s.jsonl' % time.strftime('%Y-%m', time.gmtime(since))
+        return [os.path.join(self.state_dir, name) for name in names[-months:] if name >= first]
 
-    def read(self, months=0, stream=None):
-        """Every record of the last `months` files (0: all), or those of one stream, by its name;
-        oldest first; a torn line is skipped.  Raises StateError."""
-        for path in self.paths(months):
-            with own_files('cannot read the ledger %s' % show(path)), \
-                    open(path, encoding='ascii', errors='replace') as handle:
-                for line in handle:
-                    with contextlib.suppress(ValueError):
-                        record = from_json(line)
-                        if self.sound(record) and stream in (None, record.get('stream')):
-                            yield record
+    def read(self, months=0, stream=None, since=None):
+        """Every record of the files that paths() names, or those of one stream, by its name; oldest
+        first; a torn line is skipped.  Raises StateError."""
+        for path in self.paths(months, since):
+            yield from self.read_file(path, stream)
+
+    def read_file(self, path, stream=None):
+        with own_files('cannot read the ledger %s' % show(path)), \
+                open(path, encoding='ascii', errors='replace') as handle:
+            for line in handle:
+                with contextlib.suppress(ValueError):
+                    record = from_json(line)
+                    if self.sound(record) and stream in (None, record.get('stream')):
+                        yield record
+
+    def never_went(self, names, stream):
+        """Those of some items' or files' names of which no record tells: a sorted list.  The newest
+        files are read first, and no more of them than it takes.  Raises StateError."""
+        left = sorted(names)
+        for path in reversed(self.paths()):
+            if not left:
+                break
+            went = {record['item'] for record in self.read_file(path, stream)}
+            left = [name for name in left if not went.intersection(map(to_text, prefixes(name)))]
+        return left
 
     @staticmethod
     def sound(record):
@@ -4467,7 +4483,7 @@ class Staging(Transport):
         self.area = OWN_PREFIX + b'-' + staging_id(self.stream)
         self.throttle = Throttle(self.stream.bandwidth_limit, self.stop)
         self.made = set()           # directories known to exist at the target
-        self.apart = set()          # (directory here, there) known to be two
+        self.apart = set()          # (directory here, there) known to be two; until the next open()
         self.sending = None         # names outside of the area that a run began to write
 
     # -- what a protocol provides
@@ -5224,6 +5240,7 @@ class LocalTransport(Staging):
     def begin(self):
         """What is learned of the target is forgotten with the connection."""
         self.made.clear()
+        self.apart.clear()
         self.traits.clear()
         self.shown.clear()
         self.ways = [rename_exclusively, link_and_unlink, look_and_rename]      # to publish
@@ -5831,7 +5848,9 @@ class LocalTransport(Staging):
         with contextlib.suppress(OSError):
             with contextlib.suppress(PermissionError):
                 os.utime(final, ns=(job.entry.mtime_ns, job.entry.mtime_ns))
-            self.held[job.final] = job.entry.identity, os.lstat(final).st_mtime_ns
+            info = os.lstat(final)
+            if info.st_mtime_ns // 10 ** 9 != job.entry.mtime_ns // 10 ** 9:    # not ours, or it takes none
+                self.held[job.final] = job.entry.identity, info.st_mtime_ns
 
     def make_way(self, name):
         """Mirror: what is there is of another kind now.  Raises ItemError; a directory with
@@ -6157,6 +6176,20 @@ printf '%%s\n' "${line%%"$(printf '\r')"}"
         except (OSError, struct.error):
             return ()
 
+    def listens(self):
+        """Whether somebody has the master's socket open.  What a killed one leaves refuses all, and
+        its process number may be another's by now."""
+        import socket
+        try:
+            with contextlib.closing(socket.socket(socket.AF_UNIX)) as line:
+                line.settimeout(5)
+                line.connect(self.control_path())
+        except (ConnectionRefusedError, FileNotFoundError):
+            return False
+        except OSError:
+            pass                        # too many wait for it
+        return True
+
     def open(self):
         """Log in, or see that we still are.  Raises TargetError with what ssh said."""
         if WINDOWS:
@@ -6192,7 +6225,7 @@ printf '%%s\n' "${line%%"$(printf '\r')"}"
         if not self.directory:
             return
         import shutil
-        if not self.control(self.TERMINATE) and self.pid and os.path.exists(self.control_path()):
+        if not self.control(self.TERMINATE) and self.pid and self.listens():
             with contextlib.suppress(OSError):
                 os.kill(self.pid, 15)       # it hangs: no ssh client would ever reach it again
         shutil.rmtree(self.directory, ignore_errors=True)
@@ -7150,6 +7183,16 @@ class RcloneTransport(Transport):
         self.check_usage(done.code, reason)
         return done.code, done.output, reason
 
+    def answer_json(self, pick, verb, options, *places, names=()):
+        """As answer(), but for what rclone prints: pick() of that as JSON, None where it failed.
+        Raises TargetError also where it is no JSON, or not what pick() takes."""
+        code, output, reason = self.answer(verb, options, *places, names=names)
+        try:
+            return code, None if code else pick(from_json(output.decode('utf-8', 'replace'))), reason
+        except (ValueError, LookupError, TypeError, AttributeError):
+            raise TargetError('%s: %s %s does not answer as rclone does' % (
+                target_of(self.stream), show(self.stream.rclone_command), verb), 'see rclone_command')
+
     def check_usage(self, code, reason):
         if code == self.USAGE:
             raise TargetError('rclone does not know one of its options: %s' % reason, 'see rclone_options')
@@ -7184,15 +7227,12 @@ class RcloneTransport(Transport):
 
     def learn_remote(self):
         """What rclone says of the remote's features."""
-        code, output, reason = self.answer('backend', [], 'features', self.remote())
+        code, known, reason = self.answer_json(
+            lambda known: (dict(known['Features']), known['Name'].split('{')[0], to_bytes(known['Root'])),
+            'backend', [], 'features', self.remote())
         if code:
             raise TargetError('cannot use %s: %s' % (target_of(self.stream), reason), 'see rclone config')
-        try:
-            known = from_json(output.decode('utf-8', 'replace'))
-            features, name = known['Features'], known['Name'].split('{')[0]
-            root = to_bytes(known['Root'])
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise TargetError('rclone does not tell what %s is' % target_of(self.stream))
+        features, name, root = known
         _, output, _ = self.answer('listremotes', ['--long'])
         kinds = dict(re.findall(r'^(.*?): +(\w+)', output.decode('utf-8', 'replace'), re.M))
         self.s3 = kinds.get(name) == 's3'
@@ -7239,14 +7279,14 @@ class RcloneTransport(Transport):
 
     def present(self, names):
         self.look()
-        code, output, reason = self.answer(
+        code, found, reason = self.answer_json(
+            lambda rows: {to_bytes(row['Path']) for row in rows},
             'lsjson', ['--recursive', '--no-modtime', '--no-mimetype', '--no-traverse', '--files-from-raw=-'],
             self.remote(), names=names)
         if code and not self.bucket:        # a directory of such a name is an error to that question
             return {name for name in names if self.is_there(name)}
         if code:
             raise TargetError('cannot look at %s: %s' % (target_of(self.stream), reason))
-        found = {to_bytes(entry['Path']) for entry in from_json(output.decode('utf-8', 'replace'))}
         return found & set(names)
 
     def is_there(self, name):
@@ -7720,6 +7760,7 @@ put() { place "$1" "$2" && rm -f -- "$1" && echo 1 || echo 0; }
 
     def open(self):
         self.made.clear()
+        self.apart.clear()
         self.ssh.open()
         if self.talk and self.talk.program.process.poll() is not None:
             self.end_dialogue()
@@ -8573,6 +8614,7 @@ class SftpTransport(Staging):
 
     def open(self):
         self.made.clear()               # who empties a directory there may remove it between two passes
+        self.apart.clear()
         if self.session and self.session.alive():
             return
         self.close()
@@ -9669,6 +9711,7 @@ class FtpTransport(Staging):
 
     def open(self):
         self.made.clear()
+        self.apart.clear()
         self.closing = False
         with self.lock:
             stale, self.idle = self.idle, []
@@ -11564,7 +11607,7 @@ class Delivery:
         released before a crash."""
         made = item.check.ctime_ns / 1e9
         return any(r['item'] == to_text(item.name) and epoch(r['time']) >= made
-                   for r in self.worker.ledger.read(stream=self.stream.name) if r.get('time'))
+                   for r in self.worker.ledger.read(stream=self.stream.name, since=made) if r.get('time'))
 
     def take_ready(self):
         """What follows its item: check files, ready files, markers; the last ones last."""
@@ -11587,11 +11630,8 @@ class Delivery:
 
     def report_absent(self, entry):
         """A shared check file goes, and names what never came.  Raises as CheckFiles.sums()."""
-        went = {record['item'] for record in self.worker.ledger.read(stream=self.stream.name)}
-        never = []
-        for path in sorted(self.scanner.checks.sums(entry)) if self.stream.move else ():
-            if not went.intersection(map(to_text, prefixes(path))):
-                never.append(path)
+        never = self.worker.ledger.never_went(
+            self.scanner.checks.sums(entry), self.stream.name) if self.stream.move else ()
         if never:
             log.warning('%s names %s%s, which never came' % (
                 show(entry.path), show(never[0]),

@@ -1858,6 +1858,24 @@ class Ledgers(Case):
         self.assertEqual([r['item'] for r in ledger.read()], ['one', 'two', 'three'])
         self.assertEqual(stat.S_IMODE(os.stat(path).st_mode), 0o600)
 
+    def test_of_the_ledger_of_years_only_what_is_needed_is_read(self):
+        top = tempfile.mkdtemp(dir=BASE)
+        ledger = mm.Ledger(top)
+        for month, name in (('2024-12', 'old'), ('2025-01', 'tree'), ('2025-02', 'new')):
+            write(os.path.join(top, 'ledger-%s.jsonl' % month), json.dumps(
+                {'item': name, 'stream': 's', 'time': month + '-09T00:00:00Z'}).encode() + b'\n')
+        ask = lambda **most: [record['item'] for record in ledger.read(stream='s', **most)]
+        self.assertEqual(ask(since=mm.parse_moment('2025-01-31T23:59:59Z')), ['tree', 'new'])
+        self.assertEqual((ask(), ask(months=1), ask(since=0)), (['old', 'tree', 'new'], ['new'], ask()))
+        read, real = [], ledger.read_file
+        ledger.read_file = lambda path, stream: read.append(path[-13:-6]) or real(path, stream)
+        for names, never, months in (({b'new'}, [], 1), ({b'tree/sub/a', b'new'}, [], 2), ((), [], 0),
+                                     ({b'new', b'other', b'a', b'old'}, [b'a', b'other'], 3)):
+            del read[:]
+            self.assertEqual(ledger.never_went(names, 's'), never)
+            self.assertEqual(read, ['2025-02', '2025-01', '2024-12'][:months])
+        self.assertEqual(ledger.never_went({b'new'}, 'another'), [b'new'])
+
     def test_unwritable(self):
         with self.assertRaises(mm.StateError):
             mm.Ledger(os.path.join(BASE, 'nowhere')).append([{'item': 'x'}])
@@ -7022,6 +7040,21 @@ class ObjectStores(Invariants):
         self.assertIn('rclone 1.60 shows files', done.output)
         self.assertEqual((contents(tree(world.source)), tree(world.target)), ({b'run': b'run'}, {}))
 
+    def test_a_program_that_does_not_answer_as_rclone_does(self):
+        for verb, answer in (('--recursive', '[{'), ('--recursive', '[{"Path": 5}]'), ('features', '')):
+            with self.subTest(verb + ' ' + answer):
+                world = self.world('rclone')
+                path = os.path.join(world.top, 'rclone')
+                write(path, ("#!/bin/sh\ncase \"$*\" in *%s*) echo '%s'; exit 0;; esac\nexec %s \"$@\"\n" % (
+                    verb, answer, world.options['rclone_command'])).encode())
+                os.chmod(path, 0o755)
+                world.configure(rclone_command=path, retry_count='1')
+                write(os.path.join(world.source, 'f'), b'precious', OLD)
+                done = self.assert_run(world, 1)
+                self.assertIn('does not answer as rclone does', done.output)
+                self.assertNotIn('bug in this program', done.output)
+                self.assertEqual(contents(tree(world.source)), {b'f': b'precious'})
+
     def test_progress_and_its_end(self):
         """A Report counts bytes, and gives up an rclone that only repeats itself."""
         progress = mock.Mock(sent_bytes=5)
@@ -8130,6 +8163,29 @@ class AtEveryTarget(Invariants):
                     self.assertEqual((tree(world.source), world.leftovers()), (before, []))
 
 
+class SharedConnections(Case):
+    def test_a_process_that_has_the_number_of_a_dead_master_lives(self):
+        top = tempfile.mkdtemp(dir=BASE)
+        other = subprocess.Popen(['sleep', '60'])
+        self.addCleanup(other.wait)
+        self.addCleanup(other.kill)
+        for listening in (False, True):
+            connection = mm.SshConnection(None, None)
+            connection.directory, connection.socket = os.path.join(top, 'ssh'), 'master'
+            connection.pid = other.pid
+            os.makedirs(connection.directory)
+            with contextlib.closing(socket.socket(socket.AF_UNIX)) as master:
+                master.bind(connection.control_path())
+                master.listen(1) if listening else master.close()
+                with mock.patch.object(connection, 'control', lambda request: ()):
+                    connection.close()
+            self.assertFalse(os.path.exists(os.path.join(top, 'ssh')))
+            if listening:
+                self.assertEqual(self.ended(other), -signal.SIGTERM)
+            else:
+                self.assertIsNone(other.poll())
+
+
 class Closing(Case):
     """What was deleted is closed in the background, whatever happens there."""
 
@@ -8645,6 +8701,22 @@ class LocalTrouble(Invariants):
         self.assertEqual((done.code, tree(world.source)), (0, {}), str(done))
         self.assertEqual(held_at_target(world), {b'a': b'a', b'b': b'b'})
         self.assertNotIn(' ERROR ', done.output)
+
+    def test_a_way_back_to_the_source_that_comes_while_a_daemon_runs(self):
+        world = self.world('local', items='files', create_directories='yes')
+        here, there = os.path.join(world.source, 'sub'), os.path.join(world.target, 'sub')
+        for place in (here, there):
+            write(os.path.join(place, 'a'), b'a', OLD)
+        process = self.daemon(world)
+        wait_for(lambda: not held_at_source(world), 'the first pass')
+        shutil.rmtree(there)
+        os.makedirs(here, exist_ok=True)
+        os.symlink(here, there)
+        write(os.path.join(here, 'b'), b'precious', OLD)
+        wait_for(lambda: 'is the source itself' in world.said(), 'the refusal')
+        self.assertEqual(contents(tree(here)), {b'b': b'precious'})
+        process.terminate()
+        self.assertEqual(self.ended(process), 143)
 
     def test_what_another_sender_puts_where_a_reader_took_a_link_stays(self):
         for replaced in (False, True):
