@@ -5418,6 +5418,22 @@ class OtherRsyncs(Doctored):
         self.assertEqual(sorted(r['item'] for r in world.ledger() if r['outcome'] == 'deleted'),
                          ['day/sub', 'day/sub/f', 'link/f', 'old'], str(done))
 
+    def test_what_is_no_fault_of_an_item(self):
+        """A usage error (1), an action that is not supported (4): of the whole push."""
+        for code in (1, 4):
+            world = self.world('rsync_native', retry_count='1', quarantine_after='0s')
+            world.configure(**dict(world.options, rsync_command=self.script(
+                world, '#!/bin/sh\ncase " $* " in *" -n "*|*" --version "*) exec rsync "$@";; esac\n'
+                       'cat > /dev/null\necho "rsync error: it will not do" >&2\nexit %d\n' % code)))
+            for name in ('a', 'b'):
+                write(os.path.join(world.source, name), name.encode())
+            before = tree(world.source)
+            for _ in range(2):
+                done = self.assert_run(world, 1)
+                self.assertIn('the transfer to', done.output)
+                self.assertEqual((tree(world.source), tree(world.target)), (before, {}), str(done))
+                self.assertEqual(mm.SharedJson(world.state, 'failures.json').read().get('s', {}), {})
+
     def test_what_a_person_keeps_in_it_is_kept(self):
         world = self.world('rsync_ssh', transfer_mode='mirror', mirror_delete='yes')
         kept = 'day/f.~20200101T000000.000Z~'
@@ -6014,6 +6030,26 @@ class FtpTargets(Invariants):
                 self.assertEqual(set(held) - left[-1], {b'run%d' % n for n in range(number + 1)})
             self.assertEqual(left[1:], left[:1] * 2)
             self.assertEqual(bool(left[0]), stays)
+
+    def test_one_connection_for_each_client(self):
+        """421 to every other one: nothing waits for a second, whatever there is to ask."""
+        running = self.own_server(Vsftpd, more=lambda self: ['max_per_ip=1'])
+        for options in ({}, {'staging': 'beside'}, {'staging': 'none'}, {'verify': 'size'}):
+            world = self.world_at(running, **options)
+            write(os.path.join(world.target, 'taken'), b'was there')
+            write(os.path.join(world.target, 'same'), b'same')
+            for name in ('taken', 'same'):
+                os.chown(os.path.join(world.target, name), *ftp_ids())
+            files = {'file %02d' % number: b'%d' % number * 50000 for number in range(12)}
+            self.arriving(world, taken=b'new', same=b'same', large=os.urandom(9 << 20), empty=b'', **files)
+            if 'staging' not in options:
+                self.arriving(world, **{'caf\u00e9 :': b'odd', 'Twin': b'1', 'twin': b'2'})
+            before = contents(tree(world.source))
+            done = self.assert_run(world, 0, limit=60)
+            target = contents(tree(world.target))
+            backup, = [name for name in target if b'.~' in name]
+            self.assertEqual(target.pop(backup), b'was there', str(done))
+            self.assertEqual((target, tree(world.source), world.leftovers()), (before, {}, []), str(done))
 
     def test_a_backup_that_cannot_be_made_costs_nothing(self):
         world = self.world_at(self.own_server(VsftpdWithout, denied='RNFR'), staging='none')
