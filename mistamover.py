@@ -4265,6 +4265,7 @@ class Transport:
     takes = 'network'           # words of the option table's column `need` that it fulfils
     modules = ()                # what it imports where it needs it
     replaces = False            # its last step may replace what another sender has put there meanwhile
+    tells_apart = False         # sees of each identical file there whether it is the source itself
     knows_own_copies = False    # replaces what settle_max sent before without a backup, by its hash
     overlaps = True             # sending takes so long that the part before is finished meanwhile
     asks_at_once = False        # present() costs nothing
@@ -4445,6 +4446,7 @@ class Staging(Transport):
     """
 
     stages = True
+    tells_apart = True
     knows_own_copies = True
     PART_FILES = 1000           # one part is verified, published and released while the next is staged
     PART_SIZE = 1 << 30         # or as many bytes
@@ -12846,25 +12848,26 @@ class Worker:
                 name = stack.enter_context(marked(self.stream.root))
             except OSError as error:
                 names = sorted(os.listdir(self.stream.root)) if error.errno in NO_SPACE else []
-                if not names:
+                if not names or self.told_apart:
                     raise
                 name = names[-1]
             yield name
 
     def ask_for_marker(self, names):
-        """transport.present(names); the first time also whether target and source are one."""
-        if self.told_apart:
+        """transport.present(names), and whether target and source are one.  That is asked each time,
+        for a mount or a link may come, but where it is seen of each file."""
+        if self.told_apart and self.transport.tells_apart:
             return self.transport.present(names)
         try:
             with self.marker() as marker:
                 found = self.transport.present(names | {marker})
         except OSError as error:
-            if self.stream.move:
+            if self.stream.move and not self.told_apart:
                 hints = {errno.EACCES: 'what was delivered is deleted there: change its permissions',
                          errno.EROFS: 'mount it for writing, or set transfer_mode = mirror'}
                 raise StateError('cannot write in the directory %s: %s' % (
                     show(self.stream.directory), error.strerror), hints.get(error.errno, ''))
-            return self.transport.present(names)    # a read-only source is mirrored, not eaten
+            return self.transport.present(names)    # a source that is read-only now is not eaten
         if marker in found and not marker.startswith(HERE_NAME):
             raise StateError('the disk of %s is full, so nobody can tell it from target_dir'
                              % show(self.stream.directory), 'make a little room there by hand')

@@ -8196,6 +8196,35 @@ class AtEveryTarget(Invariants):
                     self.assertEqual((tree(world.source), world.leftovers()), (before, []))
 
 
+@spread
+class WaysBack(Doctored):
+    @on_sites('local', 'rsync_ssh', 'scp', 'sftp', 'rclone')
+    def test_target_dir_becomes_the_source_while_a_daemon_runs(self, site):
+        """It had been another directory; what is found there is the only copy."""
+        world = self.world(site)
+        write(os.path.join(world.source, 'a'), b'a', OLD)
+
+        def doctor():
+            mm.STOP_FILE_AGE, real = 0, mm.Worker.rest_between
+            def rest_between(self, result, pause):
+                if os.path.islink(world.target):
+                    os.kill(os.getpid(), signal.SIGTERM)
+                elif result.items:
+                    shutil.rmtree(world.target)
+                    os.symlink(world.source, world.target)
+                    write(os.path.join(world.source, 'b'), b'precious', OLD)
+                real(self, result, pause)
+            def trouble(self, error, failures, pause):
+                mm.log.error(error)
+                os.kill(os.getpid(), signal.SIGTERM)
+            mm.Worker.rest_between, mm.Worker.trouble = rest_between, trouble
+
+        done = self.doctored(world, doctor, '--daemon')
+        self.assertIn('itself', done.output)
+        self.assertEqual(held_at_source(world), {b'b': b'precious'}, str(done))
+        self.assertEqual([row['item'] for row in world.ledger()], ['a'])
+
+
 class SharedConnections(Case):
     def test_a_process_that_has_the_number_of_a_dead_master_lives(self):
         top = tempfile.mkdtemp(dir=BASE)
