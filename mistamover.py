@@ -4804,7 +4804,8 @@ class Staging(Transport):
         path = os.path.join(self.area, name)
         try:
             with self.tiny() as tiny:
-                self.rename(tiny, path)
+                with contextlib.suppress(ItemError):    # where nothing is replaced, one may be there that
+                    self.rename(tiny, path)             # could not be removed
                 return name in (self.listing(self.area) or ())
         except ItemError:
             return False

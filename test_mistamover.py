@@ -6051,6 +6051,17 @@ class FtpTargets(Invariants):
             self.assertEqual(target.pop(backup), b'was there', str(done))
             self.assertEqual((target, tree(world.source), world.leftovers()), (before, {}, []), str(done))
 
+    def test_odd_names_where_nothing_is_replaced_or_removed(self):
+        """The second trial of a name finds that of the first."""
+        world = self.world_at(self.own_server(ProFtpdUpstream, lines=(
+            '<Limit DELE RMD>', 'DenyAll', '</Limit>')))
+        for number in range(2):
+            self.arriving(world, **{'caf\u00e9': b'odd %d' % number})
+            done = self.assert_run(world, 0)
+            self.assertEqual(tree(world.source), {}, str(done))
+        held = {n: v for n, v in contents(tree(world.target)).items() if b'.mistamover' not in n}
+        self.assertEqual((held.pop('caf\u00e9'.encode()), list(held.values())), (b'odd 1', [b'odd 0']))
+
     def test_a_backup_that_cannot_be_made_costs_nothing(self):
         world = self.world_at(self.own_server(VsftpdWithout, denied='RNFR'), staging='none')
         write(os.path.join(world.target, 'taken'), b'was there')
