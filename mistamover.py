@@ -13536,7 +13536,7 @@ def target_steps(worker, transport):
     free = transport.free_space()
     yield 'free space', 'unknown (this protocol cannot tell)' if free is None else format_size(free)
     yield 'our own files at the target', 'removed' if transport.tidy() and not stays else \
-        'what was tried stays, for nothing may be removed there; every check uses the same'
+        'what was tried stays, for nothing may be removed there'
 
 
 def check_source(worker):
