@@ -5210,6 +5210,22 @@ class RsyncPushes(Invariants):
             self.assertEqual(content, b'another run 001')
             self.assertEqual((tree(slow.source), tree(quick.source)), ({}, {}))
 
+    def test_a_short_push_is_proven_once(self):
+        """Each rsync is a login there: one that looks, one that sends, one that proves."""
+        world = self.world('rsync_native')
+        for number in range(20):
+            write(os.path.join(world.source, 'file %d' % number), b'%d' % number)
+
+        def doctor():
+            def run_rsync(self, argv, *args, real=mm.RsyncTransport.run_rsync):
+                print('RSYNC', 'asks' if '-n' in argv else 'sends')
+                return real(self, argv, *args)
+            mm.RsyncTransport.run_rsync = run_rsync
+
+        done = self.doctored(world, doctor)
+        self.assertEqual((done.code, tree(world.source), len(tree(world.target))), (0, {}, 20), str(done))
+        self.assertEqual(re.findall('RSYNC (.*)', done.output), ['asks', 'sends', 'asks'], str(done))
+
     @on_sites(each=True, rsync=True)
     def test_directories_keep_their_times(self, site):
         world = self.world(site)
