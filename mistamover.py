@@ -6806,15 +6806,18 @@ class RsyncTransport(Transport):
             again |= differing & sent       # damaged, or taken by another sender: backed up as well
         backed_up = damaged or 'backup' in [steps[path] for path in foreign] or \
             self.stream.on_conflict == 'backup' or self.stream.move and again and batch.twins(again)
+        kept = set()
         for number, paths in enumerate(in_rounds(sorted(again))):
             push.update(dict.fromkeys(paths, b'<'))
             backup = self.backup_options(batch, foreign.intersection(paths), backed_up, number > 0)
             if backup:
                 self.set_sums_aside(batch, paths, backup)
+                kept |= self.not_set_aside(batch, paths, backup) if self.stream.move else set()
+                paths = [path for path in paths if path not in kept]
             push.said += self.push(batch, paths, ['--ignore-times', '-i'] + backup)[0].lines
             equal.update(self.prove(batch, paths, ['--checksum'])[0])
         for path in (again | differing & sent) - set(equal):
-            ours = path in sent or path in damaged
+            ours = path in sent | damaged and path not in kept
             problems[path] = IntegrityError('%s arrived damaged' % show(path)) if ours else \
                 ItemError('%s exists at the target and cannot be replaced: %s' % (
                     show(path), self.reason_for(path, push)))
@@ -6847,10 +6850,24 @@ class RsyncTransport(Transport):
         room = NAME_MAX - len(stamped(b'', batch.moment))
         sums = [path for path in batch.sums_of(self.stream, paths) if len(os.path.basename(path)) <= room]
         if sums:
-            with scratch_directory(self.stream) as empty:
-                done, _ = self.rsync(empty, sums, ['--delete-missing-args', '-i', '--existing'] + backup,
-                                     self.top(batch))
+            done = self.set_aside(batch, sums, backup)
             batch.cleared = batch.cleared or done.code == 0
+
+    def not_set_aside(self, batch, paths, backup):
+        """Set aside what has these names; the twins of them if that is refused: the backups that a push
+        makes are good enough for the others only."""
+        done = self.set_aside(batch, paths, backup)
+        if done.code in (0, 24):        # 24: in directories, for those are missing in the empty one
+            return set()
+        batch.jobs.said += done.lines
+        return batch.twins(paths)
+
+    def set_aside(self, batch, paths, backup):
+        """Rename what has these names to its backups.  A push makes them by link(2); where case is folded,
+        the kernel may remember under a name what another spelling of it has replaced since."""
+        with scratch_directory(self.stream) as empty:
+            return self.rsync(empty, paths, ['--delete-missing-args', '-i', '--existing'] + backup,
+                              self.top(batch))[0]
 
     def backup_options(self, batch, foreign, backed_up, twins):
         """How what is replaced is kept, if it is.  twins: of others that have names by now."""

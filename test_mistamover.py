@@ -611,6 +611,7 @@ class RsyncDaemon(Server):
         self.config = self.file('rsyncd.conf', head + ''.join(
             module % (name, BASE, write_only, secrets) + more for name, write_only, more in (
                 ('all', 'no', ''), ('drop', 'yes', ''), ('nosums', 'no', 'refuse options = checksum\n'),
+                ('nodelete', 'no', 'refuse options = delete*\n'),
                 ('single', 'no', 'max connections = 1\nlock file = %s/lock\n' % self.top),
                 ('coarse', 'no', 'post-xfer exec = sh %s $RSYNC_MODULE_PATH\n' % coarse))))
 
@@ -1154,12 +1155,15 @@ class Mount:
         self.backing = tempfile.mkdtemp(prefix='behind-', dir=BASE)
         os.chmod(self.backing, 0o777)
         self.image = self.backing + '.image'
+        self.start(self.command())
+
+    def start(self, command):
         log = self.backing + '.log'
         with open(log, 'wb') as handle:
-            self.process = subprocess.Popen(self.command(), stdin=subprocess.DEVNULL, stdout=handle,
+            self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=handle,
                                             stderr=handle)
-        wait_for(lambda: os.path.ismount(where) or self.process.poll(), 'the mount')
-        if not os.path.ismount(where):
+        wait_for(lambda: os.path.ismount(self.where) or self.process.poll(), 'the mount')
+        if not os.path.ismount(self.where):
             raise AssertionError('%s: %s' % (type(self).__name__, text_of(log)))
 
     def make_image(self, *command):
@@ -1208,6 +1212,11 @@ class NtfsFoldsCase(Ntfs):
     """Names in lower case only, whatever was written."""
 
     driver, options = 'lowntfs-3g', 'umask=0,ignore_case'
+
+    def again(self):
+        """Unmount and mount it again."""
+        self.end()
+        self.start([self.driver, '-o', 'no_detach,' + self.options, self.image, self.where])
 
 
 class BindFs(Mount):
@@ -2383,6 +2392,54 @@ class Twins(Doctored):
             self.assertEqual((found.pop(b'day/run'), found.pop(b'day/RUN')), (b'new run', b'new RUN'))
             self.assertEqual(sorted(found.values()), [b'old RUN', b'old run'])
             self.assertEqual(len({mm.folded(name) for name in found}), 2, found)
+
+    def folding(self, **options):
+        """A world of which the target is a mount that folds case, and the mount."""
+        world = self.world('rsync_native', **options)
+        mount = NtfsFoldsCase(world.target)
+        self.addCleanup(lambda: mount.end())
+        return world, mount
+
+    def assert_kept(self, world, mount, expected, done):
+        """The contents, after the mount has forgotten what it remembers; the source is empty."""
+        mount.again()
+        self.assertEqual(sorted(held_at_target(world).values()), expected, str(done))
+        self.assertEqual(tree(world.source), {}, str(done))
+
+    def test_each_backup_of_twins_holds_what_was_replaced(self):
+        # link(2) of a name can give what its other spelling has replaced before
+        for step in ('backup', 'overwrite'):
+            world, mount = self.folding(on_conflict=step)
+            write(os.path.join(world.target, 'day', 'run'), b'old')
+            for name in ('run', 'RUN', 'Run'):
+                write(os.path.join(world.source, 'day', name), b'new ' + name.encode(), OLD)
+            done = self.assert_run(world, 0)
+            self.assert_kept(world, mount, [b'new RUN', b'new Run', b'new run', b'old'], done)
+
+    def test_each_backup_of_twins_of_several_passes_holds_what_was_replaced(self):
+        world, mount = self.folding(on_conflict='backup')
+        expected = []
+        for number, name in enumerate(('run', 'RUN', 'run')):
+            expected.append(b'new %d' % number)
+            write(os.path.join(world.source, name), expected[-1], OLD + number)
+            done = self.assert_run(world, 0)
+        self.assert_kept(world, mount, expected, done)
+
+    def test_twins_stay_where_nothing_can_be_set_aside(self):
+        # a daemon that refuses to delete; the others are delivered with the backups of a push
+        world = self.world('rsync_native', on_conflict='backup')
+        world.configure(**dict(world.options, target_dir='nodelete/' + world.options['target_dir'].split(
+            '/', 1)[1]))
+        names = 'day/run', 'day/RUN', 'lone'
+        for name in names:
+            write(os.path.join(world.source, name), b'new', OLD)
+            write(os.path.join(world.target, name), b'old')
+        done = self.assert_run(world, 1)
+        self.assertIn('exists at the target and cannot be replaced', done.output)
+        self.assertEqual(held_at_source(world), {b'day/run': b'new', b'day/RUN': b'new'})
+        found = held_at_target(world)
+        self.assertEqual([found.pop(name.encode()) for name in names], [b'old', b'old', b'new'])
+        self.assertEqual(list(found.values()), [b'old'])
 
     def test_of_twins_that_a_target_took_for_one_the_first_is_backed_up(self):
         # rsync has sent both, and then found only the second
