@@ -261,8 +261,11 @@ SIZE_UNITS = {'': 1, 'K': 1 << 10, 'M': 1 << 20, 'G': 1 << 30, 'T': 1 << 40}
 
 
 def parse_duration(text):
-    """Seconds of '90', '1.5h', '2m', '1d12h'.  Raises ValueError."""
+    """Seconds of '90', '1.5h', '2m', '1d12h'.  Raises ValueError, also for '1h30': of what?"""
     parts = re.findall(r'(\d+(?:\.\d+)?)\s*([smhd]?)', text.strip().lower())
+    units = [unit for _, unit in parts]
+    if len(parts) > 1 and units != [unit for unit in DURATION_UNITS if unit in units]:
+        raise ValueError('%r: write each number with its unit, the largest first, as 1h30m' % text)
     if not parts or re.sub(r'[\d.smhd\s]', '', text.lower()) or \
             ''.join(n + u for n, u in parts) != re.sub(r'\s', '', text.lower()):
         raise ValueError('%r is not a duration like 30s, 5m, 1.5h or 2d' % text)
@@ -274,7 +277,10 @@ def parse_size(text):
     match = re.match(r'(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?$', text.strip().upper())
     if not match:
         raise ValueError('%r is not a size like 500K, 10M, 2G or 1T' % text)
-    return int(float(match.group(1)) * SIZE_UNITS[match.group(2)])
+    size = float(match.group(1)) * SIZE_UNITS[match.group(2)]
+    if size >= 1 << 63:
+        raise ValueError('%r is more than any disk holds' % text)
+    return int(size)
 
 
 def format_size(count):
@@ -1008,13 +1014,20 @@ def kind_limit(text, base):
     return kind_duration(text, base)
 
 
+def kind_pause(text, base):
+    """A duration between two tries: without one they would never stop."""
+    if not kind_duration(text, base):
+        raise ValueError('must be more than 0s')
+    return kind_duration(text, base)
+
+
 def kind_size(text, _base):
     return parse_size(text)
 
 
 def kind_number(text, _base):
-    if not re.match(r'\d+$', text):
-        raise ValueError('%r is not a whole number' % text)
+    if not re.match(r'\d{1,9}$', text):
+        raise ValueError('%r is not a whole number of at most nine digits' % text)
     return int(text)
 
 
@@ -1046,12 +1059,15 @@ def kind_words(text, _base):
 def kind_command(text, base):
     """The words of a command that no shell sees."""
     words = kind_words(text, base)
+    if words and not words[0]:
+        raise ValueError('begins with an empty word')
     if any(re.match(r'\d?[<>|&;]', word) for word in words[1:]):
         raise ValueError("no shell reads this, so > | & ; mean nothing: use a script, or sh -c '...'")
     return [kind_program(words[0], base)] + words[1:] if words else []
 
 
-def kind_globs(text, _base):
+def kind_parts(text, _base):
+    """What commas separate."""
     parts = [part.strip() for part in text.split(',') if part.strip()]
     for part in parts:
         if re.search(r'\s[#;]|^[#;]\s', part):
@@ -1060,6 +1076,14 @@ def kind_globs(text, _base):
         if len(words) > 1 and all(re.match(r'\.|.*[*?\[]', word) for word in words):
             raise ValueError('%r: commas separate patterns; for a blank in a name write [ ]' % part)
     return parts
+
+
+def kind_globs(text, base):
+    """Patterns of names, which hold no slash."""
+    for part in kind_parts(text, base):
+        if '/' in part:
+            raise ValueError('%r matches nothing: a pattern is for a name, not for a path' % part)
+    return kind_parts(text, base)
 
 
 def kind_host(text, _base):
@@ -1133,9 +1157,11 @@ def kind_tls(text, base):
 
 def kind_chmod(text, _base):
     """'640' or 'F640,D750' as (mode of files, mode of directories)."""
-    modes = dict(re.findall(r'([FD]?)([0-7]{3,4})(?:,|$)', text))
+    found = re.findall(r'([FD]?)([0-7]{3,4})(?:,|$)', text)
+    modes = dict(found)
     files = modes.get('F', modes.get(''))
-    if not re.match(r'([FD]?[0-7]{3,4}(,|$))+$', text) or '' in modes and len(modes) > 1 or not files:
+    if not re.match(r'([FD]?[0-7]{3,4}(,|$))+$', text) or '' in modes and len(modes) > 1 or \
+            not files or len(modes) < len(found):
         raise ValueError('%r is no mode like 640 or F640,D750' % text)
     plain = int(files, 8)
     directories = int(modes['D'], 8) if 'D' in modes else plain | (plain & 0o444) >> 2 | 0o300
@@ -1159,13 +1185,14 @@ def kind_window(text, _base):
 
 def kind_mail(text, _base):
     """An address, or NAME <address>."""
-    if not re.match(r'(?:[^<>@"]*<)?[^\s<>@"\[\]]+@[A-Za-z0-9.-]+[A-Za-z0-9]>?$', text):
+    if not re.match(r'(?:[^<>@"\n]*<)?[^\s<>@"\[\]]+@[A-Za-z0-9.-]+[A-Za-z0-9]>?$', text) or \
+            ('<' in text) != text.endswith('>'):
         raise ValueError('%r is no mail address' % text)
     return text
 
 
 def kind_mails(text, base):
-    return [kind_mail(part, base) for part in kind_globs(text, base)]
+    return [kind_mail(part, base) for part in kind_parts(text, base)]
 
 
 LISTS = (kind_globs, kind_mails, kind_words, kind_command)      # may be empty, or go on in the next line
@@ -1215,7 +1242,7 @@ OPTIONS = [Option(*row) for row in (
     ('mistamover', 'log_format', one_of('text', 'json', 'journal'), 'text', '',
      'text; json: an object a line; journal: lines for journald or logger --prio-prefix'),
     ('mistamover', 'log_size', kind_size, '10M', '', 'log_file is rotated at this size; five are kept'),
-    ('mistamover', 'pause_time', kind_duration, '10s', '',
+    ('mistamover', 'pause_time', kind_pause, '10s', '',
      'pause between two scans when nothing was found'),
     ('mistamover', 'status_page', kind_path, '', '', 'an HTML page to look at, e.g. status.html'),
     ('mistamover', 'metrics_file', kind_path, '', '',
@@ -1275,7 +1302,7 @@ OPTIONS = [Option(*row) for row in (
      'e.g. {name}.sha256: such a file is made and published beside each item'),
     ('stream', 'items', one_of('top', 'files'), 'top', '',
      'top: each entry of the directory is one item; files: each file below it is one'),
-    ('stream', 'pause_time', kind_duration, '', '', 'as in [mistamover], for this stream'),
+    ('stream', 'pause_time', kind_pause, '', '', 'as in [mistamover], for this stream'),
     ('stream', 'ignore', kind_globs,
      ('.*, *.tmp, *.part, *.filepart, *.partial, *.crdownload, ~$*', ''), '',
      'shell globs of names to leave alone, at any depth'),
@@ -1307,8 +1334,8 @@ OPTIONS = [Option(*row) for row in (
     ('stream', 'parallel', kind_count, '4', 'parallel',
      'connections at a time; rclone: twice as many'),
     ('stream', 'retry_count', kind_count, '3', '', 'tries of --once; failures before quarantine'),
-    ('stream', 'retry_pause', kind_duration, '5s', '', 'pause after a failure, doubled each time'),
-    ('stream', 'retry_pause_max', kind_duration, '5m', '', 'longest pause after a failure'),
+    ('stream', 'retry_pause', kind_pause, '5s', '', 'pause after a failure, doubled each time'),
+    ('stream', 'retry_pause_max', kind_pause, '5m', '', 'longest pause after a failure'),
     ('stream', 'connect_timeout', kind_limit, '20s', 'network', 'to reach the target'),
     ('stream', 'stall_timeout', kind_limit, '2m', '', 'no progress for this long ends the attempt'),
     ('stream', 'bandwidth_limit', kind_size, '', '', 'bytes per second'),
@@ -1352,8 +1379,12 @@ OPTIONS = [Option(*row) for row in (
      'below it, kept copies are deleted where deletion_enabled says so'),
     ('disk_space_monitor', 'base_priority', kind_number, '100', '',
      'streams of at most this priority are concerned'),
-    ('disk_space_monitor', 'poll_interval', kind_duration, '60s', '', 'how often free space is looked at'),
+    ('disk_space_monitor', 'poll_interval', kind_pause, '60s', '', 'how often free space is looked at'),
 )]
+
+# in a value of several lines: a line that is no part of it
+SWALLOWED = re.compile(r'\n\s*(\[(?:stream:[^]\n]*|%s|defaults)\]|(?:%s)\s*=)' % tuple(
+    '|'.join(sorted({option[at] for option in OPTIONS})) for at in (0, 1)), re.I)
 
 REQUIRED = ('directory', 'target_dir')
 
@@ -1497,12 +1528,19 @@ def parse_ini(path, text):
 
 def note_origins(config, path, text):
     """Remember in which line each option of a file is."""
-    section = None
-    for number, line in enumerate(map(str.strip, text.splitlines()), 1):
-        header, option = re.match(r'\[(.+)\]', line), re.match(r'([^\s#;=][^=]*?)\s*=', line)
+    section = option = None
+    depth = 0
+    for number, line in enumerate(text.split('\n'), 1):
+        words, indent = line.strip(), len(line) - len(line.lstrip())
+        if not words or words[0] in '#;' or option and indent > depth:
+            continue                    # empty, a comment, or it continues the line before
+        depth, option = indent, re.match(r'([^=]+?)\s*=', words)
+        header = re.match(r'\[(.+)\]\s*(.*)', words)
         if header:
-            section = header.group(1)
+            section, option = header.group(1), None
             config.origins[(section, None)] = path, number
+            if header.group(2) and header.group(2)[0] not in '#;':
+                config.mistake(section, None, 'what follows the ] is not read', 'give it a line of its own')
         elif option:
             config.origins[(section, option.group(1).lower())] = path, number
 
@@ -1600,6 +1638,9 @@ def value_of(option, text, base, mode):
         text = default_of(option, mode)
     if re.search(r'[\0-\037]', text) and option.kind not in LISTS:
         raise ValueError('goes on in the next line: an indented line continues the one before')
+    swallowed = SWALLOWED.search(text)
+    if swallowed:
+        raise ValueError('goes on in the next lines with %s, for these are indented' % swallowed.group(1))
     if option.kind not in LISTS + (kind_text,) and re.search(r'\s[;#]', text):
         raise ValueError(COMMENT)
     return option.kind(text, base) if text or option.kind in LISTS else None, text
@@ -1615,7 +1656,7 @@ def read_section(config, section, kind, text_of, mode=None):
         text = text_of(section, option.name) if kind == 'stream' or \
             option.name in config.sections.get(section, ()) else None
         home = config.home(section, option.name)
-        base = os.path.dirname((config.origins.get((home, option.name)) or (config.path,))[0])
+        base = os.path.dirname(config.place(home, option.name)[0])
         try:
             values[option.name], text = value_of(option, text, base, mode)
         except ValueError as error:
@@ -1672,7 +1713,10 @@ def read_secret(config, section, path):
             config.mistake(section, 'password_file', '%s can be read by others' % show(path),
                            'chmod 600 %s' % show(path))
         with open(path, encoding='utf-8-sig') as handle:
-            return handle.readline().rstrip('\r\n')
+            secret = handle.readline().rstrip('\r\n')
+        if not secret:
+            config.mistake(section, 'password_file', 'the first line of %s is empty' % show(path))
+        return secret
     except OSError as error:
         config.mistake(section, 'password_file', '%s cannot be read: %s' % (show(path), error.strerror))
     except UnicodeDecodeError:
@@ -1689,6 +1733,9 @@ def check_email(config):
     if email.recipient and not email.smarthost:
         config.mistake('email', 'recipient', 'no mail goes without a smarthost',
                        'add a line "smarthost = ..."')
+    if bool(email.username) != bool(email.password_file):
+        config.mistake('email', 'password_file' if email.password_file else 'username',
+                       'username and password_file go together')
     if email.username and email.tls == 'no':
         config.mistake('email', 'username', 'a password would cross the network in clear',
                        'set tls = starttls or tls')
@@ -1717,7 +1764,7 @@ def check_files(config, stream):
     section = 'stream:' + stream.name
     if stream.password:
         home = config.home(section, 'password')
-        path = config.origins[(home, 'password')][0]
+        path, _ = config.place(home, 'password')
         if not only_mine(path):
             config.mistake(home, 'password', 'this file can be read by others', 'chmod 600 %s' % show(path))
     if stream.password_file:
@@ -1757,7 +1804,7 @@ def finish_stream(config, stream, protocols, state_dir):
     stream.unsummed = os.path.join(state_dir, stream.name + '.unsummed')
     if stream.protocol.target_form == 'here':
         home = config.home('stream:' + stream.name, 'target_dir')
-        base = os.path.dirname(config.origins[(home, 'target_dir')][0])
+        base = os.path.dirname(config.place(home, 'target_dir')[0])
         stream.target_dir = kind_path(stream.target_dir, base)
     parts = stream.target_dir.split('/')
     first = next((i for i, part in enumerate(parts) if '%' in part), len(parts))
@@ -1788,6 +1835,10 @@ def check_target_dir(stream, fail):
         fail('target_dir', *form[1:])
     if stream.target_base == '.' != stream.target_dir:
         fail('target_dir', 'must begin with a fixed part', 'dates go below it')
+    odd = re.search(r'%(?:[^%aAbBCdeFgGhHIjklmMpRsSTuUVwWyYzZ]|$)', stream.target_dates.replace('%%', ''))
+    if odd:
+        fail('target_dir', '%s in it is no date' % show(odd.group()),
+             'e.g. %Y/%m/%d; write %% for a percent sign')
     if stream.mirror_delete and stream.mirror and stream.target_dates:
         fail('mirror_delete', 'does not go with dates in target_dir', 'mirror to a fixed directory')
 
@@ -1908,7 +1959,13 @@ def check_apart(config):
 
 
 def check_own_files(config, state_dir):
-    """Our own files lie in no stream's directory."""
+    """Our own files lie in no stream's directory, and are four different ones."""
+    seen = {config.path: 'this file'}
+    for option in ('log_file', 'status_page', 'metrics_file'):
+        path = getattr(config.settings, option)
+        if path and path in seen:
+            config.mistake('mistamover', option, 'is %s too' % seen[path], 'give each its own name')
+        seen[path] = option
     for stream in config.streams:
         for option, path in (('state_dir', state_dir), ('log_file', config.settings.log_file),
                              ('status_page', config.settings.status_page),
@@ -1919,8 +1976,13 @@ def check_own_files(config, state_dir):
 
 
 def check_quarantines(config):
-    """What is put aside must not be sent by another stream."""
+    """What is put aside must not be sent by another stream, nor taken for delivered."""
     for stream in config.streams:
+        if stream.move and stream.protocol.target_form == 'here' and \
+                lies_below(stream.quarantine_dir, stream.target_base) and \
+                not lies_below(stream.directory, stream.target_base):
+            config.mistake('stream:' + stream.name, 'quarantine_dir', 'lies in target_dir',
+                           'put it somewhere else')
         for other in config.streams:
             # a direct child of its own directory is skipped by the scan; elsewhere it would be sent
             own = other is stream and stream.quarantine_dir != stream.directory and \

@@ -1781,6 +1781,53 @@ level_low = 10
         self.assertEqual(stream.ignore, ['*~', '#*#', 'a b*', '* - Copy*', '*[ ]x[ ]*'])
         self.assertEqual(stream.after_delivery, ['logger', '# x', 'a #b'])
 
+    def test_values_that_meant_nothing_or_something_else(self):
+        for line, part in (('settle_time = 1h30', '1h30m'), ('settle_time = 5 5', 'unit'),
+                           ('settle_time = 30m1h', 'largest first'), ('pause_time = 0', 'more than 0s'),
+                           ('retry_pause = 0s', 'more than 0s'), ('batch_size = ' + '9' * 400, 'disk'),
+                           ('batch_files = ' + '9' * 5000, 'digits'), ('batch_size = 99999999T', 'disk'),
+                           ('ignore = *.tmp, build/', 'not for a path'), ('only = /data/*', 'not for a path'),
+                           ('after_delivery = ""', 'empty word'), ('target_chmod = F640,F600', 'mode'),
+                           ('ignore = a,\n  settle_time = 5s', 'settle_time ='),
+                           ('ignore = a,\n  [stream:b]\nonly = b', '[stream:b]')):
+            self.refused(self.stream(more=line), '[stream:a] ' + line.split()[0], part)
+        self.refused(self.stream(more='quarantine_dir = TOP/out/bad'), 'quarantine_dir', 'target_dir')
+        self.refused(self.stream().replace(':a]', ':a] settle_time = 5s'), 'line 1', 'not read')
+        for dates in ('%Q', '%Y/100%', '%D', '%c', '%n'):
+            self.refused(self.stream(target='TOP/out/' + dates), 'target_dir', dates[-1:] + ' in it is no')
+        stream = self.loaded(self.stream(target='/out/%Y-%m-%d/%H%M/100%%', more='settle_time = 1d2h3.5m4s'))
+        self.assertEqual((stream.target_dates, stream.settle_time), ('%Y-%m-%d/%H%M/100%%', 93814))
+        for line in ('log_file = m.ini', 'log_file = x\nstatus_page = x', 'metrics_file = x\nlog_file = ./x'):
+            self.refused('[mistamover]\n%s\n' % line + self.stream(), 'give each its own name')
+        mail = '[email]\nsmarthost = h\nrecipient = %s\nfrom = %s\ntls = tls\n%s\n'
+        for values, part in ((('<a@b.c', 'a@b.c', ''), 'recipient'), (('a@b.c', 'a@b.c>', ''), 'from'),
+                             (('a@b.c,\n A\n B <d@e.f>', 'a@b.c', ''), 'recipient'),
+                             (('a@b.c', 'A <a@b.c>', 'username = u'), 'go together'),
+                             (('a@b.c', 'a@b.c', 'password_file = m.ini'), 'go together')):
+            text = mail % values + self.stream()
+            with self.assertRaises(mm.ConfigError) as caught:
+                self.loaded(text)
+            self.assertIn(part, str(caught.exception.lines))
+        empty = os.path.join(tempfile.mkdtemp(dir=BASE), 'empty')
+        write(empty, b'\nsecond line\n')
+        os.chmod(empty, 0o600)
+        self.refused(self.stream('ftp', 'x', 'target_host = h\npassword_file = ' + empty), 'is empty')
+
+    def test_where_an_option_is_after_a_list_of_several_lines(self):
+        """Its place tells what its path is relative to."""
+        top = tempfile.mkdtemp(dir=BASE)
+        write(os.path.join(top, 'm.ini'), b'[mistamover]\nstream_files = more/*.ini\n')
+        write(os.path.join(top, 'more', 'a.ini'), '[stream:a]\nignore = a\u2028z,\n  [ab]*,\n  b=c\n'
+              '\ntransfer_protocol = local\n# x\n;[y]\ntarget_dir = out\ndirectory = in\n'
+              'settle_time = x\n'.encode())
+        with self.assertRaisesRegex(mm.ConfigError, r'more/a.ini, line 11: \[stream:a\] settle_time'):
+            mm.load_config(os.path.join(top, 'm.ini'), mm.TRANSPORTS)
+        path = os.path.join(top, 'more', 'a.ini')
+        write(path, text_of(path).replace('settle_time = x', '').encode())
+        stream, = mm.load_config(os.path.join(top, 'm.ini'), mm.TRANSPORTS).streams
+        self.assertEqual((stream.directory, stream.target_dir, stream.ignore), (
+            os.path.join(top, 'more', 'in'), os.path.join(top, 'more', 'out'), ['a\u2028z', '[ab]*', 'b=c']))
+
     def test_the_name_of_the_host_in_values(self):
         with mock.patch('socket.gethostname', lambda: 'pc-07.lab.example.org'):
             stream = self.loaded('[defaults]\nusername = ${host}\n' + self.stream(
@@ -6530,7 +6577,7 @@ class Sums(Doctored):
         world = self.world(check_file='{name}.md5', quarantine_after='0s', retry_count='2')
         told = os.path.join(world.top, 'told')
         world.configure('alert_command = sh -c "cat >> %s"\n' % told, check_file='{name}.md5',
-                        quarantine_after='0s', retry_count='3', retry_pause='0s')
+                        quarantine_after='0s', retry_count='3', retry_pause='0.01s')
         self.put(world, run=self.A, **{'run.md5': b'%s  run\n' % self.digest(self.B, 'md5').encode()})
         self.assert_run(world, 1)
         self.assertIn('run is not what run.md5 says', world.run('--status', '--json').output)
