@@ -4080,6 +4080,8 @@ class CheckFiles:
             bagit = os.path.basename(entry.path).startswith(b'manifest-')
             try:
                 found = parse_sums(b''.join(content), self.algorithm, bagit)
+                if b'' in found and (self.shared or self.inside):
+                    raise ValueError('holds a hash without the name of its file')
                 head = os.path.dirname(entry.path)
                 found = {path and os.path.join(head, path): digest for path, digest in found.items()}
             except ValueError as error:

@@ -6572,6 +6572,21 @@ class Sums(Doctored):
         self.assertEqual(self.delivered(world), {'a': self.A, 'tree/b': self.B, 'SHA256SUMS': sums})
         self.assertEqual(contents(tree(world.source)), {b'unlisted': self.A})
 
+    def test_a_hash_without_a_name_where_there_may_be_several_files(self):
+        digest = hashlib.sha256(b'one').hexdigest()
+        for check, name, below in (('SHA256SUMS', 'one', ''), ('{name}/sha256.txt', 'day/one', 'day/')):
+            for lines, code in ((digest, 1), ('%s\n%s  one' % (digest, digest), 1), (digest + '  ./one', 0)):
+                with self.subTest(check + ' ' + lines):
+                    world = self.world('local', check_file=check, retry_count='1')
+                    write(os.path.join(world.source, name), b'one', OLD)
+                    sums = below + check.replace('{name}/', '')
+                    write(os.path.join(world.source, sums), lines.encode() + b'\n', OLD)
+                    before = held_at_source(world)
+                    done = self.assert_run(world, code)
+                    held = held_at_source(world), held_at_target(world)
+                    self.assertEqual(held, (before, {}) if code else ({}, before), str(done))
+                    self.assertEqual('holds a hash without the name' in done.output, bool(code), str(done))
+
     def test_a_mismatch_is_reported_once_and_quarantined_with_its_sum(self):
         need('sh')
         world = self.world(check_file='{name}.md5', quarantine_after='0s', retry_count='2')
