@@ -11478,9 +11478,21 @@ class Delivery:
     # -- scan, settle
 
     def scan_and_settle(self, backing_off):
-        """What is due, a list of Due, the first to go last.  A file that is opened before it goes needs
-        no second look and is held, while they are few: there may be a million."""
+        """What is due, a list of Due, the first to go last."""
         self.progress.enter('scanning', save=False)
+        due, names, size, oldest = self.find_due(backing_off)
+        self.worker.tell_of_staying(self.scanner.staying)
+        self.follow_orphans()
+        self.put_in_order(due)
+        if names:
+            due = [row for row in due if not self.clash(row, names)]
+        self.progress.begin(len(due), size, oldest)
+        return due
+
+    def find_due(self, backing_off):
+        """(Due of each item that has settled and is not at the target, names for clash(), their bytes,
+        the oldest mtime_ns).  A file that is opened before it goes needs no second look and is held,
+        while they are few: there may be a million."""
         now, wall = time.monotonic(), self.worker.wall()
         settler = self.worker.settler
         settler.begin(directory_clock(self.stream), now)
@@ -11520,13 +11532,7 @@ class Delivery:
         for name in gone:
             self.failures.forget(name)
         self.worker.forget_mirrored(here)
-        self.worker.tell_of_staying(self.scanner.staying)
-        self.follow_orphans()
-        self.put_in_order(due)
-        if names:
-            due = [row for row in due if not self.clash(row, names)]
-        self.progress.begin(len(due), size, oldest)
-        return due
+        return due, names, size, oldest
 
     def put_in_order(self, due):
         """By `order`, then by name; what failed before goes last; the first to go is the last row."""
