@@ -9588,6 +9588,7 @@ class FtpTransport(Staging):
         self.login_time = 0             # seconds that the last login took
         self.context = None             # of TLS
         self.ended = set()              # staged names whose last byte was sent
+        self.broken = set()             # staged names at which a line broke
         self.home = b''                 # the absolute name of target_dir
         self.forget()
 
@@ -9935,7 +9936,8 @@ class FtpTransport(Staging):
                         turns.go_on(labour(self.take()))
                     while joined:
                         turns.go_on(labour(joined.popleft()))
-                    turns.wait()
+                    if turns.waiting:           # not if a line broke before there was a need to wait
+                        turns.wait()
         finally:
             turns.close()
             for line in joined:
@@ -10310,6 +10312,7 @@ class FtpTransport(Staging):
                 line.close()
                 job.error = TargetError(error.message, error.hint, job.entry.path)
                 cut.append(job)
+                self.broken.add(job.staged)
                 if len(cut) > self.stream.parallel:     # it is not this file
                     raise job.error
         if all(self.is_eager(job.entry.size) for job in jobs):
@@ -10338,6 +10341,10 @@ class FtpTransport(Staging):
         """Steps: STOR to the temporary name, or REST and STOR for the rest of a big file.  Raise
         Changed, ItemError, TargetError."""
         start = self.part_there(line, job)
+        if job.staged in self.broken and not start and self.stream.staging == 'area':
+            # the server may not know yet, and hold it locked for a minute (vsftpd, lock_upload_files)
+            self.answers(line, [b'DELE ' + self.name(job.staged)])
+        self.broken.discard(job.staged)
         reply, digest = yield from self.transfer(line, batch, job, start)
         if not reply.done and reply.code not in (421, 425, 426, 452, 552) and \
                 self.answers(line, [b'DELE ' + self.name(job.staged)])[0].done:

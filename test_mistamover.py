@@ -4903,6 +4903,30 @@ class Isolation(Invariants):
             done = self.assert_run(world, 0)
             self.assert_converged(world, originals, str(done))
 
+    @on_sites('ftp')
+    def test_a_file_that_the_broken_session_holds_locked(self, site):
+        # as vsftpd does with lock_upload_files until its accept_timeout, a minute, is over
+        world = self.world(site)
+        write(os.path.join(world.source, 'run001'), b'run')
+
+        def doctor():
+            import fcntl
+            real, held = mm.FtpTransport.store, []
+
+            def store(self, line, batch, job):
+                if not held:
+                    held.append(open(os.path.join(mm.to_bytes(world.target), job.staged), 'wb'))
+                    os.chmod(held[0].name, 0o666)
+                    fcntl.lockf(held[0], fcntl.LOCK_EX)
+                    raise mm.TargetError('the server hung up')
+                return (yield from real(self, line, batch, job))
+            mm.FtpTransport.store = store
+
+        done = self.doctored(world, doctor)
+        self.assertEqual(done.code, 0, str(done))
+        self.assertNotIn('timed out', done.output)
+        self.assert_converged(world, {b'run001': b'run'}, str(done))
+
     @on_sites('rsync_native', 'ftp')
     def test_a_daemon_quarantines_it_in_time_and_goes_on(self, site):
         world, proxy, originals = self.poisoned(site, quarantine_after='0s', retry_count='2')
