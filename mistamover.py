@@ -9108,7 +9108,8 @@ class SftpTransport(Staging):
         if Fxp.status(answer) in (Fxp.UNSUPPORTED, Fxp.BAD):
             self.can_sync = False
         elif not Fxp.good(answer):
-            raise self.trouble('new names cannot be had on the disk', answer)
+            raise self.trouble('new names cannot be had on the disk', answer,
+                               'sync %s', os.path.join(self.area, b'sync'))
 
     # -- publishing
 

@@ -5801,6 +5801,7 @@ class OneItemAlone(Invariants):
 
         done = self.doctored(world, doctor)
         self.assertEqual((done.code, held_at_source(world)), (1, {b'a': b'a'}), str(done))
+        self.assertIn('s: new names cannot be had on the disk: ', done.output)
         self.assert_run(world, 0)
         self.assert_converged(world, {b'a': b'a'})
 
