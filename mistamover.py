@@ -4218,11 +4218,11 @@ Outcome.__new__.__defaults__ = (False, None)
 class Batch:
     """The parcels of one push, or a part of them; transports keep their notes in `jobs`.
 
-    seen: the hashes of the folded names of what this pass has sent in earlier batches.
+    seen: whether this pass has sent what has this folded name in an earlier batch.
     about: the Batch whose checksum files these are, or None.
     """
 
-    def __init__(self, root, subdir, parcels, jobs=None, seen=(), about=None):
+    def __init__(self, root, subdir, parcels, jobs=None, seen=lambda name: False, about=None):
         self.root = root
         self.subdir = subdir
         self.parcels = parcels
@@ -4258,7 +4258,7 @@ class Batch:
         """Those of its paths that a target may take for one name with another of this pass: what
         has that name there is ours, and its source may be gone."""
         count = collections.Counter(folded(entry.path) for entry in self.entries)
-        return {path for path in paths if count[folded(path)] > 1 or hash(folded(path)) in self.seen}
+        return {path for path in paths if count[folded(path)] > 1 or self.seen(folded(path))}
 
     def parts(self, most_files, most_bytes):
         """Yield it in parts, none of them larger, unless a single parcel is."""
@@ -11386,7 +11386,7 @@ class Delivery:
         self.connecting = Pipeline(self.connect)
         self.releasing = Pipeline(self.record_and_release)  # while one part is recorded and released,
         self.proving = Pipeline(self.prove, self.releasing)     # the next is proven, the third sent
-        self.seen = set()               # hashes of folded names that were sent in earlier batches
+        self.seen = {}                  # hash of a folded name that a batch has sent -> how many before it
         self.open = collections.OrderedDict()   # name -> (place, Parcel): sent, not answered yet
         self.again = collections.deque()        # batches to be sent again after the line broke
         self.aside = collections.OrderedDict()  # name -> Case: sent again, alone, when all else has gone
@@ -11766,14 +11766,20 @@ class Delivery:
             root = self.stream.root if parcel.entries is item.entries else to_bytes(self.stream.spool)
             key = root, self.dated(item)
             if key not in pending:
-                pending[key] = Batch(root, key[1], [], seen=self.seen)
+                pending[key] = Batch(root, key[1], [], seen=self.seen_before())
             pending[key].parcels.append(parcel)
         yield from pending.values()
 
     def remember(self, names):
         """Only an overwriting move asks: its sources are gone when a twin comes."""
         if self.stream.move and self.stream.on_conflict == 'overwrite':
-            self.seen.update(map(hash, names))
+            for name in names:
+                self.seen.setdefault(hash(name), len(self.seen))
+
+    def seen_before(self):
+        """For a batch that begins now: it may be published when its own names are remembered, too."""
+        count = len(self.seen)
+        return lambda name: self.seen.get(hash(name), count) < count
 
     def dated(self, item):
         if not self.stream.target_dates:
@@ -12014,7 +12020,7 @@ class Delivery:
                      any(entry.path == error.path for entry in parcel.entries)), None)
 
     def batch_of(self, place, parcels, about=None):
-        return Batch(place[0], place[1], parcels, seen=self.seen, about=about)
+        return Batch(place[0], place[1], parcels, seen=self.seen_before(), about=about)
 
     def halves(self, left, count):
         """Batches of what is left, in at least `count` pieces: the culprit is in one of them."""

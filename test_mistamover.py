@@ -2423,6 +2423,32 @@ class Twins(Doctored):
         self.assertEqual(sorted(kept.values()), [b'Scan.dat', b'another', b'other', b'scan.dat'], str(done))
         self.assertEqual(kept[b'scan.dat'], b'scan.dat')
 
+    def test_no_name_of_many_batches_is_its_own_twin(self):
+        # a batch is published while the next one is made, when its own names have been remembered
+        names = [b'run%03d' % number for number in range(12)]
+
+        def doctor():
+            begun, remembered = [], []
+            def remember(self, names, real=mm.Delivery.remember):
+                real(self, names)
+                remembered.append(names)
+            mm.Delivery.remember = remember
+
+            for cls in mm.Staging, mm.RsyncTransport:
+                def finish(self, batch, real=cls.finish):
+                    begun.append(batch)
+                    wait_for(lambda: len(remembered) >= min(len(begun), 3), 'the next of four batches')
+                    return real(self, batch)
+                cls.finish = finish
+
+        for site in 'local', 'rsync_native':
+            world = self.world(site, on_conflict='overwrite', batch_files='3', target_chmod='644')
+            for name in names:
+                write(os.path.join(mm.to_bytes(world.source), name), b'new')
+                write(os.path.join(mm.to_bytes(world.target), name), b'old one')
+            done = self.doctored(world, doctor)
+            self.assertEqual((done.code, tree(world.source)), (0, {}), str(done))
+            self.assertEqual(contents(tree(world.target)), {name: b'new' for name in names}, str(done))
 
     def test_no_two_stamps_are_the_same(self):
         real, clock = time.time, [1764322200.5]
