@@ -474,28 +474,28 @@ def link_and_unlink(old, new):
     os.unlink(old)
 
 
-def look_and_rename(old, new):
-    """What is left where there are no hard links: what comes in between is overwritten."""
-    if os.path.lexists(new):
+def look_and_rename(old, new, old_in=None, new_in=None):
+    """What is left where there are no hard links: what comes in between is overwritten.  old_in,
+    new_in: descriptors of the directories that the names are relative to.  Raises OSError."""
+    try:
+        os.stat(new, dir_fd=new_in, follow_symlinks=False)
+    except FileNotFoundError:
+        os.rename(old, new, src_dir_fd=old_in, dst_dir_fd=new_in)
+    else:
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), new)
-    os.rename(old, new)
 
 
 def rename_if_free(old, new, old_in=None, new_in=None):
-    """Whether a file got a name that nothing had.  old_in, new_in: descriptors of directories.
-    Raises OSError."""
-    try:
-        rename_exclusively(old, new, *(-100 if fd is None else fd for fd in (old_in, new_in)))
-        return True
-    except FileExistsError:
-        return False
-    except OSError:                     # what comes after the look is overwritten
+    """Whether a file got a name that nothing had.  old_in, new_in: as above.  Raises OSError."""
+    with contextlib.suppress(FileExistsError):
         try:
-            os.stat(new, dir_fd=new_in, follow_symlinks=False)
-            return False
-        except FileNotFoundError:
-            os.rename(old, new, src_dir_fd=old_in, dst_dir_fd=new_in)
-            return True
+            rename_exclusively(old, new, *(-100 if fd is None else fd for fd in (old_in, new_in)))
+        except FileExistsError:
+            raise
+        except OSError:
+            look_and_rename(old, new, old_in, new_in)
+        return True
+    return False
 
 
 def parent_of(path):
@@ -1016,9 +1016,10 @@ def kind_limit(text, base):
 
 def kind_pause(text, base):
     """A duration between two tries: without one they would never stop."""
-    if not kind_duration(text, base):
+    pause = kind_duration(text, base)
+    if not pause:
         raise ValueError('must be more than 0s')
-    return kind_duration(text, base)
+    return pause
 
 
 def kind_size(text, _base):
@@ -1080,10 +1081,11 @@ def kind_parts(text, _base):
 
 def kind_globs(text, base):
     """Patterns of names, which hold no slash."""
-    for part in kind_parts(text, base):
+    parts = kind_parts(text, base)
+    for part in parts:
         if '/' in part:
             raise ValueError('%r matches nothing: a pattern is for a name, not for a path' % part)
-    return kind_parts(text, base)
+    return parts
 
 
 def kind_host(text, _base):
@@ -7009,12 +7011,13 @@ class RsyncTransport(Transport):
     def delete_missing(self, wanted):
         """List the target, then name what must go; a name that exists here by then is safe."""
         listed = self.check_listing()
+        names = {name for name, _ in listed}
         marker = to_bytes(self.stream.target_marker or '')
-        if marker and marker not in dict(listed) and folded(marker) not in map(folded, dict(listed)):
+        if marker and marker not in names and folded(marker) not in map(folded, names):
             raise self.unmarked()
         # a target that folds case or accents may show what is here under another name; else none
         # of these is left, and nothing needs to be folded
-        shown = {folded(path) for path in wanted.difference(name for name, _ in listed)}
+        shown = {folded(path) for path in wanted - names}
         cleared, self.cleared = self.cleared, []
         return cleared + self.delete_all(self.stream.root, [
             (name, is_directory) for name, is_directory in listed

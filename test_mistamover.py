@@ -1541,6 +1541,27 @@ class Helpers(unittest.TestCase):
         self.assertFalse(match(b'a.tmp.dat') or match(b'xx.'))
         self.assertIsNone(mm.compile_globs([]))
 
+    def test_a_free_name_in_a_directory_that_is_held(self):
+        """By the kernel's own way, and by the look that stands in for it."""
+        top = tempfile.mkdtemp(dir=BASE)
+        self.addCleanup(shutil.rmtree, top)
+        for refusal in ({}, {'side_effect': OSError(errno.ENOSYS, 'no such call')}):
+            for name in ('one/free', 'one/clash', 'two/clash'):
+                write(os.path.join(top, name), name.encode())
+            with contextlib.ExitStack() as stack:
+                one, two = (os.open(os.path.join(top, name), os.O_RDONLY) for name in ('one', 'two'))
+                stack.callback(os.close, one)
+                stack.callback(os.close, two)
+                if refusal:
+                    stack.enter_context(mock.patch.object(mm, 'rename_exclusively', **refusal))
+                self.assertEqual([mm.rename_if_free(name, name, one, two) for name in (b'free', b'clash')],
+                                 [True, False], refusal)
+                self.assertRaises(FileNotFoundError, mm.rename_if_free, b'none', b'none', one, two)
+            self.assertEqual(contents(tree(top)), {
+                b'one': 'directory', b'two': 'directory', b'two/free': b'one/free',
+                b'one/clash': b'one/clash', b'two/clash': b'two/clash'}, refusal)
+            shutil.rmtree(os.path.join(top, 'two'))
+
     def test_transfer_window(self):
         at = lambda hour, minute=0: time.struct_time((2026, 1, 1, hour, minute, 0, 0, 1, 0))
         self.assertTrue(mm.in_window((1200, 360), at(23)) and mm.in_window((1200, 360), at(5, 59)))
