@@ -9569,6 +9569,7 @@ class FtpTransport(Staging):
     forbidden = b'\r\n\0'
     lists = True
     AHEAD = 32                          # questions under way; their answers fit any buffer
+    LOCKED_FOR = 900                    # seconds that a server may keep the file of a broken session locked
     EAGER = 1 << 14                     # bytes that fit a socket's buffer whether read or not
     TROUBLE = (530, 532, 534, 535, 521, 522)        # not of one file, as is every 4xx but these:
     ROOM = (451, 452, 552)              # to STOR: the disk, a quota, a limit
@@ -9592,7 +9593,7 @@ class FtpTransport(Staging):
         self.login_time = 0             # seconds that the last login took
         self.context = None             # of TLS
         self.ended = set()              # staged names whose last byte was sent
-        self.broken = set()             # staged names at which a line broke
+        self.broken = {}                # staged name at which a line broke -> when
         self.home = b''                 # the absolute name of target_dir
         self.forget()
 
@@ -10306,6 +10307,8 @@ class FtpTransport(Staging):
 
     def stage(self, batch, jobs):
         cut = []                        # jobs at which a line broke
+        self.broken = {name: since for name, since in self.broken.items()
+                       if time.monotonic() - since < self.LOCKED_FOR}
 
         def store(line, job):
             try:
@@ -10316,7 +10319,7 @@ class FtpTransport(Staging):
                 line.close()
                 job.error = TargetError(error.message, error.hint, job.entry.path)
                 cut.append(job)
-                self.broken.add(job.staged)
+                self.broken[job.staged] = time.monotonic()
                 if len(cut) > self.stream.parallel:     # it is not this file
                     raise job.error
         if all(self.is_eager(job.entry.size) for job in jobs):
@@ -10348,7 +10351,7 @@ class FtpTransport(Staging):
         if job.staged in self.broken and not start and self.stream.staging == 'area':
             # the server may not know yet, and hold it locked for a minute (vsftpd, lock_upload_files)
             self.answers(line, [b'DELE ' + self.name(job.staged)])
-        self.broken.discard(job.staged)
+        self.broken.pop(job.staged, None)
         reply, digest = yield from self.transfer(line, batch, job, start)
         if not reply.done and reply.code not in (421, 425, 426, 452, 552) and \
                 self.answers(line, [b'DELE ' + self.name(job.staged)])[0].done:

@@ -4987,6 +4987,32 @@ class Isolation(Invariants):
         self.assertNotIn('timed out', done.output)
         self.assert_converged(world, {b'run001': b'run'}, str(done))
 
+    @on_sites('ftp')
+    def test_names_of_files_that_vanished_are_not_kept(self, site):
+        world = self.world(site)
+        for name in ('bad1', 'bad2', 'good'):
+            write(os.path.join(world.source, name), name.encode())
+
+        def doctor():
+            real, send = mm.FtpTransport.store, mm.FtpTransport.stage
+
+            def store(self, line, batch, job):
+                if job.entry.path.startswith(b'bad'):
+                    os.unlink(os.path.join(batch.root, job.entry.path))
+                    write(os.path.join(world.source, 'later'), b'later')
+                    raise mm.TargetError('the server hung up')
+                return (yield from real(self, line, batch, job))
+
+            def stage(self, batch, jobs):
+                self.LOCKED_FOR = 0
+                send(self, batch, jobs)
+                print('KEPT %d' % len(self.broken))
+            mm.FtpTransport.store, mm.FtpTransport.stage = store, stage
+
+        done = self.doctored(world, doctor)
+        self.assertEqual(re.findall('KEPT (.*)', done.output), ['2', '0'], str(done))
+        self.assert_converged(world, {b'good': b'good', b'later': b'later'}, str(done))
+
     @on_sites('rsync_native', 'ftp')
     def test_a_daemon_quarantines_it_in_time_and_goes_on(self, site):
         world, proxy, originals = self.poisoned(site, quarantine_after='0s', retry_count='2')
