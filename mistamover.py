@@ -1804,6 +1804,7 @@ def finish_stream(config, stream, protocols, state_dir):
     stream.unproven = os.path.join(state_dir, stream.name + '.unproven')
     stream.coarse = os.path.join(state_dir, stream.name + '.times')
     stream.unsummed = os.path.join(state_dir, stream.name + '.unsummed')
+    stream.taken = os.path.join(state_dir, stream.name + '.taken')
     if stream.protocol.target_form == 'here':
         home = config.home('stream:' + stream.name, 'target_dir')
         base = os.path.dirname(config.place(home, 'target_dir')[0])
@@ -2803,6 +2804,41 @@ class Unsummed:
 
     def save(self):
         write_names(self.path, self.names | self.begun)
+
+
+class Taken:
+    """Files that a mirror sent and that a reader took from the target as soon as they were proven: they
+    are not sent again while they are what they were.  A digest of each is on disk once the ledger tells
+    of it; beyond MOST the oldest are forgotten, and sent once more."""
+
+    MOST = 100000
+    SIZE = 20                           # bytes of a digest
+
+    def __init__(self, stream):
+        self.path, self.target = stream.taken, target_of(stream)
+        content = b''
+        with own_files('cannot read %s' % show(self.path)), \
+                contextlib.suppress(FileNotFoundError), open(self.path, 'rb') as handle:
+            content = handle.read()
+        self.marks = collections.OrderedDict.fromkeys(
+            content[at:at + self.SIZE] for at in range(0, len(content), self.SIZE))
+
+    def mark(self, entry):
+        import hashlib
+        return hashlib.sha1(repr((self.target, entry.path, entry.size, entry.mtime_ns)).encode()).digest()
+
+    def __contains__(self, entry):
+        return bool(self.marks) and self.mark(entry) in self.marks
+
+    def add(self, entries):
+        """Raises StateError."""
+        if not entries:
+            return
+        self.marks.update((self.mark(entry), None) for entry in entries)
+        while len(self.marks) > self.MOST:
+            self.marks.popitem(last=False)
+        with own_files('cannot write %s' % show(self.path)):
+            atomic_write(self.path, b''.join(self.marks), True)
 
 
 def target_of(stream, dates=True):
@@ -4211,10 +4247,10 @@ Parcel = collections.namedtuple('Parcel', 'item entries')
 # What a transport answers for each parcel: error (None: every file of it is proven at
 # the target), checksum (of a single file), target (its name there, if it is another),
 # linked ({path: Link} of what of its batch is one file at both ends), sent (False: all of it
-# was there already), taken (a reader took a file away after it had been proven and named), proof
-# (how it was proven, for the ledger).
+# was there already), taken (the Entries of files that a reader took away after they had been proven
+# and named), proof (how it was proven, for the ledger).
 Outcome = collections.namedtuple('Outcome', 'error checksum target linked sent taken proof')
-Outcome.__new__.__defaults__ = (False, None)
+Outcome.__new__.__defaults__ = ((), None)
 
 
 class Batch:
@@ -4344,6 +4380,7 @@ class Transport:
         self.progress = progress
         self.lock_fds = tuple(lock_fds)
         self.own_copies = {}        # settle_max: path -> (SHA-256, wall time) of what was sent last
+        self.taken = ()             # a mirror's Taken
 
     def open(self):
         """Make the connection ready; called again, it checks that it still is."""
@@ -5147,12 +5184,13 @@ class Staging(Transport):
 
     def outcome_of_one(self, job, linked):
         return Outcome(job.error, 'sha256:' + job.digest if job.digest else None, job.final, linked,
-                       self.stream.move or not job.equal, job.taken, self.proof_of([job]))
+                       self.stream.move or not job.equal, [job.entry] if job.taken else (),
+                       self.proof_of([job]))
 
     def outcome_of_many(self, jobs, linked):
         return Outcome(next((job.error for job in jobs if job.error), None), None, None, linked,
                        self.stream.move or any(not job.equal for job in jobs),
-                       any(job.taken for job in jobs), self.proof_of(jobs))
+                       [job.entry for job in jobs if job.taken], self.proof_of(jobs))
 
     hashing = 'read back'       # how a hash of what is at the target is had, for the ledger
 
@@ -5531,7 +5569,8 @@ class LocalTransport(Staging):
         return all(map(self.looks_like, item.entries, finals))
 
     def looks_like(self, entry, final, connected=False):
-        """Mirror: equal by kind, size and mtime, like rsync's quick check; a link by its aim."""
+        """Mirror: equal by kind, size and mtime, like rsync's quick check; a link by its aim.  What a reader
+        took is not missing."""
         try:
             info = os.lstat(self.base + final)
             if KINDS.get(stat.S_IFMT(info.st_mode)) != entry.kind:
@@ -5541,6 +5580,8 @@ class LocalTransport(Staging):
             return (info.st_size == entry.size or entry.kind == 'd') and (
                 self.same_time(entry, info, connected) or
                 self.held.get(final) == (entry.identity, info.st_mtime_ns))
+        except FileNotFoundError:
+            return entry.kind == 'f' and entry in self.taken
         except OSError:
             return False
 
@@ -12148,6 +12189,8 @@ class Delivery:
         copies = [pair for pair in sent if pair[0].item.name in self.copying]
         self.worker.ledger.append(self.lines([pair for pair in sent if pair not in copies], 'delivered'))
         self.worker.ledger.append(self.lines(copies, 'copied'))
+        if self.stream.mirror:
+            self.worker.taken.add([entry for _, outcome in sent for entry in outcome.taken])
         for parcel, _ in good if log.detailed else ():
             log.debug('delivered %s' % show(parcel.item.name), self.stream)
 
@@ -12907,6 +12950,7 @@ class Worker:
         self.told_apart = False         # whether source and target are known to differ
         self.mirrored = {}              # name -> fingerprint of what the target has
         self.unsummed = None            # an Unsummed, of a mirror with send_checksum
+        self.taken = None               # a Taken, of a mirror
         self.stays = None               # see tell_of_staying()
         self.zipped = None              # see delivered_trees()
         self.exit_code = EXIT_OK
@@ -13020,6 +13064,8 @@ class Worker:
         self.sweep()
         self.transport = self.stream.protocol(self.stream, self.stop, self.progress, self.lock.fds)
         self.transport.littered = self.dirty()
+        if self.stream.mirror:
+            self.taken = self.transport.taken = Taken(self.stream)
         if self.stream.settle_max is not None:
             self.transport.own_copies.update(self.copies())
 

@@ -8451,6 +8451,153 @@ class AtEveryTarget(Invariants):
                     self.assertEqual((tree(world.source), world.leftovers()), (before, []))
 
 
+class TakenFromMirrors(Invariants):
+    """A reader takes what a mirror has just proven there: that is sent once, until it changes."""
+
+    TAKES = b'run0', b'run1', b'day/a'
+
+    def setUp(self):
+        self.world = self.world_of(transfer_mode='mirror')
+        self.shelf = os.path.join(mm.to_bytes(self.world.top), b'shelf')
+        for name in self.TAKES + (b'stays', b'day/b'):
+            self.arrives(name, b'content of ' + name)
+
+    def world_of(self, **options):
+        return Case.world(self, 'local', **options)
+
+    def arrives(self, name, content, mtime=OLD):
+        write(os.path.join(mm.to_bytes(self.world.source), name), content, mtime)
+
+    def reader(self, *more):
+        """A doctor: a reader that is quicker than our look, and more to be done."""
+        target, shelf = mm.to_bytes(self.world.target), self.shelf
+
+        def doctor():
+            def place(self, jobs, real=mm.LocalTransport.place):
+                done = real(self, jobs)
+                for name in TakenFromMirrors.TAKES:
+                    if os.path.exists(os.path.join(target, name)):
+                        os.makedirs(os.path.dirname(os.path.join(shelf, name)), exist_ok=True)
+                        os.rename(os.path.join(target, name), os.path.join(shelf, name))
+                return done
+            mm.LocalTransport.place = place
+            for other in more:
+                other()
+        return doctor
+
+    def passes(self, taken, *outcomes):
+        """Run it: what the reader gets, with its contents, and the new lines of the ledger."""
+        before = tree(self.world.source)
+        shutil.rmtree(self.shelf, ignore_errors=True)
+        lines = len(self.world.ledger())
+        done = self.doctored(self.world, self.reader())
+        self.assertEqual(done.code, 0, str(done))
+        self.assertEqual(self.files(self.shelf), taken, str(done))
+        self.assertEqual(sorted((r['item'], r['outcome']) for r in self.world.ledger()[lines:]),
+                         sorted(outcomes))
+        self.assertEqual((tree(self.world.source), self.world.leftovers()), (before, []), str(done))
+
+    @staticmethod
+    def files(top):
+        return {name: content for name, content in contents(tree(top)).items() if content != 'directory'}
+
+    def first_pass(self):
+        self.passes({name: b'content of ' + name for name in self.TAKES}, *self.FIRST)
+
+    FIRST = ('day', 'taken'), ('run0', 'taken'), ('run1', 'taken'), ('stays', 'delivered')
+    LEFT = {b'stays': b'content of stays', b'day/b': b'content of day/b'}
+
+    def test_it_is_sent_again_only_when_it_changes(self):
+        world = self.world
+        self.first_pass()
+        for _ in range(2):              # each in a process of its own
+            self.passes({})
+            self.assertEqual(self.files(world.target), self.LEFT)
+        os.unlink(os.path.join(world.target, 'stays'))      # what is lost is brought back
+        self.passes({}, ('stays', 'delivered'))
+        self.assertEqual(self.files(world.target), self.LEFT)
+        self.arrives(b'run1', b'new content')
+        self.arrives(b'day/b', b'new, too', OLD + 5)
+        self.passes({b'run1': b'new content'}, ('run1', 'taken'), ('day', 'delivered'))
+        self.arrives(b'day/b', self.LEFT[b'day/b'], OLD + 6)
+        self.passes({}, ('day', 'delivered'))
+        self.arrives(b'run1', b'new content', OLD + 7)
+        self.passes({b'run1': b'new content'}, ('run1', 'taken'))
+        self.passes({})
+        self.assertEqual(self.files(world.target), self.LEFT)
+        self.arrives(b'run1', b'content of run1')       # as it was once
+        self.passes({})
+        world.target = os.path.join(world.top, 'another')
+        os.mkdir(world.target)
+        world.configure(transfer_mode='mirror')
+        self.first_pass()
+        self.assertEqual(self.files(world.target), self.LEFT)
+
+    def test_with_dates_sums_and_files(self):
+        world = self.world.configure(
+            transfer_mode='mirror', target_dir=self.world.target + '/%Y', items='files',
+            send_checksum='{name}.sha256')
+        year = os.path.join(mm.to_bytes(world.target), b'2017')
+        self.world.target = mm.to_text(year)
+        self.passes({name: b'content of ' + name for name in self.TAKES},
+                    ('day/a', 'taken'), ('day/b', 'delivered'), ('run0', 'taken'), ('run1', 'taken'),
+                    ('stays', 'delivered'))
+        held = tree(year)
+        self.assertEqual(set(held), {n + b'.sha256' for n in self.TAKES + tuple(self.LEFT)} |
+                         set(self.LEFT) | {b'day'})
+        self.passes({})
+        self.assertEqual(tree(year), held)
+
+    def test_a_kill_around_the_note(self):
+        for name, verb, told in (('Ledger', 'append', []), ('Taken', 'add', list(self.FIRST[:3]))):
+            def kill():
+                def die(*_):
+                    os.kill(os.getpid(), signal.SIGKILL)
+                setattr(getattr(mm, name), verb, die)
+            done = self.doctored(self.world, self.reader(kill))
+            self.assertEqual(done.code, -signal.SIGKILL, str(done))
+            self.assertEqual([(r['item'], r['outcome']) for r in self.world.ledger()], told)
+        # nobody knows of it, so the reader gets it once more
+        self.passes({name: b'content of ' + name for name in self.TAKES},
+                    ('day', 'taken'), ('run0', 'taken'), ('run1', 'taken'))
+        self.passes({})
+        self.assertEqual(self.files(self.world.target), self.LEFT)
+
+    def test_a_daemon(self):
+        world, source, target = self.world, mm.to_bytes(self.world.source), mm.to_bytes(self.world.target)
+
+        def passes():
+            def run(self, backing_off, real=mm.Delivery.run):
+                result = real(self, backing_off)
+                if os.path.exists(os.path.join(target, b'last')):
+                    os.kill(os.getpid(), signal.SIGINT)
+                name = b'last' if os.path.exists(os.path.join(source, b'later')) else b'later'
+                write(os.path.join(source, name), name)
+                return result
+            mm.Delivery.run = run
+        done = forked(['--config', world.ini, '--daemon'], world.environment(), 60, self.reader(passes))
+        self.assertEqual(done.code, 130, str(done))
+        self.assertEqual([(r['item'], r['outcome']) for r in world.ledger()],
+                         list(self.FIRST) + [('later', 'delivered'), ('last', 'delivered')])
+        more = {name: name for name in (b'later', b'last')}
+        self.assertEqual(self.files(target), {**self.LEFT, **more})
+
+    def test_the_oldest_are_forgotten(self):
+        stream = mm.Settings('s', dict(taken=os.path.join(self.world.top, 's.taken'), target_host=None,
+                                       target_dir='there'))
+        entries = [mm.Entry(b'%d' % n, 'f', n, n, 0, 0, 0, 0) for n in range(5)]
+        with mock.patch.object(mm.Taken, 'MOST', 3):
+            mm.Taken(stream).add(entries[:3])
+            mm.Taken(stream).add(entries[2:])
+        with open(stream.taken, 'ab') as handle:
+            handle.write(b'torn')
+        taken = mm.Taken(stream)
+        self.assertEqual([entry in taken for entry in entries], [False, False, True, True, True])
+        self.assertNotIn(entries[4]._replace(size=9), taken)
+        self.assertNotIn(entries[4]._replace(mtime_ns=9), taken)
+        self.assertIn(entries[4]._replace(ino=9, ctime_ns=9), taken)
+
+
 @spread
 class WaysBack(Doctored):
     @on_sites('local', 'rsync_ssh', 'scp', 'sftp', 'rclone')
