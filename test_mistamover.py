@@ -274,6 +274,7 @@ class World:
         self.target = os.path.join(self.top, 'out')
         self.state = os.path.join(self.top, 'state')
         self.ini = os.path.join(self.top, 'mistamover.ini')
+        self.started = []
         for path in (self.source, self.target):
             os.makedirs(path)
             os.chmod(path, 0o777)       # vsftpd works as the user ftp
@@ -311,9 +312,24 @@ class World:
         """The program in the background, its output in a file."""
         self.log = os.path.join(self.top, 'log')
         with open(self.log, 'ab') as handle:
-            return subprocess.Popen(self.command(*args), stdin=subprocess.DEVNULL, stdout=handle,
-                                    stderr=subprocess.STDOUT, env=self.environment(),
-                                    start_new_session=True)
+            self.started.append(subprocess.Popen(
+                self.command(*args), stdin=subprocess.DEVNULL, stdout=handle, stderr=subprocess.STDOUT,
+                env=self.environment(), start_new_session=True))
+        return self.started[-1]
+
+    def end(self):
+        """Whatever runs still, as after a test that failed or was skipped half way."""
+        for process in self.started:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+        self.end_background()
+
+    def end_background(self):
+        pid_file = os.path.join(self.top, 'state', 'mistamover.pid')
+        with contextlib.suppress(OSError, ValueError):
+            os.kill(int(text_of(pid_file)), signal.SIGTERM)
+            wait_for(lambda: not os.path.exists(pid_file), 'its end')
 
     def said(self):
         with open(self.log, errors='replace') as handle:
@@ -345,6 +361,7 @@ class Case(unittest.TestCase):
         self.addCleanup(shutil.rmtree, world.top, True)
         if world.site.mounts:
             self.mount(world.site.mounts, world.target)
+        self.addCleanup(world.end)
         return world
 
     def mount(self, kind, where):
@@ -363,14 +380,8 @@ class Case(unittest.TestCase):
             raise AssertionError('the program did not end within %d s' % limit)
 
     def daemon(self, world, *args):
-        process = world.start('--daemon', *args)
-
-        def end():
-            if process.poll() is None:
-                process.kill()
-                process.wait()
-        self.addCleanup(end)
-        return process
+        self.addCleanup(world.end)      # again: before what was mounted since
+        return world.start('--daemon', *args)
 
     def assert_run(self, world, code, *args, **kwargs):
         done = world.run(*args, **kwargs)
@@ -4290,10 +4301,9 @@ class Starting(Doctored):
         process.terminate()
         self.ended(process)
         os.rename(world.source, world.source + '-away')
-        self.addCleanup(self.end_background, world)
         done = world.run('--daemon', '--background')
         self.assertIn('is missing', done.output)
-        self.end_background(world)
+        world.end_background()
         world.configure('log_file = %s/the.log\nstatus_page = %s/in/page\n' % (world.top, world.top))
         self.assertIn('status_page', self.assert_run(world, 2, '--daemon', '--background').output)
         write(os.path.join(world.top, 'no-directory'))
@@ -4301,12 +4311,24 @@ class Starting(Doctored):
         world.configure('log_file = %s/the.log\n' % world.top)
         self.assertIn('cannot make', self.assert_run(world, 1, '--daemon', '--background').output)
 
-    @staticmethod
-    def end_background(world):
-        with contextlib.suppress(OSError, ValueError):
-            pid = int(text_of(os.path.join(world.top, 'state', 'mistamover.pid')))
-            os.kill(pid, signal.SIGTERM)
-            wait_for(lambda: not mm.alive(pid), 'its end')
+    def test_what_a_broken_off_test_leaves_running_is_ended(self):
+        class Skipped(Case):
+            def runTest(case):
+                for args in ((), ('--background',)):
+                    world = case.world()
+                    world.configure('log_file = %s/the.log' % world.top)
+                    if args:
+                        case.assert_run(world, 0, '--daemon', *args)
+                        pids.append(int(text_of(os.path.join(world.state, 'mistamover.pid'))))
+                    else:
+                        pids.append(world.start('--daemon').pid)
+                    assert mm.alive(pids[-1])
+                raise unittest.SkipTest('half way')
+        pids, result = [], unittest.TestResult()
+        Skipped().run(result)
+        self.assertEqual((len(result.skipped), len(pids), result.errors), (1, 2, []))
+        for pid in pids:
+            wait_for(lambda: not mm.alive(pid), 'the end of %d' % pid)
 
     @on_sites('rsync_ssh', 'sftp', 'ftp', 'scp', 'rclone')
     def test_more_than_1024_descriptors(self, site):
