@@ -9524,7 +9524,7 @@ class FtpLine:
                 return (yield from self.connect_data(port))
             if reply.code == 421:
                 break
-        raise OSError('no data connection: %s' % reply)
+        raise OSError('no data connection: %s' % (reply,))
 
     def connect_data(self, port):
         import socket
@@ -9773,7 +9773,7 @@ class FtpTransport(Staging):
             reply = line.command(b'PWD')
             quoted = re.search(rb'"((?:[^"]|"")*)"', reply.lines[0])    # RFC 959, appendix II
             if not reply.done or not quoted:
-                raise TargetError('PWD: %s' % reply)
+                raise TargetError('PWD: %s' % (reply,))
             self.home = quoted.group(1).replace(b'""', b'"')
 
     def open_line(self, room):
@@ -10592,7 +10592,7 @@ class FtpTransport(Staging):
                 replies.append(reply)
         for reply in replies:
             if reply.code in (421, 501, 503):       # not in step: this line is not to be used again
-                raise TargetError('RNFR, RNTO: %s' % reply)
+                raise TargetError('RNFR, RNTO: %s' % (reply,))
         return replies
 
     def place(self, jobs):

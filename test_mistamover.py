@@ -6132,6 +6132,33 @@ class FtpTargets(Invariants):
             self.assertEqual({(record['item'], record['proof']) for record in world.ledger()},
                              {(name, proof) for name in ('one', 'empty', 'large')}, denied)
 
+    def test_what_no_stream_can_do_without_is_refused_in_the_words_of_the_server(self):
+        for denied, said in (('PASV,EPSV', 'no data connection: 550 '), ('PWD', 'PWD: 550 ')):
+            world = self.world_at(self.own_server(VsftpdWithout, denied=denied))
+            self.arriving(world, run001=b'data')
+            done = self.assert_run(world, 1)
+            self.assertIn(said, done.output)
+            self.assertNotIn('bug', done.output)
+            self.assertEqual((held_at_source(world), held_at_target(world)), ({b'run001': b'data'}, {}))
+
+    def test_a_line_that_ends_between_two_renames_is_opened_anew(self):
+        world = self.world('ftp')
+        self.arriving(world, **{'run%03d' % n: b'%d' % n for n in range(8)})
+
+        def doctor():
+            renamed = itertools.count()
+            def reply(self, real=mm.FtpLine.reply):
+                found = real(self)
+                if found.lines[0].startswith(b'250 Rename') and next(renamed) == 4:
+                    return mm.FtpReply(421, [b'421 Idle for too long.'])
+                return found
+            mm.FtpLine.reply = reply
+
+        done = self.doctored(world, doctor)
+        self.assertEqual((done.code, tree(world.source)), (0, {}), str(done))
+        self.assertNotIn('bug', done.output)
+        self.assertEqual(contents(tree(world.target)), {b'run%03d' % n: b'%d' % n for n in range(8)})
+
     def test_only_epsv(self):
         world = self.world_at(self.own_server(VsftpdWithout, denied='PASV'))
         self.arriving(world, one=b'one', two=b'two')
