@@ -10906,6 +10906,40 @@ class Explaining(Case):
         self.assertEqual(done.returncode, 0, done.stdout.decode())      # 25: an exposure of 2.5
         self.assertIn('"--daemon" "--config" "%s" "--stream" "s"' % world.ini, unit)
 
+    def test_the_unit_starts_what_it_names(self):
+        """By the words of ExecStart=, from a directory that only root may write into, like /opt."""
+        need('/etc/passwd')
+        for name in ('mistamover.py', 'mistamover'):
+            world = self.world('local')
+            place = os.path.join(world.top, '100% $HOME "here"')
+            os.mkdir(place)
+            program = shutil.copy(PROGRAM, os.path.join(place, name))
+            os.chmod(place, 0o555)
+            self.addCleanup(os.chmod, place, 0o755)
+            unit = subprocess.check_output(
+                [sys.executable, program, '--print-unit', '--config', os.path.relpath(world.ini)]).decode()
+            line = re.search('(?m)^ExecStart=(.*)$', unit).group(1)
+            words = [re.sub(r'\\(.)', r'\1', word).replace('%%', '%').replace('$$', '$')
+                     for word in re.findall(r'"((?:[^"\\]|\\.)*)"', line)]
+            self.assertEqual(words[1:3] if name == 'mistamover.py' else words[1:2],
+                             ['-m', 'mistamover'] if name == 'mistamover.py' else [program])
+            world.log = os.path.join(world.top, 'log')
+            with open(world.log, 'wb') as log:
+                process = subprocess.Popen(
+                    words, cwd=re.search('(?m)^WorkingDirectory=(.*)$', unit).group(1).replace('%%', '%'),
+                    env={'PYTHONDONTWRITEBYTECODE': '1'}, stdout=log, stderr=log)
+            self.addCleanup(process.wait)
+            self.addCleanup(process.kill)
+            write(os.path.join(world.source, 'item'), b'item')
+            wait_for(lambda world=world: os.listdir(world.source) == [], 'the delivery')
+            process.send_signal(signal.SIGHUP)
+            wait_for(lambda world=world: 'was read again' in world.said(), 'the reload')
+            wait_for(lambda world=world: '"idle"' in self.assert_run(world, 0, '--status', '--json').output,
+                     'the rest')
+            process.terminate()
+            self.assertEqual(process.wait(), 143)
+            self.assertEqual(os.listdir(place), [name])
+
     def test_lines_for_the_journal(self):
         world = self.world('local')
         world.configure('log_format = journal\n')
