@@ -9437,6 +9437,7 @@ class FtpLine:
     def __init__(self, host, context):
         self.host, self.context = host, context
         self.sock = self.peer = None
+        self.data = None                # the data connection made last
         self.lines = collections.deque()    # that were received and not read yet
         self.waiting = b''              # the beginning of one
         self.option = b''               # of HASH, set last
@@ -9528,7 +9529,7 @@ class FtpLine:
 
     def connect_data(self, port):
         import socket
-        conn = socket.socket(self.sock.family)
+        conn = self.data = socket.socket(self.sock.family)
         try:
             conn.setblocking(False)
             with contextlib.suppress(BlockingIOError):
@@ -9716,11 +9717,12 @@ class FtpTransport(Staging):
                 raise TargetError('%s: %s: %s' % (what, show(command), reply))
 
     @staticmethod
-    def hang_up(sock):
-        """Wake a thread that reads or writes; close() would wait for it."""
+    def hang_up(*socks):
+        """Wake a thread that connects, reads or writes; close() would wait for it."""
         import socket
-        if sock:
-            socket.socket.shutdown(sock, socket.SHUT_RDWR)      # below any TLS
+        for sock in filter(None, socks):
+            with contextlib.suppress(OSError):                  # it is closed already
+                socket.socket.shutdown(sock, socket.SHUT_RDWR)  # below any TLS
 
     @contextlib.contextmanager
     def translated(self, what, hint=''):
@@ -9826,7 +9828,7 @@ class FtpTransport(Staging):
         """A connection for one thread; after an error that leaves it unclear it is thrown away."""
         line = line or self.take()
         try:
-            with self.stop.on_stop(lambda: self.hang_up(line.sock)):
+            with self.stop.on_stop(lambda: self.hang_up(line.sock, line.data)):
                 yield line
         except (ItemError, Changed):
             raise

@@ -6159,6 +6159,32 @@ class FtpTargets(Invariants):
         self.assertNotIn('bug', done.output)
         self.assertEqual(contents(tree(world.target)), {b'run%03d' % n: b'%d' % n for n in range(8)})
 
+    def test_a_data_connection_that_nobody_answers_does_not_outlive_a_stop(self):
+        # as behind a firewall that drops what goes to passive ports; small files wait in another place than large
+        with contextlib.ExitStack() as opened:
+            hole = opened.enter_context(socket.socket())
+            hole.bind(('127.0.0.1', 0))
+            hole.listen(0)
+            for _ in range(4):          # no room for one more
+                filler = opened.enter_context(socket.socket())
+                filler.setblocking(False)
+                filler.connect_ex(hole.getsockname())
+
+            def doctor():
+                def connect_data(self, port, real=mm.FtpLine.connect_data):
+                    for step in real(self, hole.getsockname()[1]):
+                        os.kill(os.getpid(), signal.SIGTERM)
+                        yield step
+                mm.FtpLine.connect_data = connect_data
+
+            for size in 10, 100000:
+                world = self.world('ftp', stall_timeout='100s')
+                self.arriving(world, one=b'1' * size, two=b'2' * size)
+                began = time.monotonic()
+                done = self.doctored(world, doctor)
+                self.assertEqual((done.code, len(held_at_source(world))), (143, 2), str(done))
+                self.assertLess(time.monotonic() - began, 20, str(done))
+
     def test_only_epsv(self):
         world = self.world_at(self.own_server(VsftpdWithout, denied='PASV'))
         self.arriving(world, one=b'one', two=b'two')
