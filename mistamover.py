@@ -4634,6 +4634,11 @@ class Staging(Transport):
         """Rename, overwriting.  Raises ItemError when the target refuses."""
         raise NotImplementedError
 
+    def refuses_renames(self):
+        """What the target says where it renames nothing, as far as that shows without a file of ours: None
+        where it may.  Asked of who may do without a staging area."""
+        raise NotImplementedError
+
     def make_directories(self, paths):
         """Make directories and their parents where they are missing.  Raises ItemError."""
         raise NotImplementedError
@@ -4696,6 +4701,8 @@ class Staging(Transport):
         """What is to be written outside of the area is noted first, on the disk: what a killed run
         leaves there is ours."""
         jobs = [job for job in batch.jobs if not job.error]
+        if self.stream.staging == 'none' and self.stream.on_conflict == 'backup':
+            self.refuse_backups()
         self.ensure_parents(jobs)
         if self.sending is None:
             with contextlib.suppress(OSError, ValueError), open(self.sending_path(), 'rb') as handle:
@@ -4706,6 +4713,14 @@ class Staging(Transport):
                 if not job.error:
                     self.clear_way(batch, job)
         self.note_sending({job.staged for job in jobs if not job.error and not job.equal}, ())
+
+    def refuse_backups(self):
+        """Raises TargetError where a backup is known to be impossible; once a connection."""
+        refusal = None if self.trait('renames') else self.refuses_renames()
+        if refusal:
+            raise TargetError('nothing can be renamed at %s, so nothing there can be backed up: %s' % (
+                target_of(self.stream), refusal), 'with staging = none, set on_conflict = refuse')
+        self.traits['renames',] = True
 
     def sending_path(self):
         return self.stream.spool + '.sending'
@@ -9277,14 +9292,25 @@ class SftpTransport(Staging):
     def rename(self, old, new):
         self.run(self.renaming(old, new), new)
 
-    def renaming(self, old, new):
-        """Rename, replacing: what no rename replaces is put aside first, and back if it must be."""
+    def refuses_renames(self):
+        """Of a name that nothing has, all servers that were tried say that it is missing."""
+        nothing = OWN_PREFIX + b'-' + random_hex(8)
+        answer = self.run(self.replacing(nothing, nothing + b'-to'))
+        return Fxp.words(answer) if Fxp.status(answer) in (Fxp.DENIED, Fxp.UNSUPPORTED) else None
+
+    def replacing(self, old, new):
+        """The answer to the rename that replaces, where the server has it."""
         if self.can_replace:
             answer, = yield [(Fxp.EXTENDED, Fxp.string(b'posix-rename@openssh.com') +
                               self.path(old) + self.path(new))]
             self.can_replace = Fxp.status(answer) != Fxp.UNSUPPORTED
         if not self.can_replace:
             answer, = yield [self.to_rename(old, new)]
+        return answer
+
+    def renaming(self, old, new):
+        """Rename, replacing: what no rename replaces is put aside first, and back if it must be."""
+        answer = yield from self.replacing(old, new)
         if Fxp.good(answer):
             return
         aside = os.path.join(self.area, b'aside-' + random_hex(8))
@@ -10615,6 +10641,23 @@ class FtpTransport(Staging):
                          'may this account write there? one that may not rename needs staging = none'
                          if self.stream.staging != 'none' else
                          'an account that may not rename can keep no backup: set on_conflict = refuse')
+
+    def refuses_renames(self):
+        """All servers that were tried take RNFR of a directory."""
+        with self.connection() as line:
+            reply = self.begin_rename(line, b'.')
+            if reply.code == 350 or reply.code in self.UNKNOWN:
+                return None if reply.code == 350 else reply
+            names = sorted(self.names_in(line, b'') or ())
+            reply = self.begin_rename(line, names[0]) if names else None
+            return reply if reply and reply.code != 350 else None
+
+    def begin_rename(self, line, path):
+        """The reply to RNFR alone; a connection on which nothing but RNTO may follow is not used again."""
+        reply, = self.answers(line, [b'RNFR ' + self.name(path)])
+        if reply.code == 350 and not self.answers(line, [b'CWD .'])[0].done:
+            line.close()
+        return reply
 
     def rename(self, old, new):
         with self.connection() as line:

@@ -6369,14 +6369,25 @@ class FtpTargets(Invariants):
         self.assertEqual((held.pop('caf\u00e9'.encode()), list(held.values())), (b'odd 1', [b'odd 0']))
 
     def test_a_backup_that_cannot_be_made_costs_nothing(self):
-        world = self.world_at(self.own_server(VsftpdWithout, denied='RNFR'), staging='none')
-        write(os.path.join(world.target, 'taken'), b'was there')
-        os.chown(os.path.join(world.target, 'taken'), *ftp_ids())
-        self.arriving(world, taken=b'other', one=b'one')
-        done = self.assert_run(world, 1)
-        self.assertEqual(contents(tree(world.target)), {b'taken': b'was there', b'one': b'one'}, str(done))
-        self.assertEqual(contents(tree(world.source)), {b'taken': b'other'})
-        self.assertIn('set on_conflict = refuse', done.output)
+        """Refused before the first byte where that is known, else the item stays."""
+        for denied in ('RNFR', 'RNTO'):
+            world = self.world_at(self.own_server(VsftpdWithout, denied=denied), staging='none')
+            write(os.path.join(world.target, 'taken'), b'was there')
+            os.chown(os.path.join(world.target, 'taken'), *ftp_ids())
+            self.arriving(world, taken=b'other', one=b'one')
+            before = tree(world.source)
+            if denied == 'RNFR':
+                for arguments in ((), ('--check',)):
+                    self.assertIn('with staging = none, set on_conflict = refuse',
+                                  self.assert_run(world, 1, *arguments).output)
+                    self.assertEqual((contents(tree(world.target)), tree(world.source), world.ledger()),
+                                     ({b'taken': b'was there'}, before, []))
+                world.configure(**dict(world.options, on_conflict='refuse'))
+                self.assert_run(world, 0, '--check')
+            done = self.assert_run(world, 1)
+            self.assertEqual(contents(tree(world.target)), {b'taken': b'was there', b'one': b'one'}, str(done))
+            self.assertEqual(contents(tree(world.source)), {b'taken': b'other'})
+            self.assertIn('exists at the target' if denied == 'RNFR' else 'set on_conflict = refuse', done.output)
 
     def test_what_one_ordinary_file_costs(self):
         """At most eight commands more than it takes to believe the server (section 20, 7)."""
@@ -6478,7 +6489,7 @@ class FtpTargets(Invariants):
         self.assertEqual((tree(world.source), contents(tree(world.target)), world.leftovers()),
                          ({}, {name.encode(): content for name, content in files.items()}, []))
 
-    @on_sites('ftp', 'sftp')
+    @on_sites('ftp', 'proftpd', 'sftp')         # proftpd: after RNFR nothing but RNTO
     def test_beside_and_none(self, site):
         for staging in ('beside', 'none'):
             world = self.world(site, staging=staging, on_conflict='backup',
@@ -7639,6 +7650,16 @@ class Sftp(Invariants):
             done = self.assert_run(world, 0)
             self.assert_converged(world, originals, str(done))
             self.assertEqual(set(tree(world.target)), set(originals), str(done))
+
+    def test_backups_where_nothing_can_be_renamed(self):
+        world = self.between('refuses:18,200', staging='none', verify='size')
+        write(os.path.join(world.source, 'item'), b'new')
+        write(os.path.join(world.target, 'item'), b'old')
+        for arguments in ((), ('--check',)):
+            done = self.assert_run(world, 1, *arguments)
+            self.assertIn('with staging = none, set on_conflict = refuse', done.output)
+            self.assertEqual((contents(tree(world.target)), contents(tree(world.source)), world.ledger()),
+                             ({b'item': b'old'}, {b'item': b'new'}, []))
 
     def test_what_has_the_name_is_not_written_over(self):
         for staging in ('beside', 'none'):
