@@ -6385,9 +6385,10 @@ class FtpTargets(Invariants):
                 world.configure(**dict(world.options, on_conflict='refuse'))
                 self.assert_run(world, 0, '--check')
             done = self.assert_run(world, 1)
-            self.assertEqual(contents(tree(world.target)), {b'taken': b'was there', b'one': b'one'}, str(done))
-            self.assertEqual(contents(tree(world.source)), {b'taken': b'other'})
-            self.assertIn('exists at the target' if denied == 'RNFR' else 'set on_conflict = refuse', done.output)
+            self.assertEqual((contents(tree(world.target)), contents(tree(world.source))), (
+                {b'taken': b'was there', b'one': b'one'}, {b'taken': b'other'}), str(done))
+            self.assertIn('exists at the target' if denied == 'RNFR' else 'set on_conflict = refuse',
+                          done.output)
 
     def test_what_one_ordinary_file_costs(self):
         """At most eight commands more than it takes to believe the server (section 20, 7)."""
