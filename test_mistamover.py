@@ -6160,7 +6160,7 @@ class FtpTargets(Invariants):
         self.assertEqual(contents(tree(world.target)), {b'run%03d' % n: b'%d' % n for n in range(8)})
 
     def test_a_data_connection_that_nobody_answers_does_not_outlive_a_stop(self):
-        # as behind a firewall that drops what goes to passive ports; small files wait in another place than large
+        # a firewall drops what goes to the passive ports; small files wait in another place than large ones
         with contextlib.ExitStack() as opened:
             hole = opened.enter_context(socket.socket())
             hole.bind(('127.0.0.1', 0))
