@@ -4651,7 +4651,7 @@ class Staging(Transport):
         """The same snapshot has the same temporary name, so that a later run can resume it."""
         import hashlib
         key = entry.path + repr(entry.identity).encode()
-        return os.path.join(self.area, hashlib.sha1(key).hexdigest()[:20].encode())
+        return self.area + b'/' + hashlib.sha1(key).hexdigest()[:20].encode()
 
     # -- the one way to do it
 
@@ -9458,7 +9458,8 @@ class FtpLine:
     LONGEST = 1 << 20                   # bytes of one reply
     TELNET = re.compile(rb'(\xff[\xfb-\xfe].|\xff[\xf0-\xfa])+', re.S)      # RFC 854, before a reply
     FIRST = re.compile(rb'[1-6]\d\d([ -]|$)')                                 # a reply's first line
-    PASSIVE = ((b'PASV', rb'\d+,\d+,\d+,\d+,(\d+),(\d+)'), (b'EPSV', rb'\((.)\1\1(\d+)\1\)'))
+    PASSIVE = ((b'PASV', re.compile(rb'\d+,\d+,\d+,\d+,(\d+),(\d+)')),
+               (b'EPSV', re.compile(rb'\((.)\1\1(\d+)\1\)')))
 
     def __init__(self, host, context):
         self.host, self.context = host, context
@@ -9502,7 +9503,7 @@ class FtpLine:
 
     def tell(self, commands):
         """Some commands by one write: small ones would wait for each other's ACK (RFC 896)."""
-        self.sock.sendall(b''.join(command + b'\r\n' for command in commands))
+        self.sock.sendall(b'\r\n'.join(commands) + b'\r\n')
 
     def line(self):
         while not self.lines:
@@ -9517,15 +9518,16 @@ class FtpLine:
         return self.TELNET.sub(b'', line, 1) if line[:1] == b'\xff' else line
 
     def reply(self):
-        lines = [self.line()]
-        code = lines[0][:3]
-        if not self.FIRST.match(lines[0]):
-            raise NotFtp(lines[0])
-        while lines[0][3:4] == b'-' and (lines[-1][:3] != code or lines[-1][3:4] == b'-'):
-            lines.append(self.line())
+        first = last = self.line()
+        if not self.FIRST.match(first):
+            raise NotFtp(first)
+        lines = [first]
+        while first[3:4] == b'-' and (last[:3] != first[:3] or last[3:4] == b'-'):
+            last = self.line()
+            lines.append(last)
             if len(lines) > self.LONGEST >> 6:
                 raise OSError('an endless reply')
-        return FtpReply(int(code), lines)
+        return FtpReply(int(first[:3]), lines)
 
     def command(self, command):
         self.tell([command])
@@ -9543,7 +9545,7 @@ class FtpLine:
         for index, (verb, pattern) in enumerate(self.passive):
             self.tell([verb])
             reply = yield from self.hear()
-            found = re.search(pattern, reply.lines[-1]) if reply.done else None
+            found = pattern.search(reply.lines[-1]) if reply.done else None
             if found:
                 self.passive = self.passive[index:]
                 high, low = found.groups()
@@ -9560,7 +9562,10 @@ class FtpLine:
             conn.setblocking(False)
             with contextlib.suppress(BlockingIOError):
                 conn.connect((self.peer[0], port) + self.peer[2:])
-            yield conn, True
+            try:
+                conn.getpeername()
+            except OSError:                         # it is not connected yet
+                yield conn, True
             conn.settimeout(self.sock.gettimeout())
             conn.send(b'')                          # waits until it is connected
         except BaseException:
@@ -9590,10 +9595,13 @@ class Turns:
 
     def go_on(self, turn, step=next):
         """Until it waits, or ends.  Raises what it raises."""
-        with contextlib.suppress(StopIteration):
+        try:
             sock, writes = step(turn)
-            self.waiting[sock.fileno()] = turn
-            self.poll.register(sock, self.select.POLLOUT if writes else self.select.POLLIN)
+        except StopIteration:
+            return
+        fd = sock.fileno()
+        self.waiting[fd] = turn
+        self.poll.register(fd, self.select.POLLOUT if writes else self.select.POLLIN)
 
     def wait(self):
         """Until one of them can go on; they do."""
@@ -9756,23 +9764,27 @@ class FtpTransport(Staging):
         try:
             yield
         except (OSError, EOFError) as error:
-            import socket
-            self.stop.check()
-            reason = getattr(error, 'reason', None)             # OpenSSL's, of an ssl.SSLError
-            if getattr(error, 'verify_code', 0) in OTHER_NAME:
-                hint = 'give target_host the name that its certificate holds'
-            elif reason == 'CERTIFICATE_VERIFY_FAILED':
-                hint = 'if nobody vouches for its certificate, tls_ca_file may name a file that holds it'
-            elif isinstance(error, NotFtp):
-                hint = error.hint
-            elif isinstance(error, socket.gaierror):
-                hint = 'is target_host right?'
-            elif isinstance(error, ConnectionRefusedError):
-                hint = 'nothing listens there: is the server up, is target_port right, is a firewall between?'
-            elif reason:
-                hint = 'does this port begin with TLS (tls = implicit), or change to it (tls = yes)?'
-            said = str(error) if reason else getattr(error, 'strerror', None) or str(error)
-            raise TargetError('%s: %s' % (what, show(said.strip()) or type(error).__name__), hint)
+            raise self.line_trouble(error, what, hint)
+
+    def line_trouble(self, error, what, hint=''):
+        """The TargetError for an OSError or EOFError of a line.  Raises Interrupted."""
+        import socket
+        self.stop.check()
+        reason = getattr(error, 'reason', None)             # OpenSSL's, of an ssl.SSLError
+        if getattr(error, 'verify_code', 0) in OTHER_NAME:
+            hint = 'give target_host the name that its certificate holds'
+        elif reason == 'CERTIFICATE_VERIFY_FAILED':
+            hint = 'if nobody vouches for its certificate, tls_ca_file may name a file that holds it'
+        elif isinstance(error, NotFtp):
+            hint = error.hint
+        elif isinstance(error, socket.gaierror):
+            hint = 'is target_host right?'
+        elif isinstance(error, ConnectionRefusedError):
+            hint = 'nothing listens there: is the server up, is target_port right, is a firewall between?'
+        elif reason:
+            hint = 'does this port begin with TLS (tls = implicit), or change to it (tls = yes)?'
+        said = str(error) if reason else getattr(error, 'strerror', None) or str(error)
+        return TargetError('%s: %s' % (what, show(said.strip()) or type(error).__name__), hint)
 
     def fault(self, what, reply, storing=False):
         """The error for a refusal, by what to do next (RFC 959, 4.2)."""
@@ -10468,21 +10480,32 @@ class FtpTransport(Staging):
             copy_entry(batch.root, job.entry, write, self.stop, start)
             self.ended.add(job.staged)
         self.ended.discard(job.staged)
-        reply = yield from self.upload(line, job.staged, content, start, job.entry.size - start)
-        return reply, digest
+        few = self.read_few(batch, job, digest) if self.is_eager(job.entry.size) else content
+        return (yield from self.upload(line, job.staged, few, start)), digest
 
-    def upload(self, line, path, content, start=0, size=0):
+    def read_few(self, batch, job, digest):
+        """The bytes of a file that go by one write."""
+        content = b''.join(read_entry(batch.root, job.entry, self.stop))
+        digest.update(content)
+        self.progress.sent(len(content))
+        self.throttle.spend(len(content))
+        self.ended.add(job.staged)
+        return content
+
+    def upload(self, line, path, content, start=0):
         """Steps that STOR content, or what content(send) sends, over a data connection of its own; the last
         reply.  A few bytes follow STOR at once, a round trip earlier; for many, and for a handshake, a
         refusal must be heard first."""
-        with self.translated('STOR %s' % show(path)):
-            return (yield from self.upload_now(line, path, content, start, size))
+        try:
+            return (yield from self.upload_now(line, path, content, start))
+        except (OSError, EOFError) as error:
+            raise self.line_trouble(error, 'STOR %s' % show(path))
 
     def is_eager(self, size):
         return not self.stream.tls and size <= self.EAGER
 
-    def upload_now(self, line, path, content, start, size):
-        eager = self.is_eager(size)
+    def upload_now(self, line, path, content, start):
+        eager = not callable(content) and not line.context
         trouble = None
         conn = yield from line.open_data()
         try:
@@ -10496,11 +10519,14 @@ class FtpTransport(Staging):
                 if reply.code // 100 != 1:
                     return reply
             try:
-                conn = line.secured(conn)
-                with self.stop.on_stop(lambda: self.hang_up(conn)):
-                    content(conn.sendall) if callable(content) else conn.sendall(content)
-                    if line.context:
-                        conn.unwrap()
+                if eager:
+                    conn.sendall(content)
+                else:
+                    conn = line.secured(conn)
+                    with self.stop.on_stop(lambda: self.hang_up(conn)):
+                        content(conn.sendall) if callable(content) else conn.sendall(content)
+                        if line.context:
+                            conn.unwrap()
             except (Changed, ItemError, OSError) as error:
                 trouble = error
         finally:

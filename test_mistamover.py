@@ -6472,15 +6472,15 @@ class FtpTargets(Invariants):
             real = mm.FtpTransport.hear_out
             def hear_out(line, trouble):
                 reply = yield from real(line, trouble)
-                if mm.sizes.pop(line, 0) > 100000:
+                if mm.large.pop(line, False):
                     print('hung up')
                     raise EOFError('the server hung up')
                 return reply
-            mm.sizes = {}
+            mm.large = {}
             upload = mm.FtpTransport.upload_now
-            def upload_now(self, line, path, content, start, size):
-                mm.sizes[line] = size
-                return upload(self, line, path, content, start, size)
+            def upload_now(self, line, path, content, start):
+                mm.large[line] = callable(content)
+                return upload(self, line, path, content, start)
             mm.FtpTransport.upload_now = upload_now
             mm.FtpTransport.hear_out = staticmethod(hear_out)
 
