@@ -10679,9 +10679,10 @@ class FtpTransport(Staging):
             return reply if reply and reply.code != 350 else None
 
     def begin_rename(self, line, path):
-        """The reply to RNFR alone; a connection on which nothing but RNTO may follow is not used again."""
+        """The reply to RNFR alone.  After 350 the connection is not used again: servers differ in when they
+        forget a rename that was begun, and this one is of a directory."""
         reply, = self.answers(line, [b'RNFR ' + self.name(path)])
-        if reply.code == 350 and not self.answers(line, [b'CWD .'])[0].done:
+        if reply.code == 350:
             line.close()
         return reply
 
