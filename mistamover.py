@@ -951,7 +951,8 @@ def run(argv, stop, limit, feed=b'', on_output=None, alive=None, **more):
     """Run a program to its end and return Finished.
 
     limit: seconds of silence after which it is ended, unless alive() says that it works.
-    on_output: called with each piece.
+    on_output: called with each piece; when it answers True, that was all, and the end of the program
+    is not waited for.
     more: as for Program.
     Raises TargetError (cannot start, hung), Interrupted.
     """
@@ -963,8 +964,8 @@ def run(argv, stop, limit, feed=b'', on_output=None, alive=None, **more):
             if not piece:
                 break
             pieces.append(piece)
-            if on_output:
-                on_output(piece)
+            if on_output and on_output(piece):
+                return Finished(0, b''.join(pieces), '', [])
         code, lines = program.wait(limit), program.lines()
         return Finished(code, b''.join(pieces), brief(lines), lines)
     finally:
@@ -6224,6 +6225,7 @@ class SshConnection:
         self.directory = None
         self.socket = None
         self.pid = None
+        self.prepared = False           # whether the next ssh is to log in and become the master
 
     BY_PASSWORD = ['-oBatchMode=no', '-oNumberOfPasswordPrompts=1', '-oStrictHostKeyChecking=yes',
                    '-oPreferredAuthentications=password,keyboard-interactive', '-oPubkeyAuthentication=no']
@@ -6276,7 +6278,9 @@ printf '%%s\n' "${line%%"$(printf '\r')"}"
 
     def command(self):
         """ssh itself; it becomes a master only when asked to, whatever ssh_config says."""
-        return [self.stream.ssh_command, '-T'] + self.options()
+        return [self.stream.ssh_command, '-T'] + self.options() + (self.MASTER if self.prepared else [])
+
+    MASTER = ['-oControlMaster=auto', '-oControlPersist=60']
 
     # OpenSSH's PROTOCOL.mux: packets of a length and numbers of 32 bits.  To start an ssh for
     # such a question takes longer than to deliver a file.
@@ -6317,6 +6321,15 @@ printf '%%s\n' "${line%%"$(printf '\r')"}"
 
     def open(self):
         """Log in, or see that we still are.  Raises TargetError with what ssh said."""
+        self.prepare()
+        if self.prepared:
+            done = run(self.command() + ['-f', '-N', '--', self.stream.target_host], self.stop,
+                       self.stream.connect_timeout + 10)
+            self.logged_in(done, done.code != 0)
+
+    def prepare(self):
+        """Unless we still are logged in, the next ssh is to do so.  For who has a use for it: the first
+        words of a second ssh would be held up for 40 ms (RFC 896 there, RFC 1122 4.2.3.2 here)."""
         if WINDOWS:
             return                  # no shared connections there: each program logs in itself
         if self.directory:
@@ -6336,15 +6349,19 @@ printf '%%s\n' "${line%%"$(printf '\r')"}"
             self.control(self.TERMINATE, path)
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
-        argv = self.command() + ['-f', '-N', '-oControlMaster=yes', '-oControlPersist=60',
-                                 '--', self.stream.target_host]
-        done = run(argv, self.stop, self.stream.connect_timeout + 10)
-        if done.code != 0:
-            raise TargetError('cannot log in to %s: %s' % (
-                self.stream.target_host, done.errors or 'ssh ended with %d' % done.code),
-                ssh_hint(self.stream, done.errors))
+        self.prepared = True
+
+    def logged_in(self, done, failed):
+        """done: how that ssh ended, or the rsync that had started it.  Raises TargetError."""
         answer = self.control(self.ALIVE)
-        self.pid = answer[2] if answer[:1] == (self.IS_ALIVE,) else None
+        if answer[:1] == (self.IS_ALIVE,):
+            self.pid = answer[2]
+        elif failed:
+            said = brief([line for line in done.lines if not line.startswith('rsync')])
+            raise TargetError('cannot log in to %s: %s' % (
+                self.stream.target_host, said or 'ssh ended with %d' % done.code),
+                ssh_hint(self.stream, said))
+        self.prepared = False
 
     def close(self):
         if not self.directory:
@@ -6355,6 +6372,7 @@ printf '%%s\n' "${line%%"$(printf '\r')"}"
                 os.kill(self.pid, 15)       # it hangs: no ssh client would ever reach it again
         shutil.rmtree(self.directory, ignore_errors=True)
         self.directory = self.pid = None
+        self.prepared = False
 
 
 def unescaped(name):
@@ -6389,6 +6407,30 @@ class Rows(dict):
 
     def note(self, name, row, checksum):
         self[name] = row, checksum.strip()
+
+
+class Answers(Rows):
+    """The rows of a dry run that asks about some paths: with a good one for each, nothing is left to
+    be said."""
+
+    def __init__(self, paths, good):
+        Rows.__init__(self)
+        self.open = set(paths)
+        self.good = good                # of a row, whether it is the one that is hoped for
+
+    def note(self, name, row, checksum):
+        Rows.note(self, name, row, checksum)
+        if self.good(row):
+            self.open.discard(name)
+
+    def hear(self, piece):
+        Rows.hear(self, piece)
+        return not self.open
+
+
+def is_equal(row):
+    """Whether a row says that a path is the same at both ends, in all that was compared but times."""
+    return row[:2] in (b'.f', b'.d', b'.L') and row[2:4] in (b'  ', b'..')
 
 
 class Push(Rows):
@@ -6515,8 +6557,10 @@ class RsyncTransport(Transport):
     ENDED = (0, 23, 24)             # all sent, but for single files; after any other end nothing is known
     NO_ROOM = 11                    # errors in file I/O: a full disk, mostly
     REFUSED = 5                     # a daemon would not begin
+    CUT = 12                        # the other side ended early: rrsync's lock, for one
     OLDEST = 3, 1, 0                # knows what is asked of it here; the target's may be older
     ASK_AGAIN = 4                   # times that a daemon which served us before is asked
+    lingers = False                 # after its last word it takes long to end
     HINTS = {
         1: 'is rsync too old there, or does it refuse an option?',
         2: 'does the login print something, or is rsync too old there?',
@@ -6524,7 +6568,7 @@ class RsyncTransport(Transport):
         5: 'is the module name right, and the password? does it allow one connection only?',
         10: 'does an rsync daemon listen there? see target_host and target_port',
         11: 'is the disk full, or the quota?', 12: 'is rsync 3.0.9 or newer installed there?',
-        30: 'the network or the target hangs'}
+        14: 'can ssh be started? see ssh_command', 30: 'the network or the target hangs'}
     # the checksums of an empty file
     OF_NOTHING = {b'd41d8cd98f00b204e9800998ecf8427e': 'md5:', b'99aa06d3014798d86001c324468d497f': 'xxh128:'}
 
@@ -6534,6 +6578,7 @@ class RsyncTransport(Transport):
         self.made = {b''}
         self.active = set()             # threads with an rsync under way
         self.served = False             # whether one of ours was served
+        self.hasty = False              # whether the end of the last one was not waited for
         self.hash = None                # what the checksums in its rows are
         self.times = []                 # options for a target that keeps no exact times
         self.cleared = []               # what mirror_delete took away before a push
@@ -6624,11 +6669,16 @@ class RsyncTransport(Transport):
         rows = Rows() if rows is None else rows
         for _ in range(self.ASK_AGAIN):
             done = self.run_rsync(argv, feed, quiet_limit, rows, '--checksum' in options)
+            hasty, self.hasty = self.hasty, isinstance(rows, Answers) and not rows.open
+            if hasty and done.code == self.CUT and not rows:
+                self.lingers = False    # one at a time is let in there, and it met the last one
+                self.stop.wait(1)
+                continue
             if done.code != self.REFUSED or self.active or not self.served:
                 break
             self.stop.wait(1)       # `max connections` counts the one that has just ended
         self.served = self.served or done.code == 0
-        if done.code in (self.REFUSED, 12) and self.active:
+        if done.code in (self.REFUSED, self.CUT) and self.active:
             self.overlaps = False       # rrsync's lock, or max connections: one at a time there
         return done, rows
 
@@ -6646,6 +6696,10 @@ class RsyncTransport(Transport):
                        keep_fds=self.lock_fds, secret=secret, signals=Program.ABRUPT)
         finally:
             self.active.discard(me)
+
+    def answers(self, paths, good):
+        """Rows for a dry run, which changes nothing: where its end takes long, it is not waited for."""
+        return Answers(paths, good) if self.lingers else Rows()
 
     def fail(self, done, what):
         raise TargetError('%s: %s' % (what, self.reason(done)), self.HINTS.get(done.code, ''))
@@ -6673,8 +6727,9 @@ class RsyncTransport(Transport):
         with scratch_directory(self.stream) as empty:
             for name in names:
                 open(os.path.join(empty, name), 'wb').close()
-            done, rows = self.rsync(empty, [b''] + sorted(names),
-                                    ['-n', '-i', '-i', '--ignore-existing'] + checksum, top)
+            done, rows = self.rsync(
+                empty, [b''] + sorted(names), ['-n', '-i', '-i', '--ignore-existing'] + checksum, top,
+                rows=self.answers([b'.'] + sorted(names), bool))
         existing = set(names) - set(rows)       # what exists there, whatever it is, has no row
         if b'.' not in rows or existing and done.code:
             self.fail(done, 'cannot look at %s' % target_of(self.stream))
@@ -6786,13 +6841,14 @@ class RsyncTransport(Transport):
     def prove(self, batch, paths, options):
         """{path: checksum} of those that are at the target as they are here, and all rows."""
         done, rows = self.rsync(batch.root, sorted(paths), ['-n', '-i', '-i'] + options,
-                                self.top(batch), self.patience(batch) + batch.size / CHECK_RATE)
+                                self.top(batch), self.patience(batch) + batch.size / CHECK_RATE,
+                                self.answers(paths, is_equal))
         if done.code not in self.ENDED:
             self.fail(done, 'nothing can be proven at %s' % target_of(self.stream))
         batch.jobs.said += done.lines
         equal = {}
         for path, (row, checksum) in rows.items():
-            if row[:2] in (b'.f', b'.d', b'.L') and row[2:4] in (b'  ', b'..'):
+            if is_equal(row):
                 equal[path] = self.hash + checksum.decode() if len(checksum) == 32 and self.hash else None
         return equal, rows
 
@@ -7119,16 +7175,29 @@ class RsyncSsh(RsyncTransport):
     key restricted by rrsync works."""
 
     takes = RsyncTransport.takes + ' ssh'
+    lingers = True                  # both ends ask for their children in steps of 20 ms (3.5.0)
 
     def __init__(self, *args, **kwargs):
         RsyncTransport.__init__(self, *args, **kwargs)
         self.ssh = SshConnection(self.stream, self.stop)
 
     def log_in(self):
-        self.ssh.open()
+        self.ssh.prepare()
 
     def close(self):
         self.ssh.close()
+
+    def rsync(self, root, paths, options, top=None, quiet_limit=None, rows=None):
+        if self.ssh.prepared:
+            quiet_limit = max(quiet_limit or self.stream.stall_timeout, self.stream.connect_timeout + 10)
+        return RsyncTransport.rsync(self, root, paths, options, top, quiet_limit, rows)
+
+    def run_rsync(self, *args):
+        done = RsyncTransport.run_rsync(self, *args)
+        if self.ssh.prepared:
+            # 255 is what ssh ended with; 12 if rsync did not wait for that
+            self.ssh.logged_in(done, done.code in (255, self.CUT))
+        return done
 
     def remote_shell(self):
         # rsync splits this itself: words in quotes, a quote doubled inside them (rsync(1), -e)
@@ -7147,9 +7216,9 @@ class RsyncNative(RsyncTransport):
     def secret(self):
         return {'RSYNC_PASSWORD': self.stream.password} if self.stream.password else {}
 
-    def rsync(self, root, paths, options, *more):
+    def rsync(self, root, paths, options, *more, **named):
         options = options + ['--contimeout=%d' % max(1, self.stream.connect_timeout)]
-        return RsyncTransport.rsync(self, root, paths, options, *more)
+        return RsyncTransport.rsync(self, root, paths, options, *more, **named)
 
     def url(self, path):
         stream = self.stream

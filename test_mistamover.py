@@ -5518,12 +5518,16 @@ exec rsync "$@"
 """
 
 
+# lines of a script that runs "rsync --server" for somebody: what changes nothing does not end before %s
+ON_ANSWERS = 'case $2 in -n*) until %s; do sleep 0.1; done; esac\n'
+
+
 @spread
 class OtherRsyncs(Doctored):
     """Targets and programs that are not the rsync of this machine."""
 
-    def script(self, world, text):
-        path = os.path.join(world.top, 'script')
+    def script(self, world, text, name='script'):
+        path = os.path.join(world.top, name)
         with open(path, 'w') as handle:
             handle.write(text)
         os.chmod(path, 0o755)
@@ -5546,6 +5550,48 @@ class OtherRsyncs(Doctored):
                 b'deep/down/2017/f': b'content'})
             self.assertEqual([r['checksum'] for r in world.ledger()],
                              ['md5:' + hashlib.md5(b'content').hexdigest()])
+
+    def test_the_first_one_logs_in_and_no_answer_is_waited_for_to_its_end(self):
+        world = self.world('rsync_ssh')
+        said, unfinished = (os.path.join(world.top, name) for name in ('said', 'unfinished'))
+        world.configure(**dict(
+            world.options, ssh_command=self.script(
+                world, '#!/bin/sh\necho "$*" >>%s\nexec ssh "$@"\n' % said),
+            rsync_options='--rsync-path=' + self.script(
+                world, '#!/bin/sh\nrsync "$@"\n' + ON_ANSWERS % ('! [ -e %s ]' % unfinished), 'there')))
+        write(unfinished)
+        for number in range(3):
+            write(os.path.join(world.source, 'd', 'f%d' % number), b'%d' % number)
+        self.assert_run(world, 0)
+        os.unlink(unfinished)
+        self.assertEqual((tree(world.source), len(tree(world.target))), ({}, 4))
+        self.assertEqual([('ControlMaster=auto' in line, '-f' in line.split(), '--server -n' in line)
+                          for line in text_of(said).splitlines()],     # a look, a push, a proof, the times
+                         [(True, False, True), (False, False, False), (False, False, True),
+                          (False, False, False)], text_of(said))
+
+    def test_a_target_that_lets_one_in_at_a_time(self):
+        """The one that asked is not waited for to its end: it still has the lock."""
+        world = self.world('rsync_ssh')
+        met = os.path.join(world.top, 'met')
+        world.configure(**dict(world.options, rsync_options='--rsync-path=' + self.script(
+            world, '#!/bin/sh\nexec 9>>%s.lock; flock -n 9 || { echo locked >>%s; exit 1; }\n'
+            'rsync "$@"\n%s' % (met, met, ON_ANSWERS % ('[ -e %s ]' % met)))))
+        write(os.path.join(world.source, 'f'), b'content')
+        self.assert_run(world, 0)
+        self.assertEqual((tree(world.source), contents(tree(world.target))), ({}, {b'f': b'content'}))
+        self.assertIn('locked\n', text_of(met))
+
+    def test_a_login_that_fails_is_tried_once(self):
+        world = self.world('rsync_ssh', retry_count='1')
+        said = os.path.join(world.top, 'said')
+        world.configure(**dict(world.options, ssh_key=world.ini, ssh_command=self.script(
+            world, '#!/bin/sh\necho x >>%s\nexec ssh "$@"\n' % said)))
+        write(os.path.join(world.source, 'f'), b'content')
+        done = self.assert_run(world, 1)
+        self.assertRegex(done.output, r'cannot log in to 127\.0\.0\.1: [^\n]*Permission denied')
+        self.assertNotIn('rsync error', done.output)
+        self.assertEqual((text_of(said), held_at_source(world)), ('x\n', {b'f': b'content'}))
 
     def test_the_ledger_names_the_checksum_that_was_compared(self):
         for options, name in ((None, 'md5:'), ('--checksum-choice=xxh128', 'xxh128:')):
