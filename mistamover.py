@@ -2713,29 +2713,51 @@ class Spent:
     """Ready files whose item was delivered and that are still here: they say nothing of a later
     item of that name.  Kept in spent.json, on disk before the item is released.
 
-    A ready file is known by device, inode, size and mtime; not by its ctime, which our own
-    release changes.  While the item is the one that was delivered, its ready file counts.
+    A ready file is known by device, inode, size, mtime and ctime; without the ctime from before a
+    release of ours, which changes it and may be cut short, until the end of a pass.  While the item is
+    the one that was delivered, its ready file counts.
     """
+
+    STEADY = 4                          # of the marks, those that no release changes
 
     def __init__(self, shared, stream):
         self.shared, self.stream = shared, stream
         self.records = {path: record for path, record in shared.read().get(stream.name, {}).items()
-                        if isinstance(record, dict) and {'ready', 'item', 'mtime_ns'} <= set(record)}
+                        if isinstance(record, dict) and {'item', 'mtime_ns'} <= set(record) and
+                        isinstance(record.get('ready'), list) and len(record['ready']) >= self.STEADY}
         self.saved = True
 
     @staticmethod
     def marks(entry):
-        return [entry.dev, entry.ino, entry.size, entry.mtime_ns]
+        return [entry.dev, entry.ino, entry.size, entry.mtime_ns, entry.ctime_ns]
 
     def add(self, item, ready):
         self.records[to_text(ready.path)] = dict(
-            ready=self.marks(ready), item=item.essence, mtime_ns=item.mtime_ns)
+            ready=self.marks(ready)[:self.STEADY], item=item.essence, mtime_ns=item.mtime_ns)
         self.saved = False
+
+    def loosen(self, records):
+        """Before the files of these are released.  Raises StateError."""
+        for record in records:
+            if len(record['ready']) > self.STEADY:
+                del record['ready'][self.STEADY:]
+                self.saved = False
+        self.save(durable=True)
+
+    def tighten(self, root):
+        """At the end of a pass."""
+        for path, record in self.records.items():
+            if len(record['ready']) == self.STEADY:
+                with contextlib.suppress(OSError):
+                    info = os.lstat(os.path.join(root, to_bytes(path)))
+                    if record['ready'] == [info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns]:
+                        record['ready'].append(info.st_ctime_ns)
+                        self.saved = False
 
     def record(self, ready):
         """What is known of a ready file (an Entry) that did its work, or None."""
         known = self.records and self.records.get(to_text(ready.path))
-        return known if known and known['ready'] == self.marks(ready) else None
+        return known if known and known['ready'] == self.marks(ready)[:len(known['ready'])] else None
 
     def covers(self, item, ready):
         """Whether the item's ready or check file belongs to another one, which went."""
@@ -11635,6 +11657,7 @@ class Delivery:
         if self.stream.move:
             self.releaser.clean()
         self.failures.save()
+        self.worker.spent.tighten(self.stream.root)
         self.worker.spent.save()
 
     def delete_missing(self):
@@ -11820,8 +11843,11 @@ class Delivery:
         between the two.  Any other waits for its item to come."""
         self.result.unready = self.scanner.unready
         dropped = set() if self.stream.ready_file_send else set(self.scanner.orphans)
-        for entry in self.scanner.lonely + self.scanner.orphans if self.stream.move else ():
-            known = self.worker.spent.record(entry)
+        spent = self.worker.spent
+        waiting = [(entry, spent.record(entry)) for entry in
+                   (self.scanner.lonely + self.scanner.orphans if self.stream.move else ())]
+        spent.loosen(known for _, known in waiting if known)
+        for entry, known in waiting:
             if known is None:
                 continue
             self.ask_stop_files()

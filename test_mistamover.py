@@ -3674,6 +3674,49 @@ class Companions(Doctored):
         self.assertNotIn('in use', self.assert_run(world, 0).output)
         self.assertEqual((tree(world.source), contents(tree(world.target))), ({}, {b'x': b'x'}))
 
+    def spent_with_a_second_item(self):
+        """A world whose ready file did its work and is still there, for it was open; a second item."""
+        world = self.world('local', ready_file='{name}.done', ready_file_send='no')
+        write(os.path.join(world.source, 'x'), b'first')
+        write(os.path.join(world.source, 'x.done'), b'')
+        other = os.path.join(world.top, 'another name')
+        os.link(os.path.join(world.source, 'x.done'), other)
+        with open(other, 'a'):
+            self.assert_run(world, 0)
+            self.assertEqual(list(tree(world.source)), [b'x.done'])
+        write(os.path.join(world.source, 'x'), b'half of the second')
+        return world, os.path.join(world.source, 'x.done')
+
+    def assert_spent(self, world, waits):
+        done = self.assert_run(world, 0)
+        self.assertEqual(contents(tree(world.source)),
+                         {b'x': b'half of the second'} if waits else {}, str(done))
+        self.assertEqual(sorted(contents(tree(world.target)).values()),
+                         [b'first'] if waits else [b'first', b'half of the second'], str(done))
+        self.assertEqual(world.leftovers(), [])
+
+    def test_a_ready_file_made_anew_in_place_is_another_one(self):
+        """Only its ctime tells, which a release of ours changes as well."""
+        if not leases_work():
+            self.skipTest('needs a file system with leases')
+        self.assert_spent(self.spent_with_a_second_item()[0], True)
+        world, ready = self.spent_with_a_second_item()
+        write(ready, b'')
+        self.assert_spent(world, False)
+        world, ready = self.spent_with_a_second_item()
+        spent = mm.SharedJson(world.state, 'spent.json')
+        record = spent.read()['s']['x.done']
+        spent.update('s', {'x.done': dict(record, ready=record['ready'][:4])})      # of an older version
+        write(ready, b'')
+        self.assert_spent(world, True)
+        world, ready = self.spent_with_a_second_item()
+
+        def doctor():
+            mm.Releaser.discard = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        done = self.doctored(world, doctor)
+        self.assertEqual((done.code, os.path.exists(ready)), (-signal.SIGKILL, False), str(done))
+        self.assert_spent(world, True)
+
     def test_the_ready_file_goes_where_its_item_went(self):
         world = self.world('local', ready_file='{name}.done')
         world.configure(ready_file='{name}.done', target_dir=world.target + '/%Y')
