@@ -10985,6 +10985,7 @@ class Releaser:
     """
 
     CLOSERS, CLOSED_TOGETHER = 4, 32    # threads; descriptors for each at a time
+    SLOW = 5e-5                     # seconds that a close takes: below, a thread costs more
 
     def __init__(self, stream, state_dir):
         self.stream = stream
@@ -10997,6 +10998,7 @@ class Releaser:
         self.steady = None              # whether inode numbers stay, once it was tried
         self.gone = []                  # descriptors of what is gone, to be closed
         self.closers = []               # threads that do so
+        self.slow = False               # whether it took long of late
         self.ours = {}                  # directory -> its mtime as we left it, and as we found it
         self.fresh = set()              # empty directories in which something changed a moment ago
         self.clock = None               # (directory_clock(), monotonic time) of this pass
@@ -11171,13 +11173,15 @@ class Releaser:
     def close_gone(self):
         gone, self.gone = self.gone, []
         self.closers = [thread for thread in self.closers if thread.is_alive()]
-        if gone and len(self.closers) < self.CLOSERS:
+        if self.slow and len(self.closers) < self.CLOSERS:
             thread = threading.Thread(target=close_all, args=(gone,), name='closer', daemon=True)
             with contextlib.suppress(RuntimeError):     # no thread to be had
                 thread.start()
                 self.closers.append(thread)
                 return
+        started = time.monotonic()
         close_all(gone)
+        self.slow = time.monotonic() - started > self.SLOW * len(gone)
 
     def as_expected(self, entry, info, any_ctime):
         """Whether this is what the snapshot says, but for the ctime that we gave it."""
@@ -11235,7 +11239,8 @@ class Releaser:
         return fd
 
     def forget_directory(self):
-        self.close_gone()
+        if self.gone:
+            self.close_gone()
         if self.cached:
             close_all(fd for fd in self.cached[1:] if fd is not None)
             self.cached = None

@@ -8853,13 +8853,24 @@ class Closing(Case):
             self.assertEqual(caught.exception.errno, errno.EBADF)
 
     def test_all_are_closed_at_the_end_of_a_pass_even_if_one_cannot_be(self):
-        fds = [os.open(os.devnull, os.O_RDONLY) for _ in range(100)]
-        os.close(fds[7])
-        self.assert_closed_after_a_pass(self.releaser(), fds)
+        for slow in (mm.Releaser.SLOW, 0):      # as quick as it is, and as if it always took long
+            with mock.patch.object(mm.Releaser, 'SLOW', slow):
+                fds = [os.open(os.devnull, os.O_RDONLY) for _ in range(100)]
+                os.close(fds[7])
+                self.assert_closed_after_a_pass(self.releaser(), fds)
+
+    def test_threads_close_where_it_takes_long_only(self):
+        for slow, started in ((10, 0), (0, 2)):         # the first ones tell
+            with mock.patch.object(mm.Releaser, 'SLOW', slow), \
+                    mock.patch.object(mm.threading.Thread, 'start', side_effect=RuntimeError) as start:
+                fds = [os.open(os.devnull, os.O_RDONLY) for _ in range(3 * mm.Releaser.CLOSED_TOGETHER)]
+                self.assert_closed_after_a_pass(self.releaser(), fds)
+                self.assertEqual(start.call_count, started)
 
     def test_without_threads_it_closes_itself(self):
-        fds = [os.open(os.devnull, os.O_RDONLY) for _ in range(20)]
-        with mock.patch.object(mm.threading.Thread, 'start', side_effect=RuntimeError):
+        fds = [os.open(os.devnull, os.O_RDONLY) for _ in range(70)]
+        with mock.patch.object(mm.Releaser, 'SLOW', 0), \
+                mock.patch.object(mm.threading.Thread, 'start', side_effect=RuntimeError):
             self.assert_closed_after_a_pass(self.releaser(), fds)
 
 
