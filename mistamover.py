@@ -372,6 +372,12 @@ def sync_directory(path):
         os.close(fd)
 
 
+def close_all(fds):
+    for fd in fds:
+        with contextlib.suppress(OSError):      # what was read, or is gone: nothing is left to fail
+            os.close(fd)
+
+
 def atomic_write(path, data, durable=False, mode=0o600):
     """Write bytes to a file that nobody sees half written.  Raises OSError."""
     temp = '%s.%d.new' % (path, os.getpid())
@@ -5277,6 +5283,13 @@ def sync_file(path):
         os.close(fd)
 
 
+def ask_disk(fd):
+    """Where that can be asked, the cache forgets a file, and the disk begins to read it.  Raises OSError."""
+    if hasattr(os, 'posix_fadvise'):
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.posix_fadvise(fd, 0, BLOCK, os.POSIX_FADV_WILLNEED)
+
+
 SPARSE_FROM = 64 << 10      # below that size nobody misses a hole
 HOLE = 4096                 # bytes, and where one begins and ends
 
@@ -5778,36 +5791,56 @@ class LocalTransport(Staging):
             log.once('%s does not take modes' % target_of(self.stream), self.stream)
 
     def measure(self, paths, hashed):
+        if hashed:
+            return self.read_back(paths)
         found = {}
         for path in paths:
             self.stop.check()
-            size = self.measure_one(self.path(path), hashed)
-            if size:
-                found[path] = size
+            try:
+                info = os.lstat(self.path(path))
+            except OSError:
+                continue
+            if stat.S_ISREG(info.st_mode):
+                found[path] = info.st_size, None
         return found
 
-    def measure_one(self, path, hashed):
-        """(size, SHA-256 or None) of a file, or None.  No link is followed, no FIFO waited for."""
-        try:
-            if not hashed:
-                info = os.lstat(path)
-                return (info.st_size, None) if stat.S_ISREG(info.st_mode) else None
-            fd = os.open(path, OPEN_FLAGS)
-        except OSError:
-            return None
-        try:
-            info = os.fstat(fd)
-            return (info.st_size, self.read_back(fd, info.st_size)) if stat.S_ISREG(info.st_mode) else None
-        except OSError as error:
-            raise self.trouble('cannot read back', error)
-        finally:
-            os.close(fd)
+    def read_back(self, paths):
+        """{path: (size, SHA-256)} of those that are files, as the disk holds them."""
+        found = {}
+        with contextlib.closing(self.opened_ahead(paths)) as files:
+            for path, fd in files:
+                try:
+                    info = os.fstat(fd)
+                    if stat.S_ISREG(info.st_mode):
+                        found[path] = info.st_size, self.hash_of(fd, info.st_size)
+                except OSError as error:
+                    raise self.trouble('cannot read back', error)
+                finally:
+                    os.close(fd)
+        return found
 
-    def read_back(self, fd, size):
-        """SHA-256 of what the disk holds: the cache is dropped first where that can be asked."""
+    AHEAD = 16                      # files that the disk is asked for while another is read
+
+    def opened_ahead(self, paths):
+        """Yield (path, descriptor) of those that are there, each to be closed by who gets it.  No link
+        is followed, no FIFO waited for."""
+        opened = collections.deque()
+        try:
+            for path in paths:
+                try:
+                    opened.append((path, os.open(self.path(path), OPEN_FLAGS)))
+                    ask_disk(opened[-1][1])
+                except OSError:
+                    pass                # it is missing, or its fault is seen when it is read
+                if len(opened) > self.AHEAD:
+                    yield opened.popleft()
+            while opened:
+                yield opened.popleft()
+        finally:
+            close_all(fd for _, fd in opened)
+
+    def hash_of(self, fd, size):
         import hashlib
-        if hasattr(os, 'posix_fadvise'):
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
         digest, left = hashlib.sha256(), size
         while left >= 0:                # what is longer has another hash by its next byte
             self.stop.check()
@@ -10966,12 +10999,6 @@ def made_writable(directory):
                 os.chmod(fd, mode)
     finally:
         os.close(fd)
-
-
-def close_all(fds):
-    for fd in fds:
-        with contextlib.suppress(OSError):      # what it was is gone: nothing is left to fail
-            os.close(fd)
 
 
 class Releaser:

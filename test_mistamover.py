@@ -8874,6 +8874,52 @@ class Closing(Case):
             self.assert_closed_after_a_pass(self.releaser(), fds)
 
 
+class ReadBack(Case):
+    """What is at a local target is hashed as the disk holds it, many files at a time."""
+
+    def setUp(self):
+        need('/proc/self/fd')
+        world = self.world('local')
+        self.target = os.fsencode(world.target)
+        stream = mm.load_config(world.ini, mm.TRANSPORTS).streams[0]
+        self.stop = mm.StopRequest()
+        self.transport = mm.LocalTransport(stream, self.stop, None)
+
+    def assert_nothing_open(self):
+        opened = [os.readlink('/proc/self/fd/' + fd) for fd in os.listdir('/proc/self/fd')
+                  if os.path.islink('/proc/self/fd/' + fd)]
+        self.assertEqual([path for path in opened if path.startswith(os.fsdecode(self.target))], [])
+
+    def test_files_only_each_as_it_is(self):
+        wanted = {}
+        for number in range(3 * mm.LocalTransport.AHEAD):
+            name, content = b'f%d' % number, b'content' * number
+            write(os.path.join(self.target, name), content)
+            wanted[name] = len(content), hashlib.sha256(content).hexdigest()
+        os.mkfifo(os.path.join(self.target, b'pipe'))
+        os.mkdir(os.path.join(self.target, b'directory'))
+        os.symlink(b'f1', os.path.join(self.target, b'link'))
+        names = [b'missing', b'pipe', b'directory', b'link'] + list(wanted)
+        self.assertEqual(self.transport.measure(names, True), wanted)
+        self.assertEqual(self.transport.measure(names, False), {n: (s, None) for n, (s, _) in wanted.items()})
+        self.assert_nothing_open()
+
+    def test_an_error_or_a_stop_leaves_nothing_open(self):
+        names = [b'f%d' % number for number in range(40)]
+        for name in names:
+            write(os.path.join(self.target, name), name)
+        with mock.patch.object(os, 'posix_fadvise', side_effect=OSError(errno.EINVAL, 'no'), create=True):
+            self.assertEqual(len(self.transport.measure(names, True)), 40)     # it can be read all the same
+        with mock.patch.object(os, 'read', side_effect=OSError(errno.EIO, 'an error')), \
+                self.assertRaises(mm.TargetError):
+            self.transport.measure(names, True)
+        self.assert_nothing_open()
+        self.stop.request()
+        with self.assertRaises(mm.Interrupted):
+            self.transport.measure(names, True)
+        self.assert_nothing_open()
+
+
 @spread
 class MovingSource(Invariants):
     @slow
