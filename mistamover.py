@@ -3717,8 +3717,9 @@ class Settler:
         return monotonic - known[1] >= self.settle_time
 
 
-OPEN_FLAGS = os.O_RDONLY | getattr(os, 'O_NOFOLLOW', 0) | getattr(os, 'O_NONBLOCK', 0) | \
-    getattr(os, 'O_BINARY', 0) | getattr(os, 'O_CLOEXEC', 0)
+CARE = getattr(os, 'O_NOFOLLOW', 0) | getattr(os, 'O_BINARY', 0) | getattr(os, 'O_CLOEXEC', 0)
+OPEN_FLAGS = os.O_RDONLY | getattr(os, 'O_NONBLOCK', 0) | CARE
+CREATE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | CARE
 
 
 def open_entry(root, entry, any_ctime=False):
@@ -3729,7 +3730,7 @@ def open_entry(root, entry, any_ctime=False):
     Changed, ItemError.
     """
     try:
-        fd = os.open(os.path.join(root, entry.path), OPEN_FLAGS)
+        fd = os.open(root + b'/' + entry.path, OPEN_FLAGS)
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ELOOP, errno.ENOTDIR, errno.ENXIO):
             raise Changed('%s is gone' % show(entry.path))
@@ -3948,9 +3949,12 @@ def read_entry(root, entry, stop, start=0, fd=None):
 def copy_entry(root, entry, write, stop, start=0, fd=None):
     """Hand a file's bytes from `start` on to write().  Raises as read_entry(), and what write()
     raises."""
-    with contextlib.closing(read_entry(root, entry, stop, start, fd)) as blocks:
+    blocks = read_entry(root, entry, stop, start, fd)
+    try:
         for block in blocks:
             write(block)
+    finally:
+        blocks.close()
 
 
 def copy_prefix(root, entry, digest, length, stop):
@@ -5708,13 +5712,11 @@ class LocalTransport(Staging):
     def create(self, job):
         """A descriptor of the staged file, new and empty.  Raises OSError."""
         path, mode = self.path(job.staged), job.entry.mode & 0o777 | 0o600
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, 'O_NOFOLLOW', 0) | \
-            getattr(os, 'O_BINARY', 0) | getattr(os, 'O_CLOEXEC', 0)
         try:
-            return os.open(path, flags, mode)
+            return os.open(path, CREATE_FLAGS, mode)
         except FileExistsError:         # a crash left it
             os.unlink(path)
-            return os.open(path, flags, mode)
+            return os.open(path, CREATE_FLAGS, mode)
 
     def copy_into(self, job, fd, out, digest):
         size = job.entry.size
