@@ -5405,7 +5405,8 @@ class LocalTransport(Staging):
         self.apart.clear()
         self.traits.clear()
         self.shown.clear()
-        self.ways = [rename_exclusively, link_and_unlink, look_and_rename]      # to publish
+        # to publish: {b'': on the file system of target_dir, directory: in one that lies beyond}
+        self.ways = collections.defaultdict(lambda: [rename_exclusively, link_and_unlink, look_and_rename])
         self.together = None        # whether syncfs may be used
         self.beyond = set()         # directories that lie on another file system than target_dir
         self.notes = os.path.join(self.area, b'beyond')
@@ -5662,7 +5663,7 @@ class LocalTransport(Staging):
 
     def can_link(self, batch, entry):
         if not self.stream.move or batch.root != self.stream.root or entry.dev != self.device or \
-                self.stream.target_chmod:
+                self.stream.target_chmod or self.beyond and parent_of(batch.final(entry.path)) in self.beyond:
             return False
         known = self.traits.get(('source_links',))
         return self.trait('source_links') if known is None else known
@@ -5904,7 +5905,8 @@ class LocalTransport(Staging):
     def copy_instead(self, job):
         """No link to this file, or from there: another disk after all, a file of somebody else."""
         job.linked.close()
-        job.linked, job.staged = None, self.staged_name(job.entry)
+        job.linked = None
+        job.staged = self.beside(job) if parent_of(job.final) in self.beyond else self.staged_name(job.entry)
         batch = Batch(self.stream.root, b'', ())
         self.copy(batch, job)
         self.verify(batch, [job])
@@ -5914,8 +5916,9 @@ class LocalTransport(Staging):
     def publish(self, old, new):
         """Whether a file of ours was given that name, without overwriting; False: it was taken.
         Raises OSError."""
+        ways = self.ways[parent_of(new) if parent_of(new) in self.beyond else b'']
         old, new = self.path(old), self.path(new)
-        for way in list(self.ways):
+        for way in list(ways):
             try:
                 way(old, new)
             except FileExistsError:
@@ -5925,7 +5928,7 @@ class LocalTransport(Staging):
                     raise
                 continue
             # what did not do where another did is not tried again
-            self.ways = self.ways[self.ways.index(way):]
+            del ways[:ways.index(way)]
             return True
 
     def beside(self, job):
@@ -6064,9 +6067,12 @@ class LocalTransport(Staging):
 
     def overwrite(self, job):
         try:
-            if job.linked:
+            beyond = self.lies_beyond(parent_of(job.final))
+            if job.linked and beyond:
+                self.copy_instead(job)
+            elif job.linked:
                 self.link_staged(job)
-            elif job.staged.startswith(self.area + b'/') and self.lies_beyond(parent_of(job.final)):
+            if beyond and job.staged.startswith(self.area + b'/'):
                 self.move_beside(job)
         except OSError as error:
             raise self.cannot_name(job.final, error)

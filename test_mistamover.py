@@ -9140,6 +9140,49 @@ class FileSystems(Invariants):
         os.mkdir(world.target)
         return world.configure(**options)
 
+    def mixed(self, **options):
+        """A world with exFAT on one directory of its target, and more of each to bring there."""
+        world = self.world('local', items='files', **options)
+        os.mkdir(os.path.join(world.target, 'day'))
+        self.mount('exfat', os.path.join(world.target, 'day'))
+        files = {b'%s%s%d' % (where, name, number): b'%d' % number for where in (b'', b'day/', b'day/sub/')
+                 for name in (b'new', b'same', b'other') for number in range(2)}
+        for number, (name, content) in enumerate(sorted(files.items())):
+            write(os.path.join(mm.to_bytes(world.source), name), content, OLD + 2 * number)
+            if b'new' not in name:
+                write(os.path.join(mm.to_bytes(world.target), name),
+                      content if b'same' in name else b'?', OLD - 2 * number)
+        return world, files
+
+    def test_a_target_of_two_file_systems(self):
+        """Each directory keeps its own way to give names: the weakest would overwrite."""
+        for options, backups in (({}, 6), ({'batch_files': '1'}, 6), ({'on_conflict': 'overwrite'}, 0),
+                                 ({'transfer_mode': 'mirror'}, 0)):
+            world, files = self.mixed(**options)
+            before = tree(world.source)
+
+            def doctor():
+                def watched(name):
+                    real = getattr(mm, name)
+                    def way(*args, **kwargs):
+                        real(*args, **kwargs)
+                        print('WAY', name, mm.parent_of(args[1][len(world.target) + 1:]).decode() or '.')
+                    setattr(mm, name, way)
+                watched('look_and_rename')
+                watched('rename_exclusively')
+            done = self.doctored(world, doctor)
+            self.assertEqual(done.code, 0, str(done))
+            held = {n: v for n, v in contents(tree(world.target)).items() if v != 'directory'}
+            self.assertEqual({n: v for n, v in held.items() if b'~' not in n}, files, str(done))
+            self.assertEqual([v for n, v in held.items() if b'~' in n], [b'?'] * backups, str(done))
+            self.assertEqual((tree(world.source), world.leftovers()),
+                             (before if 'transfer_mode' in options else {}, []), str(done))
+            ways = set(re.findall(r'WAY (.*)', done.output))
+            self.assertNotIn('look_and_rename .', ways, str(done))
+            if renames_exclusively():
+                self.assertLessEqual({'look_and_rename day', 'look_and_rename day/sub'}, ways, str(done))
+            self.assertEqual(self.assert_run(world, 0).output.count('delivered 0 items'), 1)
+
     def test_a_name_at_which_a_disk_fails_keeps_nothing_else_back(self):
         """Whatever is asked about it, the answer is EIO (davfs2); all the rest works."""
         world = self.world('local', keep_delivered='1h')
