@@ -7295,11 +7295,17 @@ def plain_reason(text):
     return re.sub(r'\d{4}/\d\d/\d\d \d\d:\d\d:\d\d (?:[A-Z]+ *: )?', '', text)
 
 
+# error codes of S3 stores for a quota: Ceph and versitygw (403), Huawei's OBS (403), MinIO (400)
+QUOTA = re.compile(r'(?:\bapi error|:) (?:QuotaExceeded|InsufficientStorageSpace|'
+                   r'XMinioAdminBucketQuotaExceeded): ')
+
+
 def is_own_trouble(reason):
     """Whether a store answered with a status that says that the trouble is its own (RFC 9110, 15.6): it
-    may be full.  rclone shows the number as its libraries do, whatever the words around it."""
+    may be full; or with a code that says so.  rclone shows both as its libraries do, whatever the words
+    around them."""
     status = re.search(r'\bstatus ?code: (\d{3})\b', reason, re.I)
-    return status is not None and status.group(1) >= '500'
+    return status is not None and (status.group(1) >= '500' or QUOTA.search(reason) is not None)
 
 
 class Refusing(Exception):
@@ -7323,7 +7329,7 @@ class Report:
         self.trouble = ''           # the last error of all
         self.hashes = {}            # name -> 'md5:...', compared and found equal
         self.sent = set()           # names
-        self.refused = set()        # names that it answered with 5xx: its own trouble, not the file's
+        self.refused = set()        # names that it answered by its own trouble, not the file's
         self.untried = set()        # names
         self.begin()
 

@@ -77,6 +77,7 @@ import glob
 import grp
 import hashlib
 import html.parser
+import http.server
 import itertools
 import json
 import os
@@ -89,6 +90,7 @@ import shlex
 import shutil
 import signal
 import socket
+import socketserver
 import ssl
 import stat
 import subprocess
@@ -98,6 +100,7 @@ import threading
 import time
 import traceback
 import unittest
+import urllib.parse
 import warnings
 import zipfile
 from unittest import mock
@@ -7191,6 +7194,75 @@ class Sums(Doctored):
         self.assertEqual(sorted(contents(tree(first.target))), [b'run002', b'run002.sha256'])
 
 
+class SmallStore(socketserver.ThreadingMixIn, http.server.HTTPServer):
+    """One bucket of S3 that keeps what is small, and refuses the rest by 403 and a code."""
+
+    daemon_threads = True
+
+    def handle_error(self, *_):
+        """Who asked went away."""
+
+    def __init__(self, code):
+        self.code, self.held = code, {}
+        http.server.HTTPServer.__init__(self, ('127.0.0.1', 0), self.Request)
+
+    def __enter__(self):
+        threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        self.shutdown()
+        self.server_close()
+
+    class Request(http.server.BaseHTTPRequestHandler):
+        protocol_version = 'HTTP/1.1'
+        wbufsize = -1               # an answer in one piece: a client may hang up in its middle
+
+        def handle_expect_100(self):
+            self.wfile.write(b'HTTP/1.1 100 Continue\r\n\r\n')
+            self.wfile.flush()
+            return True
+
+        def answer(self, status, body=b'', **headers):
+            self.send_response(status)
+            for name, value in dict(headers, Content_Length=len(body)).items():
+                self.send_header(name.replace('_', '-'), str(value))
+            self.end_headers()
+            self.wfile.write(body if self.command != 'HEAD' else b'')
+
+        def key(self):
+            return urllib.parse.unquote(self.path.partition('?')[0]).partition('/bucket/')[2]
+
+        def do_PUT(self):
+            body = self.rfile.read(int(self.headers['Content-Length']))
+            if len(body) > 1000:
+                return self.answer(403, b'<Error><Code>%s</Code></Error>' % self.server.code.encode())
+            self.server.held[self.key()] = body
+            self.answer(200, ETag='"%s"' % hashlib.md5(body).hexdigest())
+
+        def do_GET(self):
+            body = self.server.held.get(self.key())
+            if body is not None:
+                return self.answer(200, body, ETag='"%s"' % hashlib.md5(body).hexdigest(),
+                                   Last_Modified=self.date_time_string())
+            prefix = urllib.parse.parse_qs(self.path.partition('?')[2]).get('prefix', [''])[0]
+            rows = ''.join(
+                '<Contents><Key>%s</Key><Size>%d</Size><LastModified>2026-01-01T00:00:00.000Z</LastModified>'
+                '<ETag>"%s"</ETag></Contents>' % (key, len(body), hashlib.md5(body).hexdigest())
+                for key, body in sorted(self.server.held.items()) if key.startswith(prefix))
+            self.answer(404 if self.key() else 200, (
+                '<ListBucketResult><IsTruncated>false</IsTruncated>%s</ListBucketResult>' % rows).encode())
+
+        do_HEAD = do_GET
+
+        def do_DELETE(self):
+            self.server.held.pop(self.key(), None)
+            self.answer(204)
+
+        def log_message(self, *_):
+            pass
+
+
 class ObjectStores(Invariants):
     """rclone to a store that speaks S3, and the remotes that it may and may not be used with."""
 
@@ -7431,11 +7503,38 @@ class ObjectStores(Invariants):
         self.assertGreaterEqual((len(stored), len(held)), (3, 3))
         self.assertEqual(mm.SharedJson(world.state, 'failures.json').read().get('s', {}), {}, str(done))
 
+    def test_a_quota(self):
+        """A store may answer it by 403 and a code of its own."""
+        for code, counted in ('QuotaExceeded', {}), ('AccessDenied', {'large': 1}):
+            with SmallStore(code) as store:
+                world = Case.world(self, 'rclone', retry_count='1', rclone_options='--low-level-retries=1')
+                config = os.path.join(world.top, 'rclone.conf')
+                with open(config, 'w') as handle:
+                    handle.write('[small]\ntype = s3\nprovider = Other\naccess_key_id = A\n'
+                                 'secret_access_key = S\nforce_path_style = true\n'
+                                 'endpoint = http://127.0.0.1:%d\n' % store.server_address[1])
+                os.chmod(config, 0o600)
+                world.configure(**dict(world.options, rclone_config=config, target_dir='small:bucket/x'))
+                write(os.path.join(world.source, 'large'), b'large' * 1000)
+                write(os.path.join(world.source, 'small'), b'small')
+                done = self.assert_run(world, 1)
+            self.assertIn('api error ' + code, done.output)
+            self.assertEqual('is the store full?' in done.output, not counted, str(done))
+            self.assertEqual(store.held, {'x/small': b'small'}, str(done))
+            self.assertEqual(contents(tree(world.source)), {b'large': b'large' * 1000})
+            failures = mm.SharedJson(world.state, 'failures.json').read().get('s', {})
+            self.assertEqual({name: entry['count'] for name, entry in failures.items()}, counted, str(done))
+
     def test_trouble_of_the_store_itself(self):
         """It is not the item's; after several in a row an rclone is ended."""
         for text, kind in (('https response error StatusCode: 500, RequestID: 18EC', mm.NoRoom),
                            ('InternalError: so\n\tstatus code: 507, request id: 5', mm.NoRoom),
                            ('https response error StatusCode: 403, RequestID: 500', mm.ItemError),
+                           ('StatusCode: 403, api error InsufficientStorageSpace: so', mm.NoRoom),
+                           ('StatusCode: 400, api error XMinioAdminBucketQuotaExceeded: so', mm.NoRoom),
+                           ('QuotaExceeded: \n\tstatus code: 403, request id: 5', mm.NoRoom),
+                           ('Quota: StatusCode: 403, api error AccessDenied: QuotaExceeded', mm.ItemError),
+                           ('cannot read QuotaExceeded: no such file', mm.ItemError),
                            ('status 500 of something', mm.ItemError)):
             report = mm.Report(5)
             report.note('error', 'Failed to copy: ' + text, 'x')
