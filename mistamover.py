@@ -4651,6 +4651,7 @@ class Staging(Transport):
         return [self.exists(path) for path in paths]
 
     lists = False               # whether listing() and write_small() are there
+    deletes = True              # whether files of ours were seen to go; else what is tried stays
 
     def listing(self, directory):
         """The exact names in a directory, as a set; None if it cannot be listed."""
@@ -4906,13 +4907,34 @@ class Staging(Transport):
     @contextlib.contextmanager
     def tiny(self, content=b'tried by MiStaMover\n'):
         """The path of a tiny file in the staging area, for a moment.  Raises ItemError."""
-        self.ensure([self.area])
-        path = os.path.join(self.area, b'try-' + random_hex(4))
-        self.write_small(path, content)
+        path = self.trial(b'%d' % len(content))
+        self.write_once(path, content)
         try:
             yield path
         finally:
             self.delete([path])
+
+    def trial(self, name):
+        """The path of a file to try something with: always the same one where it may have to stay."""
+        return os.path.join(self.area, b'try-' + name + (b'-' + random_hex(4) if self.deletes else b''))
+
+    def write_once(self, path, content):
+        """As write_small(); one from before will do, where it is neither removed nor replaced."""
+        self.ensure([self.area])
+        try:
+            self.write_small(path, content)
+        except ItemError:
+            there = self.measure([path], False).get(path)
+            if not isinstance(there, tuple) or there[0] != len(content):
+                self.delete([path])     # half of one
+                self.write_small(path, content)
+
+    def take_back(self, path, first):
+        """A file of ours has its first name again, where nothing is removed: there it is found by what is
+        tried next."""
+        if not self.deletes:
+            with contextlib.suppress(ItemError):
+                self.rename(path, first)
 
     def try_absence(self):
         """Whether exists() says no of a name that cannot be there, and yes of one that is."""
@@ -4927,11 +4949,10 @@ class Staging(Transport):
     def try_folds(self):
         """Whether names that differ in case or in the form of their accents are one name there."""
         try:
-            for mine, other in ((b'try-a', b'TRY-A'), (b'try-\xc3\xa9', b'try-e\xcc\x81')):
-                tail = b'-' + random_hex(4)
-                path = os.path.join(self.area, mine + tail)
-                self.ensure([self.area])
-                self.write_small(path, b'')
+            for mine, other in ((b'a', b'TRY-A'), (b'\xc3\xa9', b'try-e\xcc\x81')):
+                path = self.trial(mine)
+                self.write_once(path, b'')
+                tail = path.rpartition(b'try-' + mine)[2]
                 found = self.exists(os.path.join(self.area, other + tail))
                 self.delete([path])
                 if found is not False:
@@ -4957,7 +4978,9 @@ class Staging(Transport):
             with self.tiny() as tiny:
                 with contextlib.suppress(ItemError):    # where nothing is replaced, one may be there that
                     self.rename(tiny, path)             # could not be removed
-                return name in (self.listing(self.area) or ())
+                kept = name in (self.listing(self.area) or ())
+                self.take_back(path, tiny)
+                return kept
         except ItemError:
             return False
         finally:
@@ -5070,7 +5093,9 @@ class Staging(Transport):
         try:
             with self.tiny() as path:
                 self.rename(path, name)
-                return self.exists(name) is True
+                shown = self.exists(name) is True
+                self.take_back(name, path)
+                return shown
         except ItemError:
             return False
         finally:
@@ -5407,6 +5432,7 @@ class LocalTransport(Staging):
         self.shown.clear()
         # to publish: {b'': on the file system of target_dir, directory: in one that lies beyond}
         self.ways = collections.defaultdict(lambda: [rename_exclusively, link_and_unlink, look_and_rename])
+        self.deletes = False        # until one went
         self.together = None        # whether syncfs may be used
         self.beyond = set()         # directories that lie on another file system than target_dir
         self.notes = os.path.join(self.area, b'beyond')
@@ -6101,9 +6127,13 @@ class LocalTransport(Staging):
         for path in paths:
             try:
                 os.unlink(self.path(path))
+                self.deletes = True
+            except FileNotFoundError:
+                pass
             except OSError as error:    # what cannot be deleted stays: tidy() says so
                 if error.errno in self.AWAY:
                     raise self.trouble('cannot delete', error)
+                self.deletes = False
 
     def outcomes(self, batch):
         for job in batch.jobs:
@@ -8885,6 +8915,7 @@ class SftpTransport(Staging):
         """Nothing is known of a new connection."""
         for notes in (self.made, self.shown, self.traits):
             notes.clear()
+        self.deletes = False            # until one went
         self.dressing = 0               # which of DRESSES the server takes
         self.publish_by = None          # 'rename' or 'link' where that never replaces, else 'look'
         self.mark = None                # the handle of sync()
@@ -9317,7 +9348,7 @@ class SftpTransport(Staging):
             kind = oddities(part)
             if kind and ('names', kind) not in self.traits:
                 odd[kind] = part
-        if len(odd) > 1:
+        if len(odd) > 1 and self.deletes and self.stream.staging == 'area':
             with self.trying:
                 self.ensure([self.area])
                 found = self.run(self.try_together(sorted(odd.values())))
@@ -9326,7 +9357,7 @@ class SftpTransport(Staging):
 
     def try_together(self, names):
         """Steps that rename files of ours to these names in a directory of ours, and list it."""
-        directory = os.path.join(self.area, b'try-' + random_hex(4))
+        directory = os.path.join(self.area, b'try-names')       # the same one, for it may have to stay
         yield [(Fxp.MKDIR, self.path(directory) + Fxp.packed(0o700))]
         found = set()
         for chunk in in_chunks(names, SftpSession.AHEAD // 2):
@@ -9369,19 +9400,21 @@ class SftpTransport(Staging):
 
     def learn_to_publish(self):
         """Steps that find what never replaces: tried on files of ours that their sizes tell apart."""
-        one, two, three = (os.path.join(self.area, b'try-' + random_hex(4)) for _ in range(3))
-        publish_by = 'look'
-        good = yield from self.make_files([(one, b''), (two, b'22')])
+        names = one, two, three = [self.trial(name) for name in (b'one', b'two', b'three')]
+        publish_by, files = 'look', [(one, b''), (two, b'22')]
+        good = yield from self.make_files(files)
+        if not good:                    # a run that was killed left them
+            yield from self.removing(*names)
+            good = yield from self.make_files(files)
         if good and (yield from self.behaves(self.to_rename(one, two), [(one, 0), (two, 2)], False)):
             publish_by = 'rename'
         elif good and b'hardlink@openssh.com' in self.session.extensions:
-            one = os.path.join(self.area, b'try-' + random_hex(4))
-            good = yield from self.make_files([(one, b'1')])
+            good = yield from self.make_files([(one, b'1')])    # the first has the name of the second now
             if good and (yield from self.behaves(self.to_link(one, two), [(one, 1)], False)) and \
                     (yield from self.behaves(self.to_link(one, three), [(one, 1), (three, 1)], True)) and \
                     (yield from self.behaves((Fxp.REMOVE, self.path(one)), [(three, 1)], True)):
                 publish_by = 'link'
-        yield [(Fxp.REMOVE, self.path(name)) for name in (one, two, three)]
+        yield from self.removing(*names)
         self.publish_by = publish_by
 
     def behaves(self, request, sizes, good):
@@ -9467,8 +9500,11 @@ class SftpTransport(Staging):
     def delete(self, paths):
         self.session.run((self.sources.get(path), self.removing(path)) for path in paths)
 
-    def removing(self, path):
-        yield [(Fxp.REMOVE, self.path(path))]
+    def removing(self, *paths):
+        answers = yield [(Fxp.REMOVE, self.path(path)) for path in paths]
+        seen = {Fxp.status(answer) for answer in answers} - {Fxp.MISSING}
+        if seen:
+            self.deletes = seen == {Fxp.OK}
 
     # -- directories
 
@@ -10420,10 +10456,10 @@ class FtpTransport(Staging):
     def rehearse(self):
         """Do with a small file what will be done with each: STOR, the proof, RNFR, RNTO, DELE.
         Raises TargetError with what the target would need, before anything is sent."""
-        content = random_hex(8)
+        content = b'rehearse'           # the same each time, for it may have to stay
         probe = os.path.join(self.area, b'.probe')
         try:
-            self.write_small(probe, content)
+            self.write_once(probe, content)
             with self.connection() as line:
                 self.choose_proof(line, probe, content)
                 self.traits['absence',] = bool(self.looker)
@@ -10432,6 +10468,8 @@ class FtpTransport(Staging):
                     raise TargetError('%s does not say what is there' % target_of(self.stream),
                                       'this account needs SIZE, MLST or NLST')
                 self.deletes = self.answers(line, [b'DELE ' + self.name(moved)])[0].done
+                if not self.deletes:
+                    finished(self.rename_all(line, [(moved, probe)]))
         except TargetError:
             with contextlib.suppress(MoverError):
                 self.delete_area()
@@ -10441,8 +10479,8 @@ class FtpTransport(Staging):
                 target_of(self.stream), show(self.area)), self.stream)
 
     def try_rename(self, line, probe, content):
-        """The name that a file of ours has now; always the same one, for it may have to stay, but
-        where nothing is ever replaced."""
+        """The name that a file of ours has now; the second one where the first had to stay and nothing is
+        ever replaced."""
         for tail in (b'-moved', b'-' + content):
             reply, = finished(self.rename_all(line, [(probe, probe + tail)]))
             if reply.done:

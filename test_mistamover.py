@@ -6106,6 +6106,23 @@ exit 11
         self.assert_converged(world, {b'a': b'a', b'b': b'b', b'c': b'c'})
 
 
+class SshdKeeps(Sshd):
+    """Nothing may be removed."""
+
+    needs = Sshd.needs + (('/usr/lib/sftp-server', 'openssh-sftp-server'),)
+    sftp = '/usr/lib/sftp-server -P remove,rmdir'
+
+
+class SshdKeepsDirectories(SshdKeeps):
+    sftp = '/usr/lib/sftp-server -P rmdir'
+
+
+class ProFtpdKeepsAll(ProFtpd):
+    """Nothing may be removed or replaced."""
+
+    lines = ('<Limit DELE RMD>', 'DenyAll', '</Limit>')
+
+
 class FtpLines(Doctored):
     """Commands that are under way together, and answers that stay in step with them."""
 
@@ -6429,6 +6446,43 @@ class FtpTargets(Invariants):
             self.assertEqual(left[1:], left[:1] * 2)
             self.assertEqual(bool(left[0]), stays)
 
+    ODD = 'caf\u00e9 %d', ' x%d ', 'x%d.', 'a%d:b', 'a"%d', 'a%d\\b', 'a*%d', '\u4e2d%d'
+
+    def test_what_is_tried_there_does_not_pile_up(self):
+        """Where nothing may be removed, each experiment finds the files of the last one."""
+        for cls, values, checks in ((VsftpdWithout, {'denied': 'DELE,RMD'}, 2), (ProFtpdKeepsAll, {}, 0),
+                                    (SshdKeeps, {}, 2), (SshdKeepsDirectories, {}, 0)):
+            running = self.own_server(cls, **values)
+            world = self.world_by_sftp(running) if issubclass(cls, Sshd) else self.world_at(running)
+            left, expected = [], {}
+            for _ in range(checks):
+                self.assertIn('for nothing may be removed there', self.assert_run(world, 0, '--check').output)
+                left.append(self.kept(world))
+            self.assertEqual(left[1:], left[:-1], cls)
+            left = []
+            for number in range(2):
+                for name in ('run%d', self.ODD[number], self.ODD[-1 - number]):
+                    self.arriving(world, **{name % number: b'%d' % number})
+                    expected[(name % number).encode()] = b'%d' % number
+                done = self.assert_run(world, 0)
+                self.assertEqual(tree(world.source), {}, str(done))
+                left.append(self.kept(world))
+            held = contents(tree(world.target))
+            self.assertEqual({n: v for n, v in held.items() if b'.mistamover' not in n}, expected, cls)
+            self.assertEqual(left[1:], left[:-1], cls)
+
+    @staticmethod
+    def kept(world):
+        return sorted(name for name in tree(world.target) if b'.mistamover' in name)
+
+    def world_by_sftp(self, running, **options):
+        world = self.world('local')
+        return world.configure(**dict({
+            'transfer_protocol': 'sftp', 'target_host': '127.0.0.1', 'target_port': running.port,
+            'username': running.user, 'target_dir': world.target, 'ssh_key': running.key,
+            'ssh_options': '-F none -o HostKeyAlias=mover-test -o UserKnownHostsFile=' + running.known_hosts},
+            **options))
+
     def test_one_connection_for_each_client(self):
         """421 to every other one: nothing waits for a second, whatever there is to ask."""
         running = self.own_server(Vsftpd, more=lambda self: ['max_per_ip=1'])
@@ -6451,8 +6505,7 @@ class FtpTargets(Invariants):
 
     def test_odd_names_where_nothing_is_replaced_or_removed(self):
         """The second trial of a name finds that of the first."""
-        world = self.world_at(self.own_server(ProFtpdUpstream, lines=(
-            '<Limit DELE RMD>', 'DenyAll', '</Limit>')))
+        world = self.world_at(self.own_server(ProFtpdKeepsAll))
         for number in range(2):
             self.arriving(world, **{'caf\u00e9': b'odd %d' % number})
             done = self.assert_run(world, 0)
@@ -7685,6 +7738,16 @@ class Sftp(Invariants):
         for name, content in originals.items():
             write(os.path.join(mm.to_bytes(world.source), name), content)
         return originals
+
+    @on_sites('sftp')
+    def test_odd_names_beside_need_no_directory_of_ours(self, site):
+        world = self.world(site, staging='beside')
+        names = {'caf\u00e9': b'1', 'a:b': b'2', ' blank': b'3'}
+        for name, content in names.items():
+            write(os.path.join(world.source, name), content)
+        done = self.assert_run(world, 0)
+        self.assertEqual(contents(tree(world.target)), {n.encode(): v for n, v in names.items()}, str(done))
+        self.assertEqual((tree(world.source), world.leftovers()), ({}, []))
 
     @on_sites('shuffle', 'short', 'small', 'closes')
     def test_servers_with_ways_of_their_own(self, how):
