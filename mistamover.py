@@ -9815,7 +9815,6 @@ class FtpTransport(Staging):
 
     replaces = True             # RNTO on most servers
     takes = 'network host password password_file tls chmod parallel staging'
-    modules = ('ssl',)
     forbidden = b'\r\n\0'
     lists = True
     AHEAD = 32                          # questions under way; their answers fit any buffer
@@ -14567,7 +14566,8 @@ def load_modules(config):
     if far or config.settings.alert_command or any(stream.after_delivery for stream in config.streams):
         names.update(('encodings.idna', 'queue', 'subprocess', 'tempfile'))
     for stream in config.streams:
-        names.update(stream.protocol.modules, ('zipfile', 'struct') if stream.zips else ())
+        names.update(stream.protocol.modules, ('zipfile', 'struct') if stream.zips else (),
+                     ('ssl',) if stream.tls else ())
     if config.settings.status_page:
         names.add('html')
     if config.email.smarthost:
