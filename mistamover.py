@@ -12106,10 +12106,14 @@ class Delivery:
         self.drain()                # one release at a time
         self.ask_stop_files()
         try:
-            for reason in self.releaser.release_tree(item, self.scanner):
-                log.info(reason, self.stream)
+            reasons = self.releaser.release_tree(item, self.scanner)
         except ItemError as error:
             self.fail(item.name, error)
+            return
+        for reason in reasons:
+            log.info(reason, self.stream)
+        if not reasons:
+            self.follow_with_ready(item)
 
     def zipped(self, item):
         """The zip of a directory as a Parcel, or None if none could be made.  It is made anew at each
