@@ -2930,19 +2930,16 @@ class Zips(Doctored):
     def test_what_tells_that_a_tree_is_ready_follows_a_release_that_a_crash_cut_short(self):
         for options in ({'ready_file': '{name}.sha256'}, {'check_file': '{name}.sha256'},
                         {'ready_file': '{name}.sha256', 'ready_file_send': 'no'}):
-            for verb in ('release_tree', 'finish_tree'):
-                world = self.world('ftp', **options)
-                write(os.path.join(world.source, 'day', 'a'), b'a')
-                line = b'%s  day/a\n' % hashlib.sha256(b'a').hexdigest().encode()
-                write(os.path.join(world.source, 'day.sha256'), line)
-                done = self.doctored(world, setting(
-                    mm.Releaser, **{verb: lambda *_: os.kill(os.getpid(), signal.SIGKILL)}))
-                self.assertEqual(done.code, -9, str(done))
-                done = self.assert_run(world, 0)
-                story = '%r %s %s' % (options, verb, done)
-                self.assertEqual((tree(world.source), world.leftovers()), ({}, []), story)
-                self.assertEqual(sorted(tree(world.target)), [b'day.sha256'][len(options) - 1:] + [b'day.zip'],
-                                 story)
+            world = self.world('ftp', **options)
+            write(os.path.join(world.source, 'day', 'a'), b'a')
+            line = b'%s  day/a\n' % hashlib.sha256(b'a').hexdigest().encode()
+            write(os.path.join(world.source, 'day.sha256'), line)
+            done = self.doctored(world, setting(
+                mm.Releaser, release_tree=lambda *_: os.kill(os.getpid(), signal.SIGKILL)))
+            self.assertEqual(done.code, -9, str(done))
+            done = self.assert_run(world, 0)
+            self.assertEqual((tree(world.source), world.leftovers()), ({}, []), str(done))
+            self.assertEqual(sorted(tree(world.target)), [b'day.sha256'][len(options) - 1:] + [b'day.zip'])
 
     def test_a_directory_beside_its_zip_is_reported(self):
         world = self.world('sftp')
