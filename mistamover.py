@@ -5158,7 +5158,7 @@ class Staging(Transport):
             raise self.no_file(job)
         elif step == 'backup':
             backups = self.make_backup(batch, job, twin)
-            self.place_alone(job)
+            self.place_or_restore(batch, job, backups)
             for path, backup in backups.items():
                 if not self.drop_own_copy(path, backup):
                     log.info('other content had the name %s at the target and is %s now' % (
@@ -5171,6 +5171,19 @@ class Staging(Transport):
     def place_alone(self, job):
         if job not in self.place([job]):
             raise ItemError('%s cannot be placed' % show(job.final))
+
+    def place_or_restore(self, batch, job, backups):
+        """What was there gets its name back if ours cannot have it.  Raises ItemError, Changed."""
+        with job.own_faults():
+            self.place_alone(job)
+        for path, backup in backups.items() if job.error else ():
+            with contextlib.suppress(ItemError):
+                if self.exists(batch.final(path)) is False:
+                    self.rename(backup, batch.final(path))
+        if job.error:
+            raise job.error
+
+    BORDER = 'is another file system mounted below target_dir? then set staging = beside'
 
     def no_file(self, job):
         """Why a file could not be placed although no other one has its name."""
@@ -9458,7 +9471,10 @@ class SftpTransport(Staging):
             return True
         if (yield from self.is_there(new)):
             return False
-        raise self.trouble('%s cannot be placed' % show(new), answer, 'rename %s to %s', old, new)
+        error = self.trouble('%s cannot be placed' % show(new), answer, 'rename %s to %s', old, new)
+        if Fxp.status(answer) == Fxp.FAILED and self.stream.staging == 'area':
+            error.hint = self.BORDER
+        raise error
 
     def rename(self, old, new):
         self.run(self.renaming(old, new), new)
@@ -10838,10 +10854,10 @@ class FtpTransport(Staging):
         return done
 
     def refused(self, path, reply):
-        return ItemError('RNTO %s: %s' % (show(path), reply),
-                         'may this account write there? one that may not rename needs staging = none'
-                         if self.stream.staging != 'none' else
-                         'an account that may not rename can keep no backup: set on_conflict = refuse')
+        may = 'may this account write there? one that may not rename needs staging = none'
+        hints = {'area': '%s; %s' % (may, self.BORDER), 'beside': may,
+                 'none': 'an account that may not rename can keep no backup: set on_conflict = refuse'}
+        return ItemError('RNTO %s: %s' % (show(path), reply), hints[self.stream.staging])
 
     def refuses_renames(self):
         """All servers that were tried take RNFR of a directory."""

@@ -8719,6 +8719,34 @@ class AtEveryTarget(Invariants):
         self.assertEqual((tree(world.source), world.leftovers()), ({}, []))
         self.assertEqual(contents(tree(world.target)), {b'run1': b'content 1', b'run2': b'content 2'})
 
+    @on_sites('scp', 'sftp', 'ftp')
+    def test_another_file_system_below_the_target(self, site):
+        """It cannot be renamed to from the staging area: what is there keeps its name, the others go."""
+        world = self.at(site, items='files')
+        day = os.path.join(world.target, 'day')
+        os.mkdir(day)
+        self.mount('exfat', day)
+        there = {b'day/same': b'same', b'day/other': b'older'}
+        for name, content in there.items():
+            write(os.path.join(mm.to_bytes(world.target), name), content)
+        files = {b'top': b'top', b'day/new': b'new', b'day/same': b'same', b'day/other': b'other'}
+        for name, content in files.items():
+            write(os.path.join(mm.to_bytes(world.source), name), content)
+        for _ in range(2):
+            done = self.assert_run(world, 1)
+            self.assertIn('is another file system mounted below target_dir?', done.output)
+            self.assertEqual(held_at_target(world), {b'top': b'top', **there}, str(done))
+            self.assertEqual((held_at_source(world), world.leftovers()),
+                             ({b'day/new': b'new', b'day/other': b'other'}, []), str(done))
+        self.assertEqual(sorted(r['item'] for r in world.ledger()), ['day/same', 'top'])
+        if site != 'scp':
+            self.assertIn('set staging = beside', done.output)
+            world.configure(**dict(world.options, staging='beside'))
+            done = self.assert_run(world, 0)
+            held = held_at_target(world)
+            self.assertEqual([held.pop(name) for name in list(held) if b'~' in name], [b'older'], str(done))
+            self.assertEqual((held, held_at_source(world), world.leftovers()), (files, {}, []), str(done))
+
     @on_sites(each=True, zips=True)
     def test_a_spool_without_room_for_one_zip(self, site):
         world = self.at(site, quarantine_after='0s')
