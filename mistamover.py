@@ -7036,6 +7036,7 @@ class RsyncTransport(Transport):
         self.time_directories(batch, equal, known)
         if self.stream.mirror:
             self.learn_times(batch, sent & set(equal), known)
+        sent |= {path for path in everything if push.get(path) in push.SENT}    # in place of other content
         return [self.outcome(batch, parcel, equal, problems, sent) for parcel in batch.parcels]
 
     def make_room(self, batch, missing):

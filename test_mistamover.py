@@ -8839,6 +8839,8 @@ class AtEveryTarget(Invariants):
                         b'other': b'old' if refused else b'new',
                         b'day/other': b'old' if refused else b'new'}, str(done))
                     self.assertEqual((tree(world.source), world.leftovers()), (before, []))
+                    self.assertEqual(sorted(record['item'] for record in world.ledger()),
+                                     ['new'] if refused else ['day', 'new', 'other'], str(done))
 
 
 class TakenFromMirrors(Invariants):
