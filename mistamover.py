@@ -5518,11 +5518,13 @@ class LocalTransport(Staging):
 
     def refusal(self, entries):
         """WebDAV carries names in XML (RFC 4918): of any other name, what a mount shows is its cache,
-        and the server has another one."""
-        for entry in entries if self.kind and self.kind.endswith(b'davfs') else ():
+        and the server has another one.  rclone's shows another one a second later."""
+        strict = self.kind and self.kind.endswith(b'davfs')
+        for entry in entries if strict or self.kind == b'fuse.rclone' else ():
             path = entry.path
-            if re.search(rb'[\0-\x1f]', path) or path.decode('utf-8', 'ignore').encode() != path:
-                return Unfit('%s cannot be sent: WebDAV carries no such name' % show(path), 'rename it')
+            if re.search(rb'[\0-\x1f]', path) or strict and path.decode('utf-8', 'ignore').encode() != path:
+                return Unfit('%s cannot be sent: %s carries no such name' % (
+                    show(path), 'WebDAV' if strict else 'a mount by rclone'), 'rename it')
         return None
 
     def close(self):
