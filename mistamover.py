@@ -5148,6 +5148,7 @@ class Staging(Transport):
                 self.check_apart(job)
             self.keep_identical(job)
             return
+        self.check_twins(batch, job.entry)
         step = conflict_step(self.stream, job.final, twin)
         if step == 'refuse':
             raise refused_conflict(job.final)
@@ -5167,6 +5168,9 @@ class Staging(Transport):
             self.overwrite(job)
             log.info('other content had the name %s at the target and was overwritten' % show(job.final),
                      self.stream)
+
+    def check_twins(self, batch, entry):
+        """Mirrors: raises Unfit if what has its name there is another file of the source."""
 
     def place_alone(self, job):
         if job not in self.place([job]):
@@ -5435,6 +5439,7 @@ class LocalTransport(Staging):
         self.links = []             # every Link since the connection was made
         self.cleared = []           # what mirror_delete removed to make way
         self.mounted = False        # whether target_dir was a mount point when it was opened last
+        self.listed = {}            # directory here -> (mtime_ns, {folded name: names in it})
         self.begin()
 
     def begin(self):
@@ -6049,7 +6054,7 @@ class LocalTransport(Staging):
                 raise job.error
             return                      # a reader has taken away what was there
         if self.stream.mirror and (os.path.islink(final) or os.path.isdir(final)):
-            self.make_way(job.final)
+            self.make_way(batch, job.entry)
             self.overwrite(job)
             return
         if job.linked and self.is_linked(job):
@@ -6079,9 +6084,50 @@ class LocalTransport(Staging):
             if info.st_mtime_ns // 10 ** 9 != job.entry.mtime_ns // 10 ** 9:    # not ours, or it takes none
                 self.held[job.final] = job.entry.identity, info.st_mtime_ns
 
-    def make_way(self, name):
+    def check_twins(self, batch, entry):
+        """Mirror: where the target takes two names of the source for one, the first to come has it;
+        else each pass would replace, or back up, the one by the other.  Raises Unfit."""
+        for other in self.twins_here(entry.path) if self.stream.mirror and self.trait('folds') else ():
+            final = batch.final(other)
+            with contextlib.suppress(OSError):
+                twin, there = Entry.of(other, os.lstat(self.root + other)), os.lstat(self.path(final))
+                alike = twin.kind == 'd' and stat.S_ISDIR(there.st_mode) or self.looks_like(twin, final, True)
+                if alike and not (self.is_listed(final) and self.is_listed(batch.final(entry.path))):
+                    raise Unfit('%s and %s have one name at the target' % (show(entry.path), show(other)),
+                                'rename one of them')
+
+    def is_listed(self, path):
+        """Whether a path at the target is spelled so in the listings there."""
+        return all(os.path.basename(step) in (self.listing(parent_of(step)) or ()) for step in prefixes(path))
+
+    def twins_here(self, path):
+        """The other paths at the source that folded() makes the same."""
+        found = [b'']
+        for part in path.split(b'/'):
+            found = [os.path.join(top, name) for top in found
+                     for name in self.names_here(top).get(folded(part), ())]
+        return sorted(set(found) - {path})
+
+    def names_here(self, top):
+        """{folded name: names} of a directory at the source; a few are remembered."""
+        try:
+            changed = os.stat(self.root + top).st_mtime_ns
+            if self.listed.get(top, (None,))[0] != changed:
+                names = {}
+                for name in os.listdir(self.root + top):
+                    names.setdefault(folded(name), []).append(name)
+                if len(self.listed) > 20:
+                    self.listed.clear()
+                self.listed[top] = changed, names
+            return self.listed[top][1]
+        except OSError:                 # a file, or gone
+            return {}
+
+    def make_way(self, batch, entry):
         """Mirror: what is there is of another kind now.  Raises ItemError; a directory with
         content stays, whatever on_conflict says."""
+        self.check_twins(batch, entry)
+        name = batch.final(entry.path)
         path, step = self.path(name), conflict_step(self.stream, name)
         if step == 'refuse':
             raise refused_conflict(name)
@@ -6191,7 +6237,7 @@ class LocalTransport(Staging):
                 if self.stream.move or os.path.isdir(path):
                     raise ItemError('%s: something else has that name at the target' % show(path),
                                     'rename or remove it')
-                self.make_way(final)
+                self.make_way(batch, entry)
             self.ensure([parent_of(final)])
             with contextlib.suppress(FileExistsError):
                 os.mkdir(path, entry.mode | 0o700)
@@ -6219,7 +6265,7 @@ class LocalTransport(Staging):
             if os.path.islink(final) and os.readlink(final) == aim:
                 return None
             if os.path.lexists(final):
-                self.make_way(batch.final(entry.path))
+                self.make_way(batch, entry)
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(staged)
             os.symlink(aim, staged)
@@ -6564,6 +6610,7 @@ class Push(Rows):
         self.files = self.size = 0  # of these
         self.since = time.monotonic()
         self.late = []              # parcels that were not there yet when their part was proven
+        self.twins = {}             # name -> Unfit: the target takes it for another that has gone
         self.last = None            # the part that holds all that was left at the end
         self.done = None            # how rsync ended
         self.said = []              # what it, and those that proved it, wrote to standard error
@@ -6924,7 +6971,14 @@ class RsyncTransport(Transport):
         if self.doubting:
             self.doubts.begin(push, paths)
         try:
-            done = self.send_all(batch, paths, options, push)
+            later = self.later_twins(batch) if self.stream.mirror else {}
+            done = self.send_all(batch, [path for path in paths if path not in later], options, push)
+            push.twins = self.twins_there(batch, later) if later else {}
+            later = [path for path in later if path not in push.twins]
+            if later:
+                rest = self.send_all(batch, later, options, push)
+                push.said += rest.lines if done.code else done.lines
+                done = done if done.code else rest
             hand_on(push.end(done), False)
         except BaseException:           # or the last part is never proven
             self.settle_doubts(push, paths)
@@ -6937,6 +6991,37 @@ class RsyncTransport(Transport):
             if push:
                 error.path = self.under_way(batch, paths, options)
             raise
+
+    @staticmethod
+    def later_twins(batch):
+        """{path: the path before it} of the files of a batch that a target may take for what goes before;
+        directories come before all."""
+        first, later = {}, {}
+        for top in sorted({e.path if e.kind == 'd' else parent_of(e.path) for e in batch.entries}):
+            first.update((hash(folded(step)), step) for step in prefixes(top))
+        for entry in batch.entries:
+            before = first.setdefault(hash(folded(entry.path)), entry.path)
+            if entry.kind != 'd' and before != entry.path:
+                later[entry.path] = before
+        return later
+
+    def twins_there(self, batch, later):
+        """{path: Unfit} of those that the target takes for the path before them: one of the two is there
+        and is not listed.  Each pass would replace, or back up, the one by the other."""
+        both = set(later).union(later.values())
+        asked, rows = self.rsync(batch.root, sorted(both), ['-n', '-i', '-i', '--ignore-existing'],
+                                 self.top(batch))
+        places = sorted({parent_of(batch.final(path)) for path in both})
+        where = os.path.commonpath(places)
+        listed, listing = self.listing(where, '--dirs' if len(places) == 1 else '--recursive')
+        if asked.code or listing.code:          # nobody can tell
+            return {}
+        names = {os.path.join(where, name) for name, _ in listed}
+        there = {path for path in both if rows.get(path, (b'.d',))[0].startswith(b'.d')}
+        hidden = {path for path in there if batch.final(path) not in names}
+        return {path: Unfit('%s and %s have one name at the target' % (show(path), show(before)),
+                            'rename one of them')
+                for path, before in later.items() if path in there and hidden & {path, before}}
 
     def under_way(self, batch, paths, options):
         """The file at which a push broke off, or None.  What rsync told had gone may still have
@@ -7003,7 +7088,7 @@ class RsyncTransport(Transport):
 
     def finish_part(self, batch, push, equal):
         """equal: a dictionary that gets what is proven, {path: checksum or None}."""
-        everything = {e.path for e in batch.entries}
+        everything = {e.path for e in batch.entries}.difference(push.twins)
         sent = {path for path in everything if push.get(path) in push.SENT}
         # two sums have one size, and may be of one second
         quick = {path for path in everything if push.get(path) == b'.' and self.quick and not batch.about}
@@ -7035,6 +7120,7 @@ class RsyncTransport(Transport):
             batch.parcels = [p for p in batch.parcels if id(p) not in late]
             for path in equal:
                 push.pop(path, None)
+        problems.update(push.twins)
         self.time_directories(batch, equal, known)
         if self.stream.mirror:
             self.learn_times(batch, sent & set(equal), known)
@@ -7210,9 +7296,9 @@ class RsyncTransport(Transport):
         with scratch_directory(self.stream) as empty:
             return self.rsync(empty, names, ['--delete-missing-args', '-i'])
 
-    def listing(self, path):
+    def listing(self, path, depth='--recursive'):
         """[(name below path, whether it is a directory)] at the target, and how rsync ended."""
-        argv = [self.stream.rsync_command] + self.stream.rsync_options + ['--recursive', '--list-only'] + \
+        argv = [self.stream.rsync_command] + self.stream.rsync_options + [depth, '--list-only'] + \
             self.remote_shell() + ['--', self.url(os.path.join(self.base, path, b''))]
         done = run(argv, self.stop, self.stream.stall_timeout, secret=self.secret())
         found = []
@@ -12055,7 +12141,7 @@ class Delivery:
 
     def batches(self, items):
         """Group items that go from one place to one place; names that a target might take
-        for one name never travel together."""
+        for one name never travel together in a move."""
         pending = collections.OrderedDict()     # (root, subdir) -> Batch
         names, before = set(), set()
         files = size = 0
@@ -12067,7 +12153,7 @@ class Delivery:
             count = max(1, sum(e.kind == 'f' for e in parcel.entries)) if len(parcel.entries) > 1 else 1
             full = files and (files + count > self.stream.batch_files or
                               size + item.size > self.stream.batch_size)
-            if full or name in names:
+            if full or name in names and self.stream.move:
                 yield from pending.values()
                 self.remember(names)
                 before, names = names, set()

@@ -2458,6 +2458,53 @@ class Twins(Doctored):
         self.assertEqual(sorted(kept.values()), [b'Scan.dat', b'another', b'other', b'scan.dat'], str(done))
         self.assertEqual(kept[b'scan.dat'], b'scan.dat')
 
+    def test_of_twins_a_mirror_keeps_the_first(self):
+        """Else each pass would replace the one by the other.  Directories merge."""
+        for site, kind in (('local', 'exfat'), ('local', 'ntfs_folds'), ('rsync_native', 'ntfs_folds'),
+                           ('rsync_native', None), ('local', None)):
+            world = self.world(site, transfer_mode='mirror', items='files', mirror_delete='yes')
+            mount = kind and self.mount(kind, world.target)
+            seen = bytes.lower if kind else bytes
+            twins = {'FILE', 'scan.dat', 'week/x'}
+            names = {'Scan.dat', 'Week/x', 'file/in', 'week/other'} | (set() if kind else twins)
+            for number, name in enumerate(sorted(names | twins)):
+                write(os.path.join(world.source, name), b'in ' + name.encode() * (number + 1), OLD + number)
+            before = tree(world.source)
+            for _ in range(2):
+                done = self.assert_run(world, 1 if kind else 0)
+                if kind == 'ntfs_folds':
+                    mount.again()
+                told = re.findall(r'ERROR +s: (\S+) and \S+ have one name at the target', done.output)
+                self.assertEqual(sorted(told), sorted(twins) if kind else [], str(done))
+                self.assertEqual({record['item'] for record in world.ledger()}, names, str(done))
+                self.assertEqual({seen(name): content for name, content in held_at_target(world).items()},
+                                 {seen(name.encode()): before[name.encode()][0] for name in names}, str(done))
+                self.assertEqual((tree(world.source), world.leftovers()), (before, []))
+
+    def test_rsync_refuses_where_case_is_folded(self):
+        for kind, mode in itertools.product(('exfat', 'ntfs_folds'), ('move', 'mirror')):
+            world = self.world('rsync_native', transfer_mode=mode, on_conflict='refuse')
+            mount = self.mount(kind, world.target)
+            write(os.path.join(world.target, 'SCAN.DAT'), b'the old one')
+            new = {b'Scan.dat': b'one', b'scan.dat': b'other', b'day/Run': b'run 1', b'day/run': b'run two'}
+            for name, content in new.items():
+                write(os.path.join(mm.to_bytes(world.source), name), content)
+            for _ in range(2 if mode == 'move' else 1):
+                done = self.assert_run(world, 1)
+                if kind == 'ntfs_folds':
+                    mount.again()
+                self.assertIn('Scan.dat exists at the target with other content', done.output)
+                here, there = held_at_source(world), held_at_target(world)
+                self.assertEqual([content for name, content in there.items()
+                                  if name.lower() == b'scan.dat'], [b'the old one'], str(done))
+                self.assertEqual({name: here.get(name) for name in (b'Scan.dat', b'scan.dat')},
+                                 {b'Scan.dat': b'one', b'scan.dat': b'other'}, str(done))
+                self.assertLessEqual({b'run 1', b'run two'}, set(here.values()).union(there.values()))
+                if mode == 'mirror':
+                    self.assertEqual(here, new)
+                    self.assertEqual({name.lower(): content for name, content in there.items()},
+                                     {b'scan.dat': b'the old one', b'day/run': b'run 1'}, str(done))
+
     def test_no_name_of_many_batches_is_its_own_twin(self):
         # a batch is published while the next one is made, when its own names have been remembered
         names = [b'run%03d' % number for number in range(12)]
