@@ -14330,6 +14330,16 @@ def reasons_by_state(stream, scanner, item, now):
         yield str(error)
 
 
+def outlook(stream, item):
+    """What the next pass does with an item that nothing holds back."""
+    if stream.move:
+        return 'it is due: the next pass sends it'
+    taken = Taken(stream)
+    if item.files and all(entry in taken for entry in item.files):
+        return 'a reader took it from the target as soon as it was proven: it is sent again when it changes'
+    return 'the next pass compares it with the target, and sends what differs'
+
+
 def explain(config, stream, path, now):
     """Yield what is known of a path in a stream's incoming directory."""
     name, relative = item_of(stream, path)
@@ -14364,7 +14374,7 @@ def explain(config, stream, path, now):
         waits.append('the last trouble of this stream, at %s: %s' % (
             status.get('last_error_time'), status['last_error']))
     if not waits:
-        waits.append('it is due: the next pass sends it')
+        waits.append(outlook(stream, scanner.look(name)))
     if not alive(status.get('pid')):
         waits.append('no MiStaMover works on this stream now%s' % (
             '; the last one was seen at %s' % status['updated'] if status.get('updated') else ''))

@@ -8952,6 +8952,8 @@ class TakenFromMirrors(Invariants):
         for _ in range(2):              # each in a process of its own
             self.passes({})
             self.assertEqual(self.files(world.target), self.LEFT)
+        for name, said in (('run0', 'it is sent again when it changes'), ('stays', 'sends what differs')):
+            self.assertIn(said, world.run('--explain', os.path.join(world.source, name)).output)
         os.unlink(os.path.join(world.target, 'stays'))      # what is lost is brought back
         self.passes({}, ('stays', 'delivered'))
         self.assertEqual(self.files(world.target), self.LEFT)
