@@ -2208,6 +2208,19 @@ class Log:
             def _open(self):
                 return open(self.baseFilename, 'a', encoding='utf-8',
                             opener=lambda p, flags: os.open(p, flags, 0o600))
+
+            def shouldRollover(self, record):
+                """Before each line: what was renamed, or removed with its directory, takes none any more."""
+                try:
+                    there = os.path.samestat(os.stat(self.baseFilename), os.fstat(self.stream.fileno()))
+                except (OSError, AttributeError):
+                    there = False
+                if not there:
+                    if self.stream:
+                        self.stream.close()
+                    os.makedirs(os.path.dirname(self.baseFilename), 0o700, exist_ok=True)
+                    self.stream = self._open()
+                return super().shouldRollover(record)
         try:
             return PrivateFile(path, maxBytes=size, backupCount=4, encoding='utf-8')
         except OSError as error:

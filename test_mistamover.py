@@ -10858,6 +10858,20 @@ class Reload(Case):
         self.assertEqual(self.ended(process), 143)
         self.assertIn('stopping: signal 15', text_of(path))
 
+    def test_a_log_that_is_taken_away_is_begun_anew(self):
+        world = self.world('local')
+        path = os.path.join(world.top, 'logs', 'the.log')
+        world.configure('log_file = %s\n' % path)
+        process = self.daemon(world)
+        for number, take in enumerate((lambda: shutil.rmtree(os.path.dirname(path)),
+                                       lambda: os.rename(path, path + '.old'), lambda: None)):
+            write(os.path.join(world.source, 'run%d' % number), b'data')
+            wait_for(lambda: os.path.exists(path) and 'moved run%d' % number in text_of(path), 'a line')
+            take()
+        process.terminate()
+        self.assertEqual(self.ended(process), 143)
+        self.assertNotIn('moved run1', text_of(path))
+
     def add(self, world, name, **more):
         paths = [os.path.join(world.top, name + end) for end in ('-in', '-out')]
         for path in paths:
