@@ -456,7 +456,7 @@ def c_call(name, *args):
         try:
             import ctypes
             C_FUNCTIONS[name] = getattr(ctypes.CDLL(None, use_errno=True), name)
-        except (ImportError, OSError, AttributeError, TypeError):
+        except (ImportError, OSError, AttributeError, TypeError, MemoryError):      # the last: SELinux
             C_FUNCTIONS[name] = None
     number = errno.ENOSYS
     if C_FUNCTIONS[name]:
@@ -14490,12 +14490,15 @@ def unit_user(config):
         return str(owner)
 
 
+MODULE_FILE = r'[A-Za-z_][A-Za-z0-9_]*\.py$'      # a name that can be imported
+
+
 def command_print_unit(config, args, _stop):
     """A hardened unit file for systemd, with write access to what the streams need."""
     settings = config.settings
     place, program = os.path.split(os.path.abspath(__file__))
     # as a module where its name allows: Python loads the compiled form, and keeps no syntax tree, 30 MB
-    start = ['-m', program[:-3]] if re.match(r'[^\W\d]\w*\.py$', program) else [os.path.join(place, program)]
+    start = ['-m', program[:-3]] if re.match(MODULE_FILE, program) else [os.path.join(place, program)]
     words = [sys.executable] + start + ['--daemon', '--config', config.path]
     for name in args.stream:
         words += ['--stream', name]
@@ -14715,8 +14718,28 @@ def collect_seldom():
     gc.set_threshold(10000, 3, 3)       # all of it after about as many new ones as by default
 
 
+def start_as_module():
+    """Begin again, in this process, as a module: Python (3.9 and newer) keeps the syntax tree of a script
+    for as long as it runs, 30 MB.  Signals are held back meanwhile, and stay so.  What cannot be is left."""
+    place, program = os.path.split(os.path.abspath(__file__))
+    plain = getattr(sys, 'orig_argv', [])[1:] == sys.argv       # no options for Python itself
+    if __name__ == '__main__' and plain and re.match(MODULE_FILE, program) and not WINDOWS:
+        code = 'import sys; sys.path[0], sys.argv[0] = %a, %a; import %s as m; m.leave(m.main())  # %s' % (
+            place, sys.argv[0], program[:-3], program)
+        with contextlib.suppress(OSError):
+            os.execv(sys.executable, [sys.executable, '-c', code] + sys.argv[1:])
+
+
+def give_back_memory():
+    """To the system, what compiling this file took where Python found no compiled form (malloc_trim(3))."""
+    with contextlib.suppress(OSError):
+        c_call('malloc_trim', 0)
+
+
 def command_run(args, stop):
     """One pass, or the eternal loop."""
+    if args.daemon:
+        start_as_module()
     with signals_recorded(stop, args.daemon) as waiting:
         config = read_config(args)
         start_log(config)       # while there is still a terminal to complain to
@@ -14724,6 +14747,8 @@ def command_run(args, stop):
         try:
             load_modules(config)
             collect_seldom()
+            if args.daemon:
+                give_back_memory()
             supervisor = Supervisor(config, lambda: read_config(args), args.daemon, stop, waiting, report)
             code = supervisor.run()
         except MoverError as error:

@@ -4330,6 +4330,61 @@ class Daemons(Doctored):
 
 
 @spread
+class Memory(Case):
+    """A daemon that was started as a script goes on as a module."""
+
+    def rest(self, world, words, env):
+        world.log = os.path.join(world.top, 'log')
+        with open(world.log, 'wb') as log:
+            process = subprocess.Popen(words + ['--config', world.ini, '--daemon'], stdout=log, stderr=log,
+                                       env=dict(world.environment(), **env))
+        self.addCleanup(process.wait)
+        self.addCleanup(process.kill)
+        wait_for(lambda: mm.SharedJson(world.state, 'status.json').read().get('s', {}).get('state') == 'idle',
+                 'a daemon at rest')
+        return process
+
+    def test_a_daemon_keeps_no_syntax_tree(self):
+        try:
+            mm.c_call('malloc_trim', 0)
+        except OSError:
+            self.skipTest('the C library cannot give memory back')
+        need('/proc/self/status')
+        most = 70 if sys.version_info[:2] == (3, 9) else 40     # which does not tell how it was started
+        for no_cache in ('', '1'):
+            world = self.world('local')
+            program = shutil.copy(PROGRAM, world.top)       # without a __pycache__ beside it
+            process = self.rest(world, [sys.executable, program], {'PYTHONDONTWRITEBYTECODE': no_cache})
+            used = int(re.search(r'VmRSS:\s*(\d+)', text_of('/proc/%d/status' % process.pid)).group(1)) / 1024
+            self.assertLess(used, most)
+            process.terminate()
+            self.assertEqual(process.wait(), 143)
+            self.assertEqual(os.path.isdir(os.path.join(world.top, '__pycache__')),
+                             not no_cache and hasattr(sys, 'orig_argv'))
+
+    @slow
+    def test_what_is_not_started_plainly_stays_as_it_is(self):
+        world = self.world('local')
+        odd = shutil.copy(PROGRAM, os.path.join(world.top, 'mistamover-1.py'))
+        for words in ([sys.executable, '-u', PROGRAM], [sys.executable, odd]):
+            process = self.rest(world, words, {})
+            self.assertIn(words[-1].encode() + b'\0--config\0',
+                          open('/proc/%d/cmdline' % process.pid, 'rb').read())
+            process.terminate()
+            self.assertEqual(process.wait(), 143)
+
+    @slow
+    def test_a_signal_while_it_starts_again(self):
+        for number in range(1, 7):
+            world = self.world('local')
+            process = world.start('--daemon')
+            time.sleep(number * 0.08)
+            process.terminate()
+            self.assertIn(self.ended(process), (143, -15), number)      # -15: before the first line
+            self.assertNotIn('Traceback', world.said())
+
+
+@spread
 class Starting(Doctored):
     """Signals at any moment, streams that are closed, many descriptors, the background."""
 
