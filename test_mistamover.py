@@ -634,13 +634,13 @@ class RsyncDaemon(Server):
         head = 'use chroot = no\nmunge symlinks = no\nmax connections = 0\n'
         if not os.getuid():         # else it works as whoever started it, and may not ask for that
             head += 'uid = 0\ngid = 0\n'
-        coarse = os.path.join(self.top, 'coarse')       # a script of a test's, run after each transfer
+        coarse = os.path.join(self.top, 'coarse')       # a test's script, which each transfer waits for
         self.config = self.file('rsyncd.conf', head + ''.join(
             module % (name, BASE, write_only, secrets) + more for name, write_only, more in (
                 ('all', 'no', ''), ('drop', 'yes', ''), ('nosums', 'no', 'refuse options = checksum\n'),
                 ('nodelete', 'no', 'refuse options = delete*\n'),
                 ('single', 'no', 'max connections = 1\nlock file = %s/lock\n' % self.top),
-                ('coarse', 'no', 'post-xfer exec = sh %s $RSYNC_MODULE_PATH\n' % coarse))))
+                ('coarse', 'no', 'pre-xfer exec = sh %s $RSYNC_MODULE_PATH\n' % coarse))))
 
     def command(self):
         return [find_program('rsync'), '--daemon', '--no-detach', '--address=127.0.0.1',
