@@ -776,6 +776,7 @@ class Program:
         self.hung = False               # whether it was ended for its silence
         self.name = os.path.basename(to_text(argv[0]))
         self.chunks = queue.Queue()
+        self.closing = threading.Event()
         self.errors_file = tempfile.TemporaryFile()
         convert = to_text if WINDOWS else to_bytes
         options = {} if WINDOWS else {'pass_fds': keep_fds, 'start_new_session': True}
@@ -809,7 +810,7 @@ class Program:
             if not chunk:
                 return
             if self.gather and len(chunk) < self.PIPE:      # else it has gathered
-                time.sleep(self.gather)
+                self.closing.wait(self.gather)
 
     def read(self, limit, alive=None):
         """The output since the last call, b'' at its end.
@@ -941,6 +942,7 @@ class Program:
             self.RUNNING.discard(self)
         if self.process.stdin:
             self.end_input()
+        self.closing.set()
         self.reader.join(KILL_GRACE)
         if not self.reader.is_alive():      # else the pipe is its, until a grandchild lets go
             self.process.stdout.close()
@@ -3820,14 +3822,15 @@ class Leases:
         log.once(self.sentence(refused), self.stream)
         return None
 
-    def open_quiet(self, root, entry):
-        """Open a file that nobody is writing now.  Raises Changed, ItemError."""
+    def open_quiet(self, root, entry, briefly=False):
+        """Open a file that nobody is writing now.  briefly: it is closed at once, and with it its
+        lease ends.  Raises Changed, ItemError."""
         fd = open_entry(root, entry)
         taken = self.take(fd)
         if taken is False:
             os.close(fd)
             raise Changed('%s is open for writing' % show(entry.path))
-        if taken:
+        if taken and not briefly:
             import fcntl                # nobody shall wait while it is read
             fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
         return fd
@@ -3880,7 +3883,7 @@ class Leases:
 def check_unused(stream, item, leases):
     """Raises Changed if a file of the item is being written, ItemError if unreadable."""
     for entry in item.files:
-        os.close(leases.open_quiet(stream.root, entry))
+        os.close(leases.open_quiet(stream.root, entry, briefly=True))
 
 
 # ----------------------------------------------------------------------------------------
@@ -6551,8 +6554,8 @@ def unescaped(name):
 class Rows(dict):
     """{path: (row, checksum)} of what an rsync with --out-format=%i|%C|%n says, as it says it."""
 
-    ROW = re.compile(rb'([<>ch.*][fdLDS].{9}|\*\w+ *)\|([0-9a-f ]*)\|(.*)$')
-    PROGRESS = re.compile(rb' *(\d[\d,.]*) +\d+%')       # of --info=progress2: bytes so far
+    ROW = re.compile(rb'^([<>ch.*][fdLDS].{9}|\*\w+ *)\|([0-9a-f ]*)\|(.*)$', re.M)
+    PROGRESS = re.compile(rb'^ *(\d[\d,.]*) +\d+%', re.M)       # of --info=progress2: bytes so far
 
     def __init__(self, progress=None):
         dict.__init__(self)
@@ -6561,16 +6564,11 @@ class Rows(dict):
         self.rest = b''
 
     def hear(self, piece):
-        *lines, self.rest = re.split(rb'[\r\n]+', self.rest + piece)
-        for line in lines:
-            match = self.ROW.match(line)
-            if match:
-                row, checksum, name = match.groups()
-                self.note(unescaped(name).rstrip(b'/') or b'.', row, checksum)
-                continue
-            match = self.progress and self.PROGRESS.match(line)
-            if match:
-                self.progress.sent_bytes = self.before + int(re.sub(rb'\D', b'', match.group(1)))
+        lines, _, self.rest = (self.rest + piece).replace(b'\r', b'\n').rpartition(b'\n')
+        for row, checksum, name in self.ROW.findall(lines):
+            self.note(unescaped(name).rstrip(b'/') or b'.', row, checksum)
+        for count in self.PROGRESS.findall(lines)[-1:] if self.progress else ():
+            self.progress.sent_bytes = self.before + int(re.sub(rb'\D', b'', count))
 
     def note(self, name, row, checksum):
         self[name] = row, checksum.strip()
@@ -6607,7 +6605,7 @@ class Push(Rows):
     its first letter is kept: < or c for sent, . for left alone."""
 
     SENT = (b'<', b'c')
-    PART_AFTER = 0.5            # seconds: what is sent sooner is proven in one go, by one login of rsync
+    PART_AFTER = 1              # second: what is sent sooner is proven in one go, by one login of rsync
     PART_FILES = 1000           # at least, for each part costs such a login
     MOST_PARTS = 5              # by number of files
     PART_SIZE = 1 << 30         # or as many bytes
