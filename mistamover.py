@@ -3197,9 +3197,10 @@ class Entry(collections.namedtuple('Entry', 'path kind size mtime_ns ctime_ns de
 
     @classmethod
     def of(cls, path, info):
-        kind = KINDS.get(stat.S_IFMT(info.st_mode), '?')
+        mode = info.st_mode
+        kind = KINDS.get(stat.S_IFMT(mode), '?')
         return cls(path, kind, info.st_size if kind == 'f' else 0, info.st_mtime_ns,
-                   info.st_ctime_ns, info.st_dev, info.st_ino, stat.S_IMODE(info.st_mode))
+                   info.st_ctime_ns, info.st_dev, info.st_ino, mode & 0o7777)
 
     @property
     def identity(self):
@@ -3598,10 +3599,10 @@ class Scanner:
                     self.lacks(path)
                 continue
             item = self.item(path, info)
-            if item is None or self.stays(item):
+            if item is None or item.is_directory and self.stays(item):
                 continue
             item.ready = ready.get(path)
-            if not self.complete(item):
+            if (self.marker or self.checks) and not self.complete(item):
                 self.lacks(path)
                 continue
             if item.ready and self.spent and self.spent.covers(item, item.ready):
@@ -3645,7 +3646,7 @@ class Scanner:
 
     def stays(self, item):
         """A directory without files that must stay: there is nothing to send, now or ever."""
-        if not item.is_directory or item.fault or item.last or any(e.kind != 'd' for e in item.entries):
+        if item.fault or item.last or any(e.kind != 'd' for e in item.entries):
             return False
         if item.left and self.stream.move:
             self.staying[to_text(item.name)] = '%s in it is %s' % (show(item.left[0][0]), item.left[0][1])
@@ -5421,9 +5422,10 @@ class Link:
 
     def give_up(self):
         """Its release never came, and perhaps a writer waits."""
-        if self.broken():
-            self.take_back()
-        self.close()
+        if self.fd is not None:
+            if self.broken():
+                self.take_back()
+            self.close()
 
 
 class LocalTransport(Staging):
@@ -5681,10 +5683,12 @@ class LocalTransport(Staging):
         return link
 
     def up_to_date(self, item, subdir, watch):
-        finals = [os.path.join(subdir, e.path) if subdir else e.path for e in item.entries]
-        for final in finals if watch else ():
-            watch.add(self.base + os.path.dirname(final))
-        return all(map(self.looks_like, item.entries, finals))
+        for entry in item.entries if watch else ():
+            watch.add(self.base + os.path.dirname(os.path.join(subdir, entry.path)))
+        for entry in item.entries:
+            if not self.looks_like(entry, os.path.join(subdir, entry.path) if subdir else entry.path):
+                return False
+        return True
 
     def looks_like(self, entry, final, connected=False):
         """Mirror: equal by kind, size and mtime, like rsync's quick check; a link by its aim.  What a reader
@@ -5696,7 +5700,7 @@ class LocalTransport(Staging):
             if entry.kind == 'l':
                 return os.readlink(self.base + final) == os.readlink(self.root + entry.path)
             return (info.st_size == entry.size or entry.kind == 'd') and (
-                self.same_time(entry, info, connected) or
+                info.st_mtime_ns == entry.mtime_ns or self.same_time(entry, info, connected) or
                 self.held.get(final) == (entry.identity, info.st_mtime_ns))
         except FileNotFoundError:
             return entry.kind == 'f' and entry in self.taken
@@ -5951,11 +5955,12 @@ class LocalTransport(Staging):
             os.link(source, final, follow_symlinks=False)
         except FileExistsError:
             return False
-        found = None
-        with contextlib.suppress(FileNotFoundError):    # a reader was quicker
+        try:
             found = os.lstat(final)
             if job.entry.is_at(found):
                 return True
+        except FileNotFoundError:       # a reader was quicker
+            found = None
         here = os.lstat(source)
         if found and os.path.samestat(found, here):
             os.unlink(final)            # what was put into the source's place, or is written to
@@ -12174,7 +12179,7 @@ class Delivery:
                 self.drain()            # the other one is there when this one comes
             names.add(name)
             files, size = files + count, size + item.size
-            if not self.stream.zips:        # which may take longer than an idle line is kept
+            if not (self.connected or self.stream.zips):    # a zip may take longer than an idle line is kept
                 self.approach()
             root = self.stream.root if parcel.entries is item.entries else to_bytes(self.stream.spool)
             key = root, self.dated(item)
