@@ -9517,7 +9517,8 @@ class SftpTransport(Staging):
         return Fxp.EXTENDED, Fxp.string(b'hardlink@openssh.com') + self.path(old) + self.path(new)
 
     def learn_to_publish(self):
-        """Steps that find what never replaces: tried on files of ours that their sizes tell apart."""
+        """Steps that find what never replaces: tried on files of ours that their sizes tell apart.  Not
+        in each directory: after a kill they would stay there, and all names are looked for anyway."""
         names = one, two, three = [self.trial(name) for name in (b'one', b'two', b'three')]
         publish_by, files = 'look', [(one, b''), (two, b'22')]
         good = yield from self.make_files(files)
