@@ -1927,6 +1927,14 @@ def rivals(config):
                 yield one, two
 
 
+def own_places(settings):
+    """Yield (option, path, the directory that must be writable) for each place that is ours."""
+    for option in ('state_dir', 'log_file', 'status_page', 'metrics_file'):
+        path = getattr(settings, option)
+        if path:
+            yield option, path, path if option == 'state_dir' else os.path.dirname(path)
+
+
 def check_mirror_delete(config, stream):
     """What a mirror deletes must be its own: not what was moved there, nor what others keep."""
     def fail(message, hint):
@@ -1940,8 +1948,7 @@ def check_mirror_delete(config, stream):
             fail('would delete what stream %s brings to the same place' % other.name,
                  'give each its own target_dir')
     if stream.protocol.target_form == 'here':
-        settings = config.settings
-        kept = [settings.state_dir, settings.log_file, settings.status_page, settings.metrics_file]
+        kept = [path for _, path, _ in own_places(config.settings)]
         kept += [path for other in config.streams if other is not stream
                  for path in (other.directory, other.quarantine_dir)]
         for path in kept:
@@ -1970,19 +1977,16 @@ def check_apart(config):
                    show(stream.target_base), show(stream.directory)), 'use two separate directories')
 
 
-def check_own_files(config, state_dir):
+def check_own_files(config):
     """Our own files lie in no stream's directory, and are four different ones."""
     seen = {config.path: 'this file'}
-    for option in ('log_file', 'status_page', 'metrics_file'):
-        path = getattr(config.settings, option)
-        if path and path in seen:
+    for option, path, _ in own_places(config.settings):
+        if path in seen:
             config.mistake('mistamover', option, 'is %s too' % seen[path], 'give each its own name')
         seen[path] = option
     for stream in config.streams:
-        for option, path in (('state_dir', state_dir), ('log_file', config.settings.log_file),
-                             ('status_page', config.settings.status_page),
-                             ('metrics_file', config.settings.metrics_file)):
-            if path and lies_below(path, stream.directory):
+        for option, path, _ in own_places(config.settings):
+            if lies_below(path, stream.directory):
                 config.mistake('mistamover', option, 'lies in the directory of stream %s' % stream.name,
                                'put it somewhere else')
 
@@ -2009,7 +2013,7 @@ def check_quarantines(config):
 def check_places(config):
     """No two places may lie in each other where one would eat what is in the other."""
     check_apart(config)
-    check_own_files(config, config.settings.state_dir)
+    check_own_files(config)
     for stream in config.streams:
         stream.companions = [other.name for other in config.streams
                              if other is not stream and overlap(stream, other)]
@@ -13124,29 +13128,33 @@ def free_bytes(row):
         return None
 
 
+def number(key):
+    """A function of a row for METRICS."""
+    return lambda row: row.get(key, 0)
+
+
+def moment(key):
+    return lambda row: epoch(row[key]) if row.get(key) else None
+
+
 METRICS = (     # name, type, help, how to read it from a row: None where it is not known
     ('up', 'gauge', '1 if the last pass of the stream reached its target',
      lambda row: int(mood(row['state']) != 'bad')),
-    ('waiting_items', 'gauge', 'Items that are due', lambda row: row.get('waiting_items', 0)),
-    ('waiting_bytes', 'gauge', 'Bytes that are due', lambda row: row.get('waiting_bytes', 0)),
-    ('oldest_waiting_timestamp_seconds', 'gauge', 'Time of the oldest item that is due',
-     lambda row: epoch(row['oldest']) if row.get('oldest') else None),
-    ('settling_items', 'gauge', 'Items that are still changing or too fresh',
-     lambda row: row.get('settling', 0)),
-    ('unready_items', 'gauge', 'Items without their ready file', lambda row: row.get('unready', 0)),
-    ('ignored_names', 'gauge', 'Names that match ignore', lambda row: row.get('ignored', 0)),
+    ('waiting_items', 'gauge', 'Items that are due', number('waiting_items')),
+    ('waiting_bytes', 'gauge', 'Bytes that are due', number('waiting_bytes')),
+    ('oldest_waiting_timestamp_seconds', 'gauge', 'Time of the oldest item that is due', moment('oldest')),
+    ('settling_items', 'gauge', 'Items that are still changing or too fresh', number('settling')),
+    ('unready_items', 'gauge', 'Items without their ready file', number('unready')),
+    ('ignored_names', 'gauge', 'Names that match ignore', number('ignored')),
     ('unsettled_timestamp_seconds', 'gauge', 'Time since which an item settles, is in use or unready',
-     lambda row: epoch(row['unsettled_since']) if row.get('unsettled_since') else None),
+     moment('unsettled_since')),
     ('failing_items', 'gauge', 'Items that failed by their own fault and are tried again',
      lambda row: row['failing']),
-    ('retries_total', 'counter', 'Passes that ended because the target was in trouble',
-     lambda row: row.get('retries', 0)),
-    ('last_pass_timestamp_seconds', 'gauge', 'Time at which the last whole pass ended',
-     lambda row: epoch(row['last_pass']) if row.get('last_pass') else None),
-    ('delivered_items_total', 'counter', 'Items delivered', lambda row: row.get('delivered_items', 0)),
-    ('delivered_bytes_total', 'counter', 'Bytes delivered', lambda row: row.get('delivered_bytes', 0)),
-    ('last_delivery_timestamp_seconds', 'gauge', 'Time of the last delivery',
-     lambda row: epoch(row['last_delivery']) if row.get('last_delivery') else None),
+    ('retries_total', 'counter', 'Passes that ended because the target was in trouble', number('retries')),
+    ('last_pass_timestamp_seconds', 'gauge', 'Time at which the last whole pass ended', moment('last_pass')),
+    ('delivered_items_total', 'counter', 'Items delivered', number('delivered_items')),
+    ('delivered_bytes_total', 'counter', 'Bytes delivered', number('delivered_bytes')),
+    ('last_delivery_timestamp_seconds', 'gauge', 'Time of the last delivery', moment('last_delivery')),
     ('quarantined_items', 'gauge', 'Items in quarantine', lambda row: len(row.get('quarantine') or ())),
     ('free_bytes', 'gauge', 'Free space at the incoming directory', free_bytes),
 )
@@ -13970,10 +13978,14 @@ class Supervisor:
 # 19  commands
 # ----------------------------------------------------------------------------------------
 
+def config_beside():
+    return os.path.join(os.path.dirname(os.path.abspath(__file__)), 'mistamover.ini')
+
+
 def default_config():
     """Never in the working directory: a planted file could name its own commands.  Raises ConfigError
     if there is none."""
-    beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'mistamover.ini')
+    beside = config_beside()
     for path in (beside, '/etc/mistamover.ini'):
         if os.path.lexists(path):
             return path
@@ -14118,11 +14130,8 @@ def try_mail(email):
 def check_program(config):
     """Yield (what, a function that raises OSError if it does not work) for what is no stream's."""
     settings, email = config.settings, config.email
-    for option in ('state_dir', 'log_file', 'status_page', 'metrics_file'):
-        path = getattr(settings, option)
-        if path:
-            yield '%s: %s' % (option, show(path)), functools.partial(
-                try_to_write, path if option == 'state_dir' else os.path.dirname(path))
+    for option, path, directory in own_places(settings):
+        yield '%s: %s' % (option, show(path)), functools.partial(try_to_write, directory)
     if settings.alert_command:
         yield 'alert_command: ' + show(settings.alert_command[0]), functools.partial(
             try_command, settings.alert_command)
@@ -14220,6 +14229,11 @@ def command_status(config, args, _stop):
     return EXIT_FAILED if any(map(in_trouble, rows)) else EXIT_OK
 
 
+def say_error(error):
+    for line in error.lines:
+        say('mistamover: %s' % show(line), sys.stderr)
+
+
 def status_of_broken(args, error, stop):
     """--status while the configuration holds a mistake: what state_dir tells of the streams that
     ran last.  Raises the error if there is none."""
@@ -14234,8 +14248,7 @@ def status_of_broken(args, error, stop):
     names = sorted(SharedJson(directory, 'status.json').read())
     if not names:
         raise error
-    for line in error.lines:
-        say('mistamover: %s' % show(line), sys.stderr)
+    say_error(error)
     streams = [types.SimpleNamespace(name=name, status='running', move=False) for name in names
                if not args.stream or name in args.stream]
     settings = types.SimpleNamespace(state_dir=directory)
@@ -14499,7 +14512,6 @@ MODULE_FILE = r'[A-Za-z_][A-Za-z0-9_]*\.py$'      # a name that can be imported
 
 def command_print_unit(config, args, _stop):
     """A hardened unit file for systemd, with write access to what the streams need."""
-    settings = config.settings
     place, program = os.path.split(os.path.abspath(__file__))
     # as a module where its name allows: Python loads the compiled form, and keeps no syntax tree, 30 MB
     start = ['-m', program[:-3]] if re.match(MODULE_FILE, program) else [os.path.join(place, program)]
@@ -14507,8 +14519,7 @@ def command_print_unit(config, args, _stop):
     for name in args.stream:
         words += ['--stream', name]
     words += ['--' + args.mode] if args.mode else []
-    paths = [settings.state_dir] + [os.path.dirname(p) for p in (
-        settings.log_file, settings.status_page, settings.metrics_file) if p]
+    paths = [directory for _, _, directory in own_places(config.settings)]
     for stream in config.streams:
         paths.append(stream.directory)
         if stream.move:
@@ -14602,8 +14613,7 @@ def ask_stream(others, base):
 
 def command_init(args, stop):
     """Ask a few questions, write a configuration, try the targets, say what to type next."""
-    beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'mistamover.ini')
-    path = os.path.abspath(args.config or beside)
+    path = os.path.abspath(args.config or config_beside())
     if os.path.lexists(path):
         raise ConfigError('%s exists already' % show(path), 'name another one with --config')
     say('This writes %s.  An empty answer takes what is in [brackets].' % show(path))
@@ -14896,8 +14906,7 @@ def main(argv=None):
             return run_command(command, args, stop)
     except MoverError as error:
         log.clear_line()
-        for line in error.lines:
-            say('mistamover: %s' % show(line), sys.stderr)
+        say_error(error)
         return error.exit_code
     except KeyboardInterrupt:
         return 130
