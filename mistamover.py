@@ -2222,8 +2222,7 @@ class Log:
                 except (OSError, AttributeError):
                     there = False
                 if not there:
-                    if self.stream:
-                        self.stream.close()
+                    self.close()
                     os.makedirs(os.path.dirname(self.baseFilename), 0o700, exist_ok=True)
                     self.stream = self._open()
                 return super().shouldRollover(record)

@@ -10923,6 +10923,15 @@ class Reload(Case):
             write(os.path.join(world.source, 'run%d' % number), b'data')
             wait_for(lambda: os.path.exists(path) and 'moved run%d' % number in text_of(path), 'a line')
             take()
+        shutil.rmtree(os.path.dirname(path))
+        write(os.path.dirname(path), b'in its way')
+        write(os.path.join(world.source, 'unheard'), b'data')
+        wait_for(lambda: os.path.exists(os.path.join(world.target, 'unheard')) and
+                 not os.path.exists(os.path.join(world.source, 'unheard')), 'a file that no log tells of')
+        os.unlink(os.path.dirname(path))
+        write(path, b'')                # as logrotate's `create` does
+        write(os.path.join(world.source, 'run3'), b'data')
+        wait_for(lambda: os.path.exists(path) and 'moved run3' in text_of(path), 'a line')
         process.terminate()
         self.assertEqual(self.ended(process), 143)
         self.assertNotIn('moved run1', text_of(path))
