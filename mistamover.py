@@ -6731,6 +6731,7 @@ class RsyncTransport(Transport):
     ENDED = (0, 23, 24)             # all sent, but for single files; after any other end nothing is known
     NO_ROOM = 11                    # errors in file I/O: a full disk, mostly
     REFUSED = 5                     # a daemon would not begin
+    UNKNOWN = 1, 4, 12              # an option that it does not know, here or there, mostly
     CUT = 12                        # the other side ended early: rrsync's lock, for one
     OLDEST = 3, 1, 0                # knows what is asked of it here; the target's may be older
     ASK_AGAIN = 4                   # times that a daemon which served us before is asked
@@ -7313,7 +7314,18 @@ class RsyncTransport(Transport):
     def delete(self, names):
         """Names that do not exist here are deleted there: what exists here cannot be hit."""
         with scratch_directory(self.stream) as empty:
-            return self.rsync(empty, names, ['--delete-missing-args', '-i'])
+            done, _ = self.rsync(empty, names, ['--delete-missing-args', '-i'])
+            if done.code in self.UNKNOWN:
+                for name in names:
+                    self.delete_one(empty, name)
+
+    def delete_one(self, empty, path):
+        """As rsyncs older than 3.1.0 can, too: what an `exclude` names is kept there, and no more than
+        one name goes (rsync(1), --delete, --max-delete)."""
+        directory, name = os.path.split(path)
+        pattern = re.sub(rb'[*?\[\\]', lambda sign: b'[%s]' % sign.group().replace(b'\\', b'\\\\'), name)
+        self.rsync(empty, [b''], ['--delete', '--max-delete=1', b'--include=/' + pattern, '--exclude=*'],
+                   os.path.join(self.base, directory))
 
     def listing(self, path, depth='--recursive'):
         """[(name below path, whether it is a directory)] at the target, and how rsync ended."""

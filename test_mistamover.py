@@ -5804,6 +5804,28 @@ class OtherRsyncs(Doctored):
         self.assertIn('nothing can be proven there', done.output)
         self.assertEqual(tree(world.target), {})
 
+    def test_a_probe_at_a_target_older_than_its_way_to_delete(self):
+        """By rsync 3.0.9, tried by hand, as by this stand-in for it: nothing stays, nothing else goes."""
+        world = self.world('rsync_ssh')
+        world.configure(**dict(world.options, rsync_options='--rsync-path=' + self.script(
+            world, OLDER_RSYNC.replace('--mkpath', '--delete-missing-args|--mkpath', 1))))
+        probe = mm.to_text(mm.PROBE_NAME)
+        for name in ('sub/' + probe, probe + '2', 'other', 'sub/other'):
+            write(os.path.join(world.target, name), b'not ours')
+        before = tree(world.target)
+        done = self.assert_run(world, 0, '--check')
+        self.assertIn('hash, rename, remove: done', done.output)
+        self.assertEqual(tree(world.target), before, str(done))
+
+        def doctor():
+            def prove(*_):
+                print('SENT', mm.PROBE_NAME in tree(world.target))
+                raise mm.TargetError('nothing can be proven there')
+            mm.RsyncTransport.prove = prove
+        done = self.doctored(world, doctor, '--check')
+        self.assertIn('SENT True', done.output)
+        self.assertEqual((done.code, tree(world.target)), (1, before), str(done))
+
     def test_a_module_that_refuses_checksums_says_so_before_anything_is_sent(self):
         world = self.module('nosums', retry_count='1')
         before = fill(world.source, NAMES[:5])
