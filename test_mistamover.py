@@ -4241,9 +4241,9 @@ class Daemons(Doctored):
         wait_for(lambda: listener.accept()[0].detach(), 'the connection that will hang')
         write(os.path.join(other_in, 'free'), b'free')
         wait_for(lambda: contents(tree(other_out)) == {b'free': b'free'}, 'the other stream')
-        self.assertEqual(contents(tree(world.source)), {b'stuck': b'stuck'})
         process.terminate()
         self.assertEqual(self.ended(process, 5), 143)
+        self.assertEqual(contents(tree(world.source)), {b'stuck': b'stuck'})
 
     @slow
     def test_a_pass_leaves_nothing_in_memory_about_what_is_gone(self):
