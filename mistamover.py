@@ -5273,12 +5273,36 @@ class Staging(Transport):
     def keep_identical(self, job):
         """Ours takes the place of what has the same content: that may be a link to the source."""
         try:
-            self.overwrite(job)
+            if self.deletes:
+                self.overwrite(job)
+            else:                       # of two steps something would stay
+                self.rename(job.staged, job.final)
         except ItemError:               # a server that never replaces a file
             self.delete([job.staged])
 
     def overwrite(self, job):
         self.rename(job.staged, job.final)
+
+    def overwrite_in_steps(self, job):
+        """Where no rename replaces a file, what is there has another name meanwhile: one that is found if
+        the line breaks, for what is in the staging area goes."""
+        try:
+            self.rename(job.staged, job.final)
+            return
+        except ItemError:
+            aside = stamped(job.final)
+        try:
+            self.rename(job.final, aside)
+            try:
+                self.rename(job.staged, job.final)
+            except ItemError:
+                self.rename(aside, job.final)
+                raise
+            self.delete([aside])
+        except TargetError:
+            log.info('%s at the target may be %s now: the line broke when it was to be replaced' % (
+                show(job.final), show(aside)), self.stream)
+            raise
 
     @staticmethod
     def jobs_by_parcel(batch):
@@ -9617,22 +9641,13 @@ class SftpTransport(Staging):
         return answer
 
     def renaming(self, old, new):
-        """Rename, replacing: what no rename replaces is put aside first, and back if it must be."""
+        """Rename, replacing if the server can."""
         answer = yield from self.replacing(old, new)
-        if Fxp.good(answer):
-            return
-        aside = os.path.join(self.area, b'aside-' + random_hex(8))
-        info = (yield from self.stat(new)) if self.stream.staging == 'area' else None
-        if info and info.mode is not None and stat.S_ISREG(info.mode):
-            moved, = yield [self.to_rename(new, aside)]
-            if Fxp.good(moved):
-                answer, = yield [self.to_rename(old, new)]
-                good = Fxp.good(answer)
-                yield [(Fxp.REMOVE, self.path(aside)) if good else self.to_rename(aside, new)]
-                if good:
-                    return
-        raise self.trouble('cannot rename %s to %s' % (show(old), show(new)), answer,
-                           'rename %s to %s', old, new)
+        if not Fxp.good(answer):
+            raise self.trouble('cannot rename %s to %s' % (show(old), show(new)), answer,
+                               'rename %s to %s', old, new)
+
+    overwrite = Staging.overwrite_in_steps
 
     def delete(self, paths):
         self.session.run((self.sources.get(path), self.removing(path)) for path in paths)
@@ -11004,19 +11019,7 @@ class FtpTransport(Staging):
             if not reply.done:
                 raise self.refused(new, reply)
 
-    def overwrite(self, job):
-        """Where RNTO never replaces a file, what is there steps aside first."""
-        try:
-            self.rename(job.staged, job.final)
-        except ItemError:
-            aside = job.staged + b'.old'
-            self.rename(job.final, aside)
-            try:
-                self.rename(job.staged, job.final)
-            except ItemError:
-                self.rename(aside, job.final)
-                raise
-            self.delete([aside])
+    overwrite = Staging.overwrite_in_steps
 
     def delete(self, paths):
         self.ask(paths, lambda line, chunk: self.answers(

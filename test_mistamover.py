@@ -6255,6 +6255,28 @@ class SshdKeepsDirectories(SshdKeeps):
     sftp = '/usr/lib/sftp-server -P rmdir'
 
 
+class SshdNeverReplaces(SshdKeeps):
+    """No rename replaces a file."""
+
+    sftp = '/usr/lib/sftp-server -P posix-rename'
+
+
+class CutsAsideProxy(Proxy):
+    """Every line ends when another file is to get the name of one that has stepped aside; no new one
+    comes before all is well."""
+
+    aside = re.compile(rb'RNTO \S*(\.old|\.~)')
+
+    def harm(self, data, one, other):
+        if self.struck and self.fault != 'well':
+            for each in self.sockets[1:]:
+                with contextlib.suppress(OSError):
+                    each.shutdown(socket.SHUT_RDWR)
+            raise Interrupted
+        self.struck += self.aside.search(data) is not None
+        return data
+
+
 class ProFtpdKeepsAll(ProFtpd):
     """Nothing may be removed or replaced."""
 
@@ -6620,6 +6642,50 @@ class FtpTargets(Invariants):
             'username': running.user, 'target_dir': world.target, 'ssh_key': running.key,
             'ssh_options': '-F none -o HostKeyAlias=mover-test -o UserKnownHostsFile=' + running.known_hosts},
             **options))
+
+    def test_a_line_cut_while_what_is_there_steps_aside(self):
+        """Where no rename replaces, it has another name for a moment, under which it is not lost."""
+        for kind in ('ftp', 'sftp'):
+            for gone in (False, True):
+                world, cut, fix = self.stepping_aside(kind)
+                write(os.path.join(world.target, 'run'), b'the same')
+                os.chown(os.path.join(world.target, 'run'), *ftp_ids())
+                self.arriving(world, run=b'the same')
+                done = cut()
+                self.assertEqual((done.code, contents(tree(world.source))),
+                                 (1, {b'run': b'the same'}), str(done))
+                fix()
+                if gone:
+                    os.unlink(os.path.join(world.source, 'run'))
+                after = self.assert_run(world, 0)
+                held = held_at_target(world)
+                aside = [name for name in held if re.match(rb'run\.~.*~$', name)]
+                self.assertEqual(held, dict.fromkeys(
+                    aside if gone else aside + [b'run'], b'the same'), str(after))
+                self.assertEqual((len(aside), tree(world.source), world.leftovers()), (1, {}, []), str(after))
+                self.assertIn('run at the target may be %s now' % aside[0].decode(), done.output)
+
+    def stepping_aside(self, kind):
+        """A world; a run of which the line is cut when what is there has stepped aside; what fixes it."""
+        if kind == 'ftp':
+            running = self.own_server(ProFtpdUpstream)
+            proxy = CutsAsideProxy(running.port, ftp=True)
+            self.addCleanup(proxy.close)
+            world = self.world_at(running, target_port=proxy.port, retry_count='1')
+            return world, world.run, lambda: proxy.set('well')
+        world = self.world_by_sftp(self.own_server(SshdNeverReplaces), retry_count='1')
+
+        def doctor():
+            def rename(self, old, new, real=mm.SftpTransport.rename):
+                real(self, old, new)
+                if old == b'run':
+                    self.session.program.process.kill()
+                    mm.SftpTransport.open = gone
+
+            def gone(self):
+                raise mm.TargetError('the line is down')
+            mm.SftpTransport.rename = rename
+        return world, lambda: self.doctored(world, doctor), lambda: None
 
     def test_one_connection_for_each_client(self):
         """421 to every other one: nothing waits for a second, whatever there is to ask."""
