@@ -13142,33 +13142,33 @@ def free_bytes(row):
         return None
 
 
-def number(key):
+def count_in(key):
     """A function of a row for METRICS."""
     return lambda row: row.get(key, 0)
 
 
-def moment(key):
+def time_in(key):
     return lambda row: epoch(row[key]) if row.get(key) else None
 
 
 METRICS = (     # name, type, help, how to read it from a row: None where it is not known
     ('up', 'gauge', '1 if the last pass of the stream reached its target',
      lambda row: int(mood(row['state']) != 'bad')),
-    ('waiting_items', 'gauge', 'Items that are due', number('waiting_items')),
-    ('waiting_bytes', 'gauge', 'Bytes that are due', number('waiting_bytes')),
-    ('oldest_waiting_timestamp_seconds', 'gauge', 'Time of the oldest item that is due', moment('oldest')),
-    ('settling_items', 'gauge', 'Items that are still changing or too fresh', number('settling')),
-    ('unready_items', 'gauge', 'Items without their ready file', number('unready')),
-    ('ignored_names', 'gauge', 'Names that match ignore', number('ignored')),
+    ('waiting_items', 'gauge', 'Items that are due', count_in('waiting_items')),
+    ('waiting_bytes', 'gauge', 'Bytes that are due', count_in('waiting_bytes')),
+    ('oldest_waiting_timestamp_seconds', 'gauge', 'Time of the oldest item that is due', time_in('oldest')),
+    ('settling_items', 'gauge', 'Items that are still changing or too fresh', count_in('settling')),
+    ('unready_items', 'gauge', 'Items without their ready file', count_in('unready')),
+    ('ignored_names', 'gauge', 'Names that match ignore', count_in('ignored')),
     ('unsettled_timestamp_seconds', 'gauge', 'Time since which an item settles, is in use or unready',
-     moment('unsettled_since')),
+     time_in('unsettled_since')),
     ('failing_items', 'gauge', 'Items that failed by their own fault and are tried again',
      lambda row: row['failing']),
-    ('retries_total', 'counter', 'Passes that ended because the target was in trouble', number('retries')),
-    ('last_pass_timestamp_seconds', 'gauge', 'Time at which the last whole pass ended', moment('last_pass')),
-    ('delivered_items_total', 'counter', 'Items delivered', number('delivered_items')),
-    ('delivered_bytes_total', 'counter', 'Bytes delivered', number('delivered_bytes')),
-    ('last_delivery_timestamp_seconds', 'gauge', 'Time of the last delivery', moment('last_delivery')),
+    ('retries_total', 'counter', 'Passes that ended because the target was in trouble', count_in('retries')),
+    ('last_pass_timestamp_seconds', 'gauge', 'Time at which the last whole pass ended', time_in('last_pass')),
+    ('delivered_items_total', 'counter', 'Items delivered', count_in('delivered_items')),
+    ('delivered_bytes_total', 'counter', 'Bytes delivered', count_in('delivered_bytes')),
+    ('last_delivery_timestamp_seconds', 'gauge', 'Time of the last delivery', time_in('last_delivery')),
     ('quarantined_items', 'gauge', 'Items in quarantine', lambda row: len(row.get('quarantine') or ())),
     ('free_bytes', 'gauge', 'Free space at the incoming directory', free_bytes),
 )
