@@ -10513,8 +10513,9 @@ class FtpTransport(Staging):
         return {name for name in names if found[name]}
 
     def listing(self, directory):
+        line = self.take()              # without one, nobody has been asked
         try:
-            with self.connection() as line:
+            with self.connection(line):
                 return self.names_in(line, directory)
         except TargetError:             # some hang up when they come to a name that is no UTF-8
             self.exist_all([self.area])     # unless the target is in trouble
@@ -11007,9 +11008,14 @@ class FtpTransport(Staging):
 
     def begin_rename(self, line, path):
         """The reply to RNFR alone.  After 350 the connection is not used again: servers differ in when they
-        forget a rename that was begun, and this one is of a directory."""
+        forget a rename that was begun, and this one is of a directory.  Its end is waited for, where one
+        connection is all that a server allows."""
         reply, = self.answers(line, [b'RNFR ' + self.name(path)])
         if reply.code == 350:
+            with contextlib.suppress(MoverError), self.translated('QUIT'):
+                line.sock.settimeout(KILL_GRACE)
+                line.command(b'QUIT')
+                line.sock.recv(1)
             line.close()
         return reply
 

@@ -6707,6 +6707,26 @@ class FtpTargets(Invariants):
             self.assertEqual(target.pop(backup), b'was there', str(done))
             self.assertEqual((target, tree(world.source), world.leftovers()), (before, {}, []), str(done))
 
+    def test_a_login_that_is_refused_is_no_answer(self):
+        """Once, when it is asked what is there: no file gets another name for that."""
+        world = self.world_at(server('ftp'), staging='none')
+        self.arriving(world, one=b'one', empty=b'')
+
+        def doctor():
+            calls = []
+
+            def connect(self, real=mm.FtpTransport.connect):
+                calls.append(self)
+                if len(calls) == 2:
+                    print('REFUSED')
+                    raise mm.TargetError('421 There are too many connections')
+                return real(self)
+            mm.FtpTransport.connect = connect
+        done = self.doctored(world, doctor)
+        self.assertIn('REFUSED', done.output)
+        self.assertEqual(contents(tree(world.target)), {b'one': b'one', b'empty': b''}, str(done))
+        self.assertEqual((done.code, tree(world.source)), (0, {}), str(done))
+
     def test_odd_names_where_nothing_is_replaced_or_removed(self):
         """The second trial of a name finds that of the first."""
         world = self.world_at(self.own_server(ProFtpdKeepsAll))
