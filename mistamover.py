@@ -8812,6 +8812,7 @@ class SftpSession:
     """
 
     AHEAD = 64                          # met no trouble anywhere, with requests as with handles
+    ROOM = 8                            # answers that are waited for while more requests are under way
     LONGEST = (256 << 10) + 1024        # bytes of a packet: what OpenSSH sends at most
     GULP = 1 << 16                      # bytes that are written at a time
 
@@ -8905,7 +8906,10 @@ class SftpSession:
             raise
 
     def fill(self):
-        """Send requests, of each thread's work in turn, while there is room."""
+        """Send requests, of each thread's work in turn, where there is room for some: each write wakes
+        three programs up."""
+        if len(self.sent) > self.AHEAD - self.ROOM:
+            return
         packets, size = [], 0
         while len(self.sent) < self.AHEAD:
             packet = self.next_packet()
