@@ -9793,7 +9793,7 @@ class FtpLine:
 
     def __init__(self, host, context):
         self.host, self.context = host, context
-        self.sock = self.peer = None
+        self.sock = self.family = self.peer = None
         self.data = None                # the data connection made last
         self.lines = collections.deque()    # that were received and not read yet
         self.waiting = b''              # the beginning of one
@@ -9805,7 +9805,7 @@ class FtpLine:
         import socket
         self.sock = socket.create_connection((self.host, port), timeout)
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.peer = self.sock.getpeername()
+        self.family, self.peer = self.sock.family, self.sock.getpeername()
         if ':' in self.peer[0]:
             self.passive = self.PASSIVE[::-1]       # PASV knows no IPv6
         if at_once:
@@ -9887,17 +9887,17 @@ class FtpLine:
 
     def connect_data(self, port):
         import socket
-        conn = self.data = socket.socket(self.sock.family)
+        conn = self.data = socket.socket(self.family)
         try:
             conn.setblocking(False)
             with contextlib.suppress(BlockingIOError):
                 conn.connect((self.peer[0], port) + self.peer[2:])
+            conn.settimeout(self.sock.gettimeout())
             try:
                 conn.getpeername()
             except OSError:                         # it is not connected yet
                 yield conn, True
-            conn.settimeout(self.sock.gettimeout())
-            conn.send(b'')                          # waits until it is connected
+                conn.send(b'')                      # waits until it is
         except BaseException:
             conn.close()
             raise
