@@ -1772,22 +1772,21 @@ def cannot_read(path):
 
 def check_files(config, stream):
     """Notes which files that options name cannot be read, or can be read by others."""
-    section = 'stream:' + stream.name
     if stream.password:
-        home = config.home(section, 'password')
+        home = config.home(stream.section, 'password')
         path, _ = config.place(home, 'password')
         if not only_mine(path):
             config.mistake(home, 'password', 'this file can be read by others', 'chmod 600 %s' % show(path))
     if stream.password_file:
-        stream.password = read_secret(config, section, stream.password_file)
+        stream.password = read_secret(config, stream.section, stream.password_file)
     for option in ('ssh_key', 'tls_ca_file', 'rclone_config'):
         path = getattr(stream, option)
         why = cannot_read(path) if path else None
         if why and not (option == 'ssh_key' and not cannot_read(path + '.pub')):      # an agent may have it
-            config.mistake(config.home(section, option), option, why)
+            config.mistake(config.home(stream.section, option), option, why)
         elif path and option == 'rclone_config' and not only_mine(path):
-            config.mistake(config.home(section, option), option, '%s can be read by others' % show(path),
-                           'chmod 600 %s' % show(path))
+            config.mistake(config.home(stream.section, option), option,
+                           '%s can be read by others' % show(path), 'chmod 600 %s' % show(path))
 
 
 # target_form of a protocol -> what its target_dir must look like, and how to say so
@@ -1801,21 +1800,20 @@ TARGET_FORMS = {
 }
 
 
-def finish_stream(config, stream, protocols, state_dir):
+def finish_stream(config, stream, protocols):
     """Derive what the rest of the program works with."""
+    state_dir = config.settings.state_dir
     stream.protocol = protocols[stream.transfer_protocol]
     stream.root = to_bytes(stream.directory)
     stream.mirror = stream.transfer_mode == 'mirror'
     stream.move = not stream.mirror
     stream.quarantine_dir = stream.quarantine_dir or os.path.join(stream.directory, '.quarantine')
     stream.spool = os.path.join(state_dir, 'spool', stream.name)
-    stream.control_dir = os.path.join(state_dir, stream.name + '.ssh')
-    stream.unproven = os.path.join(state_dir, stream.name + '.unproven')
-    stream.coarse = os.path.join(state_dir, stream.name + '.times')
-    stream.unsummed = os.path.join(state_dir, stream.name + '.unsummed')
-    stream.taken = os.path.join(state_dir, stream.name + '.taken')
+    own = os.path.join(state_dir, stream.name)
+    stream.control_dir, stream.unproven, stream.coarse = own + '.ssh', own + '.unproven', own + '.times'
+    stream.unsummed, stream.taken = own + '.unsummed', own + '.taken'
     if stream.protocol.target_form == 'here':
-        home = config.home('stream:' + stream.name, 'target_dir')
+        home = config.home(stream.section, 'target_dir')
         base = os.path.dirname(config.place(home, 'target_dir')[0])
         stream.target_dir = kind_path(stream.target_dir, base)
     parts = stream.target_dir.split('/')
@@ -1871,10 +1869,9 @@ def check_directories(stream, fail):
 
 def check_stream(config, stream, protocols):
     """Everything that can be known to be wrong without touching anything."""
-    section = 'stream:' + stream.name
 
     def fail(option, message, hint=''):
-        config.mistake(section, option, message, hint)
+        config.mistake(stream.section, option, message, hint)
 
     protocol = stream.protocol
     if stream.mirror and not protocol.mirrors:
@@ -1938,7 +1935,7 @@ def own_places(settings):
 def check_mirror_delete(config, stream):
     """What a mirror deletes must be its own: not what was moved there, nor what others keep."""
     def fail(message, hint):
-        config.mistake('stream:' + stream.name, 'mirror_delete', message, hint)
+        config.mistake(stream.section, 'mirror_delete', message, hint)
 
     if stream.configured_mode == 'move':
         fail('does not go with --mirror where transfer_mode = move: what was moved there would be deleted',
@@ -1959,21 +1956,20 @@ def check_mirror_delete(config, stream):
 def check_apart(config):
     """No stream may eat another's directory or its own target."""
     for stream in config.streams:
-        section = 'stream:' + stream.name
         for other in config.streams:
             if other is stream:
                 break
             if same_directory(stream.directory, other.directory):
-                config.mistake(section, 'directory', 'is also the directory of stream %s' % other.name,
+                config.mistake(stream.section, 'directory', 'is also the directory of stream %s' % other.name,
                                'give each stream its own')
             if lies_below(stream.directory, other.directory) or \
                     lies_below(other.directory, stream.directory):
-                config.mistake(section, 'directory', 'this and the directory of stream %s lie in each other'
-                               % other.name, 'give each stream its own')
+                config.mistake(stream.section, 'directory', 'this and the directory of stream %s lie in '
+                               'each other' % other.name, 'give each stream its own')
         if stream.protocol.target_form == 'here' and (
                 lies_below(stream.directory, stream.target_base) or
                 lies_below(stream.target_base, stream.directory)):
-            config.mistake(section, 'target_dir', '%s and directory %s lie in each other' % (
+            config.mistake(stream.section, 'target_dir', '%s and directory %s lie in each other' % (
                    show(stream.target_base), show(stream.directory)), 'use two separate directories')
 
 
@@ -1997,15 +1993,15 @@ def check_quarantines(config):
         if stream.move and stream.protocol.target_form == 'here' and \
                 lies_below(stream.quarantine_dir, stream.target_base) and \
                 not lies_below(stream.directory, stream.target_base):
-            config.mistake('stream:' + stream.name, 'quarantine_dir', 'lies in target_dir',
+            config.mistake(stream.section, 'quarantine_dir', 'lies in target_dir',
                            'put it somewhere else')
         for other in config.streams:
             # a direct child of its own directory is skipped by the scan; elsewhere it would be sent
             own = other is stream and stream.quarantine_dir != stream.directory and \
                 same_directory(os.path.dirname(stream.quarantine_dir), stream.directory)
             if stream.move and not own and lies_below(stream.quarantine_dir, other.directory) and \
-                    not any(config.is_wrong('stream:' + s.name, 'directory') for s in config.streams):
-                config.mistake('stream:' + stream.name, 'quarantine_dir',
+                    not any(config.is_wrong(s.section, 'directory') for s in config.streams):
+                config.mistake(stream.section, 'quarantine_dir',
                                'lies in the directory of stream %s' % other.name,
                                'put it directly into this directory or outside of all')
 
@@ -2052,10 +2048,11 @@ def read_stream(config, section, protocols, text_of, mode):
     values['configured_mode'] = values['transfer_mode']
     values['transfer_mode'] = mode or values['transfer_mode']
     stream = Settings(section[len('stream:'):], values)
+    stream.section = section
     if stream.pause_time is None:
         stream.pause_time = config.settings.pause_time
     check_files(config, stream)
-    finish_stream(config, stream, protocols, config.settings.state_dir)
+    finish_stream(config, stream, protocols)
     return stream
 
 
@@ -2804,13 +2801,26 @@ class Spent:
             self.saved = True
 
 
-def read_names(path, root):
-    """The names in a file of ours that exist below root, as a set.  Raises StateError."""
-    names = ()
+def target_of(stream, dates=True):
+    """user@host:dir for the ledger and for people; never a password."""
+    directory = stream.target_dir if dates else stream.target_base
+    if not stream.target_host:
+        return directory
+    return '%s%s:%s' % (stream.username + '@' if stream.username else '', stream.target_host, directory)
+
+
+def own_content(path):
+    """The bytes of a file of ours, none if it is missing.  Raises StateError."""
     with own_files('cannot read %s' % show(path)), \
             contextlib.suppress(FileNotFoundError), open(path, 'rb') as handle:
-        names = handle.read().split(b'\0')
-    return {name for name in names if name and os.path.lexists(os.path.join(root, name))}
+        return handle.read()
+    return b''
+
+
+def read_names(path, root):
+    """The names in a file of ours that exist below root, as a set.  Raises StateError."""
+    return {name for name in own_content(path).split(b'\0')
+            if name and os.path.lexists(os.path.join(root, name))}
 
 
 def write_names(path, names):
@@ -2863,10 +2873,7 @@ class Taken:
 
     def __init__(self, stream):
         self.path, self.target = stream.taken, target_of(stream)
-        content = b''
-        with own_files('cannot read %s' % show(self.path)), \
-                contextlib.suppress(FileNotFoundError), open(self.path, 'rb') as handle:
-            content = handle.read()
+        content = own_content(self.path)
         self.marks = collections.OrderedDict.fromkeys(
             content[at:at + self.SIZE] for at in range(0, len(content), self.SIZE))
 
@@ -2886,14 +2893,6 @@ class Taken:
             self.marks.popitem(last=False)
         with own_files('cannot write %s' % show(self.path)):
             atomic_write(self.path, b''.join(self.marks), True)
-
-
-def target_of(stream, dates=True):
-    """user@host:dir for the ledger and for people; never a password."""
-    directory = stream.target_dir if dates else stream.target_base
-    if not stream.target_host:
-        return directory
-    return '%s%s:%s' % (stream.username + '@' if stream.username else '', stream.target_host, directory)
 
 
 # The states of a stream, as status.json, --status and the page show them.  mood: good, wait (a
