@@ -4364,12 +4364,12 @@ class Memory(Case):
 
     @slow
     def test_what_is_not_started_plainly_stays_as_it_is(self):
+        need('/proc/self/cmdline')
         world = self.world('local')
         odd = shutil.copy(PROGRAM, os.path.join(world.top, 'mistamover-1.py'))
         for words in ([sys.executable, '-u', PROGRAM], [sys.executable, odd]):
             process = self.rest(world, words, {})
-            self.assertIn(words[-1].encode() + b'\0--config\0',
-                          open('/proc/%d/cmdline' % process.pid, 'rb').read())
+            self.assertIn(words[-1] + '\0--config\0', text_of('/proc/%d/cmdline' % process.pid))
             process.terminate()
             self.assertEqual(process.wait(), 143)
 
