@@ -363,7 +363,7 @@ class Case(unittest.TestCase):
             world.configure(**options)
         self.addCleanup(shutil.rmtree, world.top, True)
         if world.site.mounts:
-            self.mount(world.site.mounts, world.target)
+            world.mounted = self.mount(world.site.mounts, world.target)
         self.addCleanup(world.end)
         return world
 
@@ -1367,9 +1367,9 @@ class ByPassword(OverSsh):
 class Native(Site):
     rsync = True
 
-    def __init__(self, name, module):
+    def __init__(self, name, module, mounts=None):
         Site.__init__(self, name, 'rsyncd')
-        self.module = module
+        self.module, self.mounts = module, mounts
 
     def options(self, world):
         rsyncd = server('rsyncd')
@@ -4920,6 +4920,159 @@ class Contract(Invariants):
         target.update({b'run007': 'directory', b'run007/inside': b'keep me'})
         self.assert_ends(world, {b'run007': b'content of run007'}, target)
         self.assertIn('run007', done.output)
+
+
+MIRRORED = [name for name in CONTRACT if SITES[name].mirrors]
+if CONTRACT is not STANDARD:        # rsync, too, where names fold
+    SITES.update(('rsync_to_' + kind, Native('rsync_to_' + kind, 'all', kind)) for kind in FOLDING)
+    CANNOT_HOLD.update(('rsync_to_' + kind, CANNOT_HOLD[kind]) for kind in FOLDING)
+    MIRRORED += ['rsync_to_' + kind for kind in FOLDING]
+
+
+@spread
+class ContractOfMirrors(Invariants):
+    """What Contract asks of moves, asked of mirrors, of every server that can have one.
+
+    The cases share a world, for each run costs more than a case; what is there after each run is
+    compared as a whole, and after a second run, which has nothing to do."""
+
+    asked, standing, arriving, target = Contract.asked, Contract.standing, Contract.arriving, Contract.target
+
+    THERE = {'same': b'same', 'alike': b'alike', 'other': b'the old one', 'foreign': b'nobody asked',
+             'day/same': b'same', 'day/other': b'the old one', '_lead.dat': b'a neighbour',
+             'raw.dat': b'a neighbour', 'quote.dat': b'a neighbour', 'SCAN.DAT': b'old'}
+    ODD = {name: b'content of ' + name for name in (
+        b' lead.dat', b'raw\xff\xfe\x80.dat', b'"quote".dat', b'trail ', 'caf\u00e9'.encode(),
+        'cafe\u0301'.encode(), b'back\\slash', b'new\nline')}
+    HERE = {'same': b'same', 'alike': b'alike', 'other': b'the new one', 'day/same': b'same',
+            'day/other': b'the new one', 'plain': b'first', 'gone': b'soon', 'Scan.dat': b'one',
+            'scan.dat': b'the other'}
+
+    TWINS = dict.fromkeys(FOLDING + ('rsync_to_exfat', 'rsync_to_ntfs_folds'), {b'scan.dat'})
+    TWINS['rclone_mount'] = {'caf\u00e9'.encode()}     # the second of two that are one name there
+
+    def filled(self, site, **options):
+        """A world with all that, the names that cannot be had there, and those that others have."""
+        later = SITES[site].mounts in UPLOAD_LATER and dict(target_uploads_later=None, keep_delivered=None)
+        world = self.asked(site, transfer_mode='mirror', **dict(later or {}, **options))
+        self.standing(world, **self.THERE)
+        self.give(world, 'day')
+        for name in set(self.THERE) - {'same', 'day/same'}:
+            os.utime(os.path.join(world.target, name), (OLD - 60, OLD - 60))
+        self.arriving(world, self.HERE)
+        self.arriving(world, self.ODD)
+        return world, set(CANNOT_HOLD.get(site, ())).intersection(self.ODD), self.TWINS.get(site, set())
+
+    def give(self, world, *directories):
+        """To the account there."""
+        for name in directories:
+            with contextlib.suppress(PermissionError):      # a file system without owners
+                os.chown(os.path.join(world.target, name), *ftp_ids())
+
+    @staticmethod
+    def merged(*trees):
+        return {mm.to_bytes(name): content for files in trees for name, content in files.items()}
+
+    def assert_pass(self, world, code, expected, kept, recorded):
+        """A pass, after which the target is as expected: names there and contents, and what became a
+        backup; the source is as it was; the ledger has these more, (item, outcome)."""
+        before, known = tree(world.source), len(world.ledger())
+        done = self.assert_run(world, code)
+        if world.site.mounts == 'ntfs_folds':
+            world.mounted.again()       # the kernel remembers what other spellings have replaced since
+        seen = bytes.lower if world.site.mounts in FOLDING else bytes
+        held = {seen(name): content for name, content in self.target(world).items() if content != 'directory'}
+        backups = sorted((re.sub(rb'\.~\d{8}t\d{6}\.\d{3}z~$', b'', name.lower()), held.pop(name))
+                         for name in list(held) if b'.~' in name)
+        self.assertEqual((held, backups), ({seen(name): content for name, content in expected.items()},
+                                           sorted(kept)), str(done))
+        # of what rsync has tried to send and could not nothing is known
+        left = [name for name in world.leftovers() if name != 's.unproven' or not code]
+        self.assertEqual((tree(world.source), left), (before, []), str(done))
+        self.assertEqual(sorted((r['item'], r['outcome']) for r in world.ledger()[known:]),
+                         sorted((mm.to_text(name), outcome) for name, outcome in recorded), str(done))
+        return done.output
+
+    @on_sites(*MIRRORED)
+    def test_mirror_with_backup(self, site):
+        world, lost, twins = self.filled(site, on_conflict='backup')
+        expected = self.merged(self.THERE, self.ODD, self.HERE)
+        kept = [(b'other', b'the old one'), (b'day/other', b'the old one')]
+        if b'scan.dat' in twins:
+            del expected[b'SCAN.DAT']
+            kept.append((b'scan.dat', b'old'))
+        for name in lost | twins:
+            del expected[name]
+        new = {b'other', b'day', b'plain', b'gone', b'Scan.dat', b'scan.dat'}.union(self.ODD) - lost - twins
+        self.assert_pass(world, 1 if lost or twins else 0, expected, kept, [(n, 'delivered') for n in new])
+        said = self.assert_pass(world, 1 if lost or twins else 0, expected, kept, [])
+        self.assertEqual(said.count('have one name at the target'), len(twins), said)
+        for name in lost | twins:
+            self.assertIn(' s: ' + mm.show(name), said)
+            os.unlink(os.path.join(mm.to_bytes(world.source), name))
+        write(os.path.join(world.source, 'plain'), b'second', OLD + 60)
+        os.unlink(os.path.join(world.source, 'gone'))
+        kept.append((b'plain', b'first'))
+        expected[b'plain'] = b'second'
+        gone = {b'foreign', b'_lead.dat', b'raw.dat', b'quote.dat', b'gone', b'SCAN.DAT'} & set(expected)
+        if site == 'write_only':        # nobody can list it
+            gone = set()
+        else:
+            world.configure(**dict(world.options, mirror_delete='yes'))
+        if site == 'rclone_mount':      # it folds accents, so it may fold case
+            gone.remove(b'SCAN.DAT')
+        for name in gone:
+            del expected[name]
+        self.assert_pass(world, 0, expected, kept, [(b'plain', 'delivered')] + [(n, 'deleted') for n in gone])
+
+    @on_sites(*MIRRORED)
+    def test_mirror_with_refuse(self, site):
+        """Nor is anything deleted where something is refused."""
+        world, lost, twins = self.filled(site, on_conflict='refuse', verify='size',
+                                         mirror_delete='no' if site == 'write_only' else 'yes')
+        expected = self.merged(self.HERE, self.ODD, self.THERE)
+        if b'scan.dat' in twins:
+            twins = twins | {b'Scan.dat'}
+        for name in lost | twins:
+            del expected[name]
+        new = {b'plain', b'gone', b'Scan.dat', b'scan.dat'}.union(self.ODD) - lost - twins
+        self.assert_pass(world, 1, expected, [], [(name, 'delivered') for name in new])
+        write(os.path.join(world.source, 'plain'), b'second', OLD + 60)
+        os.unlink(os.path.join(world.source, 'gone'))
+        said = self.assert_pass(world, 1, expected, [], [])
+        for name in lost | twins | {b'other', b'day', b'plain'}:
+            self.assertIn(' s: ' + mm.show(name), said)
+        for name in 'other', 'day/other', 'plain':
+            self.assertIn(name + ' exists at the target with other content (on_conflict = refuse', said)
+
+    @on_sites(*MIRRORED)
+    def test_kill_a_mirror_and_again(self, site):
+        """Nothing half is seen, nothing that was there is lost, and no more than that is kept."""
+        later = SITES[site].mounts in UPLOAD_LATER and dict(target_uploads_later=None, keep_delivered=None)
+        world = self.asked(site, transfer_mode='mirror', on_conflict='backup', **later or {})
+        originals = mixed(world, random.Random(site), 1 << 20)
+        self.standing(world, **{'small 1': b'old', 'day/sub/1': b'old'})
+        self.give(world, 'day', 'day/sub')
+        before = tree(world.source)
+        for seen in (lambda: len(self.target(world)) > 4, world.ledger):
+            process = world.start('--once')
+
+            def now():
+                with contextlib.suppress(OSError):
+                    return process.poll() is not None or seen()
+            wait_for(now, 'the moment of the kill')
+            for pid in [process.pid] + sorted(children_of(process.pid)):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            process.wait()
+            for name, content in held_at_target(world).items():
+                name = re.sub(rb'(?i)\.~\d{8}T\d{6}\.\d{3}Z~$', b'', name)
+                self.assertIn(content, (originals[name], b'old'), mm.show(name))
+        done = wait_for(lambda: Kills.undisturbed(world), 'the stream to be free', 60)
+        self.assertEqual((done.code, tree(world.source), world.leftovers()), (0, before, []), str(done))
+        held = held_at_target(world)
+        kept = sorted(held.pop(name) for name in list(held) if b'.~' in name)
+        self.assertEqual((held, kept), (originals, [b'old'] * 2), str(done))
 
 
 class Proxy:
