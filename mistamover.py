@@ -5469,6 +5469,8 @@ class LocalTransport(Staging):
     UPLOADS_LATER = (b'davfs', b'fuse.davfs', b'fuse.rclone', b'fuse.geesefs', b'fuse.onedriver')
     SYNCED_AT_ONCE = (b'btrfs', b'ext4', b'tmpfs', b'xfs')      # where syncfs(2) keeps its promise
     SYNC_FROM, SYNC_PATIENCE = 8, 5     # files that it is called for; seconds it may take
+    # what rclone's mount lists as another name, or stores under another
+    QUOTED = re.compile(rb'[\0-\x1f\x7f]|\xe2\x80\x9b|\xe2\x90[\x80-\xa1]')
     CANNOT = (errno.EPERM, errno.EACCES, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
     AWAY = (errno.EROFS, errno.ESTALE, errno.ENOTCONN, errno.ENODEV, errno.ENXIO, errno.EMFILE,
             errno.ENFILE, errno.ENOMEM)     # the target's trouble, whatever the name
@@ -5567,13 +5569,14 @@ class LocalTransport(Staging):
 
     def refusal(self, entries):
         """WebDAV carries names in XML (RFC 4918): of any other name, what a mount shows is its cache,
-        and the server has another one.  rclone's shows another one a second later."""
-        strict = self.kind and self.kind.endswith(b'davfs')
-        for entry in entries if strict or self.kind == b'fuse.rclone' else ():
+        and the server has another one.  rclone takes some characters for others, in either direction."""
+        webdav = self.kind and self.kind.endswith(b'davfs')
+        for entry in entries if webdav or self.kind == b'fuse.rclone' else ():
             path = entry.path
-            if re.search(rb'[\0-\x1f]', path) or strict and path.decode('utf-8', 'ignore').encode() != path:
+            if re.search(rb'[\0-\x1f]' if webdav else self.QUOTED, path) or \
+                    path.decode('utf-8', 'ignore').encode() != path:
                 return Unfit('%s cannot be sent: %s carries no such name' % (
-                    show(path), 'WebDAV' if strict else 'a mount by rclone'), 'rename it')
+                    show(path), 'WebDAV' if webdav else 'a mount by rclone'), 'rename it')
         return None
 
     def close(self):

@@ -1488,7 +1488,7 @@ CANNOT_HOLD = {                 # site: the odd names that cannot be had there
     'ftp_srv': (b'raw\xff\xfe\x80.dat', b'"quote".dat', b'back\\slash'),
     'ntfs': (b'raw\xff\xfe\x80.dat',), 'ntfs_folds': (b'raw\xff\xfe\x80.dat',),
     'exfat': (b'raw\xff\xfe\x80.dat', b'"quote".dat', b'back\\slash', b'new\nline'),
-    'davfs': (b'raw\xff\xfe\x80.dat', b'new\nline'), 'rclone_mount': (b'new\nline',),
+    'davfs': (b'raw\xff\xfe\x80.dat', b'new\nline'), 'rclone_mount': (b'new\nline', b'raw\xff\xfe\x80.dat'),
     'ntfs_windows_names': (b'raw\xff\xfe\x80.dat', b'"quote".dat', b'back\\slash', b'new\nline', b'trail '),
 }
 
