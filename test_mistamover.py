@@ -6854,6 +6854,8 @@ class FtpTargets(Invariants):
             if 'staging' not in options:
                 self.arriving(world, **{'caf\u00e9 :': b'odd', 'Twin': b'1', 'twin': b'2'})
             before = contents(tree(world.source))
+            # it counts who has gone, a run or the look whether it answers, until it has seen that
+            wait_for(lambda: not children_of(running.process.pid), 'the end of the connection before')
             done = self.assert_run(world, 0, limit=60)
             target = contents(tree(world.target))
             backup, = [name for name in target if b'.~' in name]
