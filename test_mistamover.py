@@ -6843,6 +6843,8 @@ class FtpTargets(Invariants):
     def test_one_connection_for_each_client(self):
         """421 to every other one: nothing waits for a second, whatever there is to ask."""
         running = self.own_server(Vsftpd, more=lambda self: ['max_per_ip=1'])
+        with socket.create_connection(('127.0.0.1', running.port)) as probe:
+            probe.recv(100)         # so it has taken in who looked whether it answers
         for options in ({}, {'staging': 'beside'}, {'staging': 'none'}, {'verify': 'size'}):
             world = self.world_at(running, **options)
             write(os.path.join(world.target, 'taken'), b'was there')
