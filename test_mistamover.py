@@ -6846,7 +6846,8 @@ class FtpTargets(Invariants):
         with socket.create_connection(('127.0.0.1', running.port)) as probe:
             probe.recv(100)         # so it has taken in who looked whether it answers
         for options in ({}, {'staging': 'beside'}, {'staging': 'none'}, {'verify': 'size'}):
-            world = self.world_at(running, **options)
+            # it counts for a moment who has just gone, in the middle of a run as well
+            world = self.world_at(running, **dict(options, retry_count='9'))
             write(os.path.join(world.target, 'taken'), b'was there')
             write(os.path.join(world.target, 'same'), b'same')
             for name in ('taken', 'same'):
