@@ -9777,6 +9777,10 @@ class NotFtp(OSError):
                           for begin, protocol in self.GREETINGS if line.startswith(begin)), '')
 
 
+class Crowded(TargetError):
+    """421 to a login: the server counts too many connections already."""
+
+
 OTHER_NAME = 62, 64         # X509_V_ERR_HOSTNAME_MISMATCH and _IP_ADDRESS_MISMATCH, in x509_vfy.h
 
 
@@ -9977,6 +9981,7 @@ class FtpTransport(Staging):
     lists = True
     AHEAD = 32                          # questions under way; their answers fit any buffer
     LOCKED_FOR = 900                    # seconds that a server may keep the file of a broken session locked
+    ASK_AGAIN = 3                       # times, a second apart, where too many connections are counted
     EAGER = 1 << 14                     # bytes that fit a socket's buffer whether read or not
     TROUBLE = (530, 532, 534, 535, 521, 522)        # not of one file, as is every 4xx but these:
     ROOM = (451, 452, 552)              # to STOR: the disk, a quota, a limit
@@ -10058,7 +10063,7 @@ class FtpTransport(Staging):
         while reply.code == 120:
             reply = line.reply()
         if not reply.done:
-            raise TargetError('%s: %s' % (what, reply))
+            raise (Crowded if reply.code == 421 else TargetError)('%s: %s' % (what, reply))
         if self.stream.tls == 'explicit':
             reply = line.command(b'AUTH TLS')
             if not reply.done:
@@ -10071,10 +10076,11 @@ class FtpTransport(Staging):
         reply = line.command(b'USER ' + to_bytes(stream.username or 'anonymous'))
         if reply.code == 331:
             reply = line.command(b'PASS ' + to_bytes(stream.password or ''))
+        if reply.code == 421:
+            raise Crowded('%s: %s' % (what, reply))
         if not reply.done:
-            raise TargetError('%s: %s' % (what, reply), '' if reply.code == 421 else
-                              'are username and password right?%s' % (
-                                  '' if stream.tls else ' does the server ask for TLS (tls = yes)?'))
+            raise TargetError('%s: %s' % (what, reply), 'are username and password right?%s' % (
+                '' if stream.tls else ' does the server ask for TLS (tls = yes)?'))
         line.command(b'OPTS UTF8 ON')           # or ProFTPD may take names for Latin-1 and change them
         for command in ([b'PBSZ 0', b'PROT P'] if stream.tls else []) + [b'TYPE I']:
             reply = line.command(command)
@@ -10156,7 +10162,7 @@ class FtpTransport(Staging):
             self.used += 1
         try:
             started = time.monotonic()
-            line = self.connect()
+            line = self.connect_in_time()
             self.login_time = time.monotonic() - started
             return line
         except BaseException as error:
@@ -10166,6 +10172,17 @@ class FtpTransport(Staging):
                     self.allowed = self.used
                     return None
             raise
+
+    def connect_in_time(self):
+        """A server that let us in before may count, for a moment, a connection that has just gone."""
+        for _ in range(self.ASK_AGAIN):
+            try:
+                return self.connect()
+            except Crowded:
+                if not self.login_time or self.used > 1:
+                    raise
+                self.stop.wait(1)
+        return self.connect()
 
     def take(self):
         """A connection from the pool, or a new one, or the next that is free."""

@@ -6846,8 +6846,7 @@ class FtpTargets(Invariants):
         with socket.create_connection(('127.0.0.1', running.port)) as probe:
             probe.recv(100)         # so it has taken in who looked whether it answers
         for options in ({}, {'staging': 'beside'}, {'staging': 'none'}, {'verify': 'size'}):
-            # it counts for a moment who has just gone, in the middle of a run as well
-            world = self.world_at(running, **dict(options, retry_count='9'))
+            world = self.world_at(running, **options)
             write(os.path.join(world.target, 'taken'), b'was there')
             write(os.path.join(world.target, 'same'), b'same')
             for name in ('taken', 'same'):
@@ -6866,24 +6865,26 @@ class FtpTargets(Invariants):
             self.assertEqual((target, tree(world.source), world.leftovers()), (before, {}, []), str(done))
 
     def test_a_login_that_is_refused_is_no_answer(self):
-        """Once, when it is asked what is there: no file gets another name for that."""
-        world = self.world_at(server('ftp'), staging='none')
-        self.arriving(world, one=b'one', empty=b'')
+        """Once, when it is asked what is there: no file gets another name for that.  One that is told of too
+        many connections, with none of ours open, asks again before that is trouble."""
+        for name, refusals in (('TargetError', 1), ('Crowded', 3)):
+            world = self.world_at(server('ftp'), staging='none', retry_count='1')
+            self.arriving(world, one=b'one', empty=b'')
 
-        def doctor():
-            calls = []
+            def doctor():
+                calls = []
 
-            def connect(self, real=mm.FtpTransport.connect):
-                calls.append(self)
-                if len(calls) == 2:
-                    print('REFUSED')
-                    raise mm.TargetError('421 There are too many connections')
-                return real(self)
-            mm.FtpTransport.connect = connect
-        done = self.doctored(world, doctor)
-        self.assertIn('REFUSED', done.output)
-        self.assertEqual(contents(tree(world.target)), {b'one': b'one', b'empty': b''}, str(done))
-        self.assertEqual((done.code, tree(world.source)), (0, {}), str(done))
+                def connect(self, real=mm.FtpTransport.connect):
+                    calls.extend([self] if self.used == 1 else [])
+                    if 1 < len(calls) < 2 + refusals:
+                        print('REFUSED')
+                        raise getattr(mm, name)('421 There are too many connections')
+                    return real(self)
+                mm.FtpTransport.connect = connect
+            done = self.doctored(world, doctor)
+            self.assertEqual(done.output.count('REFUSED'), refusals)
+            self.assertEqual(contents(tree(world.target)), {b'one': b'one', b'empty': b''}, str(done))
+            self.assertEqual((done.code, tree(world.source)), (0, {}), str(done))
 
     def test_odd_names_where_nothing_is_replaced_or_removed(self):
         """The second trial of a name finds that of the first."""
