@@ -12002,7 +12002,7 @@ def script(program):
 
 @functools.lru_cache(None)
 def as_module(program):
-    """What README has in a crontab: Python compiles the program once and keeps that."""
+    """What README has in a crontab, and the unit: Python compiles the program once and keeps that."""
     top = tempfile.mkdtemp(dir=BASE)
     py_compile.compile(shutil.copy(program, os.path.join(top, 'mistamover.py')))
     return ['sh', '-c', 'cd "$0" && exec %s -m mistamover "$@"' % shlex.quote(sys.executable), top]
@@ -12103,21 +12103,14 @@ def measure(letter, what, unit, ours, aim):
     return Row(letter, what, unit, ours, '', None, aim)
 
 
-def by_module(row):
-    return row._replace(what=row.what + ' by -m', ours=lambda argv: row.ours(as_module(argv[-1])))
-
-
 CHECKED, BARE = 'rsync, checksum pass, delete', 'rsync --remove-source-files'
 LFTP, SCP = 'lftp mirror -R -P 4', 'scp -r, delete'
 START = Row('V', '--version', 's', lambda argv: median_seconds(argv + ['--version']),
             'python3 -c pass', lambda: median_seconds([sys.executable, '-c', 'pass']), 2)
-ONE_BY_RSYNC = contest('O', 'rsync_ssh', BARE, peer_rsync, 1.5)
-ONE_BY_SCP = contest('O', 'scp', SCP, peer_scp, 1.5)
-WAITING = measure('R', 'local', 'MB', functools.partial(peak_memory, 'R'), 40)
 ROWS = [
-    START, by_module(START),
-    ONE_BY_RSYNC, by_module(ONE_BY_RSYNC),
-    ONE_BY_SCP, by_module(ONE_BY_SCP),
+    START,
+    contest('O', 'rsync_ssh', BARE, peer_rsync, 1.5),
+    contest('O', 'scp', SCP, peer_scp, 1.5),
     contest('O', 'sftp', LFTP + ' over sftp', peer_lftp_sftp, None, verify='size'),
     contest('O', 'ftp', LFTP, peer_lftp, None, verify='size'),
     contest('T', 'rsync_ssh', BARE, peer_rsync, 1.4, verify='size'),
@@ -12145,7 +12138,7 @@ ROWS = [
     contest('I', 'local', 'rsync -a', peer_rsync_idle, None, transfer_mode='mirror'),
     measure('W', 'local, settle_time=0s', 's', latency, 0.3),
     measure('Z', 'local', '%', idle_cpu, 0.5),
-    WAITING, by_module(WAITING),
+    measure('R', 'local', 'MB', functools.partial(peak_memory, 'R'), 40),
     measure('X', 'local', 'MB', functools.partial(peak_memory, 'X'), 300),
 ]
 
@@ -12161,8 +12154,8 @@ def or_nothing(ours):
 
 
 def measured(row):
-    """{'peer', 'ours', 'old': numbers of each run}: the peer first, then last, then first ..."""
-    ways = [('ours', lambda: row.ours(script(PROGRAM)))]
+    """{'peer', 'ours', 'module', 'old': numbers of each run}: the peer first, then last, then first ..."""
+    ways = [('ours', lambda: row.ours(script(PROGRAM))), ('module', lambda: row.ours(as_module(PROGRAM)))]
     if row.peer:
         ways.insert(0, ('peer', row.peer))
     if OLD_PROGRAM:
@@ -12182,7 +12175,8 @@ def ratio(numbers, one, other):
     return median([a / b for a, b in zip(numbers[one], numbers[other])])
 
 
-LINE = '   %-26s %9s  %-33s %9s %9s %9s %9s'
+LINE = '   %-26s %9s %9s  %-33s %9s %9s %9s %9s %9s'
+HEAD = LINE % ('', 'ours', 'by -m', 'beside', '', 'ratio', 'by -m', 'to reach', 'to old')
 
 
 def told(row, numbers):
@@ -12191,8 +12185,9 @@ def told(row, numbers):
     times = lambda value: '-' if value is None else '%.2f x' % value
     aim = '-' if row.aim is None else times(row.aim) if row.peer else '%g %s' % (row.aim, row.unit)
     return LINE % (
-        row.what, number('ours'), row.peer_name, number('peer') if row.peer else '-',
-        times(ratio(numbers, 'ours', 'peer')), aim, times(ratio(numbers, 'ours', 'old')))
+        row.what, number('ours'), number('module'), row.peer_name, number('peer') if row.peer else '-',
+        times(ratio(numbers, 'ours', 'peer')), times(ratio(numbers, 'module', 'peer')), aim,
+        times(ratio(numbers, 'ours', 'old')))
 
 
 def run_row(row):
@@ -12208,7 +12203,8 @@ def run_row(row):
         outcome['failed'] = str(error)
         print('   %-26s FAILED: %s' % (row.what, error), flush=True)
     else:
-        outcome.update(numbers, to_peer=ratio(numbers, 'ours', 'peer'), to_old=ratio(numbers, 'ours', 'old'))
+        outcome.update(numbers, to_peer=ratio(numbers, 'ours', 'peer'),
+                       module_to_peer=ratio(numbers, 'module', 'peer'), to_old=ratio(numbers, 'ours', 'old'))
         print(told(row, numbers), flush=True)
     return outcome
 
@@ -12228,7 +12224,7 @@ def bench(words):
         mm.__version__, sys.version.split()[0], os.cpu_count(), os.path.dirname(BASE), PAIRS,
         '; '.join(versions())))
     signal.signal(signal.SIGTERM, signal.default_int_handler)       # timeout(1): servers end all the same
-    print('\n' + LINE % ('', 'ours', 'beside', '', 'ratio', 'to reach', 'to old'))
+    print('\n' + HEAD)
     outcomes = []
     try:
         for letter in dict.fromkeys(words.names or USUAL):
@@ -12258,11 +12254,11 @@ class Benchmark(Case):
     @slow
     def test_rows_of_both_kinds(self):
         rows = [contest('O', 'local', 'cp -a, delete', peer_cp, 2.0),
-                by_module(measure('R', 'local', 'MB', functools.partial(peak_memory, 'O'), 40))]
+                measure('R', 'local', 'MB', functools.partial(peak_memory, 'O'), 40)]
         for row in rows:
             with mock.patch.dict(globals(), PAIRS=1, OLD_PROGRAM=PROGRAM):
                 numbers = measured(row)
-            self.assertEqual(set(numbers), {'ours', 'old', 'peer'} if row.peer else {'ours', 'old'})
+            self.assertEqual(set(numbers), {'ours', 'module', 'old'} | ({'peer'} if row.peer else set()))
 
 
 # ----------------------------------------------------------------------------------------
