@@ -5877,6 +5877,7 @@ class OtherRsyncs(Doctored):
         write(unfinished)
         for number in range(3):
             write(os.path.join(world.source, 'd', 'f%d' % number), b'%d' % number)
+        os.utime(os.path.join(world.source, 'd'), (10 ** 9, 10 ** 9))      # or it may be right as it comes
         self.assert_run(world, 0)
         os.unlink(unfinished)
         self.assertEqual((tree(world.source), len(tree(world.target))), ({}, 4))
