@@ -6870,10 +6870,7 @@ class RsyncTransport(Transport):
         rows = Rows() if rows is None else rows
         for _ in range(self.ASK_AGAIN):
             done = self.run_rsync(argv, feed, quiet_limit, rows, '--checksum' in options)
-            hasty, self.hasty = self.hasty, isinstance(rows, Answers) and not rows.open
-            if hasty and done.code == self.CUT and not rows:
-                self.lingers = False    # one at a time is let in there, and it met the last one
-                self.stop.wait(1)
+            if self.met_the_last(done, rows):
                 continue
             if done.code != self.REFUSED or self.active or not self.served:
                 break
@@ -6882,6 +6879,16 @@ class RsyncTransport(Transport):
         if done.code in (self.REFUSED, self.CUT) and self.active:
             self.overlaps = False       # rrsync's lock, or max connections: one at a time there
         return done, rows
+
+    def met_the_last(self, done, rows):
+        """Whether one at a time is let in there, and the last one had not been waited for to its end; then a
+        second is waited for."""
+        hasty, self.hasty = self.hasty, isinstance(rows, Answers) and not rows.open
+        if not hasty or done.code != self.CUT or rows:
+            return False
+        self.lingers = False
+        self.stop.wait(1)
+        return True
 
     def run_rsync(self, argv, feed, quiet_limit, rows, hashed):
         # a proof by MD5 (--checksum-choice would be sent to the target, which may not know it): it
@@ -7357,7 +7364,10 @@ class RsyncTransport(Transport):
         """[(name below path, whether it is a directory)] at the target, and how rsync ended."""
         argv = [self.stream.rsync_command] + self.stream.rsync_options + [depth, '--list-only'] + \
             self.remote_shell() + ['--', self.url(os.path.join(self.base, path, b''))]
-        done = run(argv, self.stop, self.stream.stall_timeout, secret=self.secret())
+        while True:
+            done = run(argv, self.stop, self.stream.stall_timeout, secret=self.secret())
+            if not self.met_the_last(done, ()):
+                break
         found = []
         for line in done.output.split(b'\n'):
             match = re.match(rb'(.)\S{9} +[\d,.]+ \d{4}/\d\d/\d\d \d\d:\d\d:\d\d (.*)$', line)

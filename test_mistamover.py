@@ -5898,6 +5898,21 @@ class OtherRsyncs(Doctored):
         self.assertEqual((tree(world.source), contents(tree(world.target))), ({}, {b'f': b'content'}))
         self.assertIn('locked\n', text_of(met))
 
+    def test_a_listing_where_one_is_let_in_at_a_time(self):
+        """mirror_delete lists what is there when the proof before it has the lock still."""
+        world = self.world('rsync_ssh', retry_count='1', transfer_mode='mirror', mirror_delete='yes')
+        met = os.path.join(world.top, 'met')
+        world.configure(**dict(world.options, rsync_options='--rsync-path=' + self.script(
+            world, '#!/bin/sh\nexec 9>>%s.lock; flock -n 9 || { echo locked >>%s; exit 1; }\nrsync "$@"\n'
+            'case "$*" in *--ignore-existing*) exit;; esac\n%s' % (
+                met, met, ON_ANSWERS % ('[ -e %s ]' % met)))))
+        write(os.path.join(world.source, 'f'), b'content')
+        write(os.path.join(world.target, 'gone'), b'old')
+        self.assert_run(world, 0)
+        for top in world.source, world.target:
+            self.assertEqual(contents(tree(top)), {b'f': b'content'})
+        self.assertEqual(text_of(met), 'locked\n')
+
     def test_a_login_that_fails_is_tried_once(self):
         world = self.world('rsync_ssh', retry_count='1')
         said = os.path.join(world.top, 'said')
