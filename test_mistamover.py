@@ -10519,7 +10519,7 @@ class Properties(Invariants):
     CALLS = ('link', 'rename', 'replace', 'unlink', 'open', 'fsync', 'mkdir', 'rmdir', 'utime', 'chmod')
 
     def some_cases(self, part):
-        elsewhere = tempfile.mkdtemp(dir='/dev/shm') if os.path.isdir('/dev/shm') else BASE
+        elsewhere = tempfile.mkdtemp(dir='/dev/shm' if os.path.isdir('/dev/shm') else BASE)
         self.addCleanup(shutil.rmtree, elsewhere, True)
         struck = 0
         for number in range(self.CASES):
