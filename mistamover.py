@@ -6639,7 +6639,8 @@ class Push(Rows):
     its first letter is kept: < or c for sent, . for left alone."""
 
     SENT = (b'<', b'c')
-    PART_AFTER = 1              # second: what is sent sooner is proven in one go, by one login of rsync
+    PART_AFTER = 1              # second, or half of it while most is to come: what is sent sooner is proven
+                                # in one go, by one login of rsync
     PART_FILES = 1000           # at least, for each part costs such a login
     MOST_PARTS = 5              # by number of files
     PART_SIZE = 1 << 30         # or as many bytes
@@ -6680,9 +6681,10 @@ class Push(Rows):
 
     def offer(self):
         """Hand on what has gone, if it is a part and the part before is finished."""
-        if self.hand_on and (self.files >= self.part_files or self.size >= self.PART_SIZE) and \
-                time.monotonic() - self.since >= self.PART_AFTER:
-            if self.hand_on(self.batch.part(self.gone), True, wait=False):
+        if self.hand_on and (self.files >= self.part_files or self.size >= self.PART_SIZE):
+            after = self.PART_AFTER / 2 if len(self.awaited) > len(self) else self.PART_AFTER
+            if time.monotonic() - self.since >= after and \
+                    self.hand_on(self.batch.part(self.gone), True, wait=False):
                 self.gone, self.files, self.size = [], 0, 0
 
     def end(self, done):

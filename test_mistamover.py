@@ -5834,7 +5834,7 @@ exec rsync "$@"
 
 
 # lines of a script that runs "rsync --server" for somebody: what changes nothing does not end before %s
-ON_ANSWERS = 'case $2 in -n*) until %s; do sleep 0.1; done; esac\n'
+ON_ANSWERS = 'case $2 in -n*) until %s || ! [ -e "$0" ]; do sleep 0.1; done; esac\n'
 
 
 @spread
