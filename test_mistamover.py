@@ -12539,8 +12539,8 @@ def run_all(words):
     except KeyboardInterrupt:
         report.failed.append('interrupted')
         report.fail_fast = True
-        for worker in workers:
-            worker.process.send_signal(signal.SIGINT)
+        for process in [worker.process for worker in workers if worker.process]:
+            process.send_signal(signal.SIGINT)
         for worker in workers:
             worker.thread.join()
     finally:
