@@ -4531,6 +4531,11 @@ def conflict_step(stream, name, twin=False):
     return 'backup' if stream.on_conflict == 'backup' or twin and stream.move else 'overwrite'
 
 
+def one_name_there(path, other):
+    """The error for the second of two names of the source that the target takes for one."""
+    return Unfit('%s and %s have one name at the target' % (show(path), show(other)), 'rename one of them')
+
+
 def refused_conflict(name):
     return Unfit('%s exists at the target with other content' % show(name),
                  'on_conflict = refuse: rename or remove one of them')
@@ -6143,8 +6148,7 @@ class LocalTransport(Staging):
                 twin, there = Entry.of(other, os.lstat(self.root + other)), os.lstat(self.path(final))
                 alike = twin.kind == 'd' and stat.S_ISDIR(there.st_mode) or self.looks_like(twin, final, True)
                 if alike and not (self.is_listed(final) and self.is_listed(batch.final(entry.path))):
-                    raise Unfit('%s and %s have one name at the target' % (show(entry.path), show(other)),
-                                'rename one of them')
+                    raise one_name_there(entry.path, other)
 
     def is_listed(self, path):
         """Whether a path at the target is spelled so in the listings there."""
@@ -7074,9 +7078,8 @@ class RsyncTransport(Transport):
         names = {os.path.join(where, name) for name, _ in listed}
         there = {path for path in both if rows.get(path, (b'.d',))[0].startswith(b'.d')}
         hidden = {path for path in there if batch.final(path) not in names}
-        return {path: Unfit('%s and %s have one name at the target' % (show(path), show(before)),
-                            'rename one of them')
-                for path, before in later.items() if path in there and hidden & {path, before}}
+        return {path: one_name_there(path, before) for path, before in later.items()
+                if path in there and hidden & {path, before}}
 
     def under_way(self, batch, paths, options):
         """The file at which a push broke off, or None.  What rsync told had gone may still have
