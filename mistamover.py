@@ -14565,14 +14565,17 @@ def unit_user(config):
         return str(owner)
 
 
-MODULE_FILE = r'[A-Za-z_][A-Za-z0-9_]*\.py$'      # a name that can be imported
+def this_module():
+    """(the program's directory, its file there, the name by which that can be imported or None)."""
+    place, program = os.path.split(os.path.abspath(__file__))
+    return place, program, program[:-3] if re.match(r'[A-Za-z_][A-Za-z0-9_]*\.py$', program) else None
 
 
 def command_print_unit(config, args, _stop):
     """A hardened unit file for systemd, with write access to what the streams need."""
-    place, program = os.path.split(os.path.abspath(__file__))
+    place, program, module = this_module()
     # as a module where its name allows: Python loads the compiled form, and keeps no syntax tree, 30 MB
-    start = ['-m', program[:-3]] if re.match(MODULE_FILE, program) else [os.path.join(place, program)]
+    start = ['-m', module] if module else [os.path.join(place, program)]
     words = [sys.executable] + start + ['--daemon', '--config', config.path]
     for name in args.stream:
         words += ['--stream', name]
@@ -14793,11 +14796,11 @@ def collect_seldom():
 def start_as_module():
     """Begin again, in this process, as a module: Python (3.9 and newer) keeps the syntax tree of a script
     for as long as it runs, 30 MB.  Signals are held back meanwhile, and stay so.  What cannot be is left."""
-    place, program = os.path.split(os.path.abspath(__file__))
+    place, program, module = this_module()
     plain = getattr(sys, 'orig_argv', [])[1:] == sys.argv       # no options for Python itself
-    if __name__ == '__main__' and plain and re.match(MODULE_FILE, program) and not WINDOWS:
+    if __name__ == '__main__' and plain and module and not WINDOWS:
         code = 'import sys; sys.path[0], sys.argv[0] = %a, %a; import %s as m; m.leave(m.main())  # %s' % (
-            place, sys.argv[0], program[:-3], program)
+            place, sys.argv[0], module, program)
         with contextlib.suppress(OSError):
             os.execv(sys.executable, [sys.executable, '-c', code] + sys.argv[1:])
 
