@@ -935,6 +935,11 @@ class Program:
             except subprocess.TimeoutExpired:
                 continue
 
+    def see_off(self):
+        """Let it end by itself, if that does not take too long."""
+        self.wait(KILL_GRACE)
+        self.close()
+
     def close(self):
         if self.process.poll() is None:
             self.kill()
@@ -955,29 +960,32 @@ def brief(lines):
     return '; '.join(lines[:2] + lines[2:][-1:])[:500]
 
 
-def run(argv, stop, limit, feed=b'', on_output=None, alive=None, **more):
+def run(argv, stop, limit, feed=b'', on_output=None, alive=None, ending=None, **more):
     """Run a program to its end and return Finished.
 
     limit: seconds of silence after which it is ended, unless alive() says that it works.
     on_output: called with each piece; when it answers True, that was all, and the end of the program
     is not waited for.
+    ending: a deque for the threads that see such programs to their ends.
     more: as for Program.
     Raises TargetError (cannot start, hung), Interrupted.
     """
     program = Program(argv, stop, feed, GATHER, **more)
     pieces = []
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.callback(program.close)
         while True:
             piece = program.read(limit, alive)
             if not piece:
                 break
             pieces.append(piece)
             if on_output and on_output(piece):
+                stack.pop_all()
+                ending.append(threading.Thread(target=program.see_off, name='the end of ' + program.name))
+                ending[-1].start()
                 return Finished(0, b''.join(pieces), '', [])
         code, lines = program.wait(limit), program.lines()
         return Finished(code, b''.join(pieces), brief(lines), lines)
-    finally:
-        program.close()
 
 
 # ----------------------------------------------------------------------------------------
@@ -6766,7 +6774,9 @@ class RsyncTransport(Transport):
     UNKNOWN = 1, 4, 12              # an option that it does not know, here or there, mostly
     CUT = 12                        # the other side ended early: rrsync's lock, for one
     OLDEST = 3, 1, 0                # knows what is asked of it here; the target's may be older
-    ASK_AGAIN = 4                   # times that a daemon which served us before is asked
+    BUSY = 'Another instance of rrsync', 'max connections'      # one at a time is let in, or a few
+    BUSY_FOR = 20                   # seconds to wait for the last one to end there: where its client was
+                                    # killed, the rsync of a server may stay for 10 (3.5.0)
     lingers = False                 # after its last word it takes long to end
     HINTS = {
         1: 'is rsync too old there, or does it refuse an option?',
@@ -6784,8 +6794,8 @@ class RsyncTransport(Transport):
         self.version = None
         self.made = {b''}
         self.active = set()             # threads with an rsync under way
-        self.served = False             # whether one of ours was served
-        self.hasty = False              # whether the end of the last one was not waited for
+        self.ending = collections.deque(maxlen=8)       # threads with one that has said all
+        self.crossed = False            # whether one was turned away while another of ours was under way
         self.hash = None                # what the checksums in its rows are
         self.times = []                 # options for a target that keeps no exact times
         self.cleared = []               # what mirror_delete took away before a push
@@ -6874,27 +6884,38 @@ class RsyncTransport(Transport):
         argv = self.words(root, options, top, quiet_limit)
         feed = b''.join(b'./' + path + b'\0' for path in paths)
         rows = Rows() if rows is None else rows
-        for _ in range(self.ASK_AGAIN):
-            done = self.run_rsync(argv, feed, quiet_limit, rows, '--checksum' in options)
-            if self.met_the_last(done, rows):
-                continue
-            if done.code != self.REFUSED or self.active or not self.served:
-                break
-            self.stop.wait(1)       # `max connections` counts the one that has just ended
-        self.served = self.served or done.code == 0
-        if done.code in (self.REFUSED, self.CUT) and self.active:
-            self.overlaps = False       # rrsync's lock, or max connections: one at a time there
+        done = self.ask_while_busy(
+            lambda: self.run_rsync(argv, feed, quiet_limit, rows, '--checksum' in options),
+            isinstance(rows, Push))
         return done, rows
 
-    def met_the_last(self, done, rows):
-        """Whether one at a time is let in there, and the last one had not been waited for to its end; then a
-        second is waited for."""
-        hasty, self.hasty = self.hasty, isinstance(rows, Answers) and not rows.open
-        if not hasty or done.code != self.CUT or rows:
-            return False
-        self.lingers = False
-        self.stop.wait(1)
-        return True
+    def ask_while_busy(self, ask, pushing=False):
+        """How an rsync ended.  Where one at a time is let in, by rrsync's lock or `max connections`, the
+        one before it may count for a while after its end; a push waits for a proof to end, too."""
+        since = time.monotonic()
+        while True:
+            done = ask()
+            busy = any(words in line for line in done.lines for words in self.BUSY)
+            if self.active and done.code in (self.REFUSED, self.CUT):
+                self.overlaps, self.crossed = False, True
+                if not busy or not pushing:
+                    return done
+                since = time.monotonic()        # that one has a limit of its own
+            elif not busy or time.monotonic() - since > self.BUSY_FOR:
+                return done
+            self.lingers = False
+            if not self.see_off():
+                self.stop.wait(1)
+
+    def see_off(self):
+        """Wait for the ends of those that have said all.  True if there were any."""
+        ending = [thread for thread in list(self.ending) if thread.is_alive()]
+        for thread in ending:
+            thread.join()
+        return bool(ending)
+
+    def close(self):
+        self.see_off()                  # or they would lose their line: see BUSY_FOR
 
     def run_rsync(self, argv, feed, quiet_limit, rows, hashed):
         # a proof by MD5 (--checksum-choice would be sent to the target, which may not know it): it
@@ -6907,7 +6928,7 @@ class RsyncTransport(Transport):
         self.active.add(me)
         try:
             return run(argv, self.stop, quiet_limit or self.stream.stall_timeout, feed, rows.hear,
-                       keep_fds=self.lock_fds, secret=secret, signals=Program.ABRUPT)
+                       ending=self.ending, keep_fds=self.lock_fds, secret=secret, signals=Program.ABRUPT)
         finally:
             self.active.discard(me)
 
@@ -7108,12 +7129,18 @@ class RsyncTransport(Transport):
         batch.parcels[:0], push.late = push.late, []
         equal = {}
         try:
-            return self.finish_part(batch, push, equal)
-        except TargetError:
-            if batch is push.last or self.overlaps:
-                raise
-            push.late, batch.parcels = batch.parcels, []    # it is proven when the push has ended
-            return []
+            while True:
+                self.crossed = False
+                try:
+                    return self.finish_part(batch, push, equal)
+                except TargetError:
+                    if self.overlaps or not self.crossed:
+                        raise
+                if batch is not push.last:
+                    push.late, batch.parcels = batch.parcels, []    # it is proven when the push has ended
+                    return []
+                while self.active:
+                    self.stop.wait(0.1)
         finally:
             if batch is push.last:
                 self.settle_doubts(push, [e.path for e in batch.entries], equal)
@@ -7369,10 +7396,8 @@ class RsyncTransport(Transport):
         """[(name below path, whether it is a directory)] at the target, and how rsync ended."""
         argv = [self.stream.rsync_command] + self.stream.rsync_options + [depth, '--list-only'] + \
             self.remote_shell() + ['--', self.url(os.path.join(self.base, path, b''))]
-        while True:
-            done = run(argv, self.stop, self.stream.stall_timeout, secret=self.secret())
-            if not self.met_the_last(done, ()):
-                break
+        done = self.ask_while_busy(
+            lambda: run(argv, self.stop, self.stream.stall_timeout, secret=self.secret()))
         found = []
         for line in done.output.split(b'\n'):
             match = re.match(rb'(.)\S{9} +[\d,.]+ \d{4}/\d\d/\d\d \d\d:\d\d:\d\d (.*)$', line)
@@ -7452,6 +7477,7 @@ class RsyncSsh(RsyncTransport):
         self.ssh.prepare()
 
     def close(self):
+        RsyncTransport.close(self)
         self.ssh.close()
 
     def rsync(self, root, paths, options, top=None, quiet_limit=None, rows=None):

@@ -71,6 +71,7 @@ import contextlib
 import email
 import errno
 import faulthandler
+import fcntl
 import functools
 import getpass
 import glob
@@ -3875,6 +3876,9 @@ class OneAtATime(Doctored):
     def test_an_rrsync_that_locks_its_directory(self):
         self.one_at_a_time(self.world('rrsync', bandwidth_limit='1M'))
 
+    def test_an_rrsync_that_locks_its_directory_and_several_batches(self):
+        self.one_at_a_time(self.world('rrsync', bandwidth_limit='1M', batch_files='4'))
+
     def test_a_module_with_one_connection(self):
         world = self.world('rsync_native', bandwidth_limit='1M')
         self.one_at_a_time(world.configure(**dict(
@@ -5833,7 +5837,11 @@ exec rsync "$@"
 """
 
 
-# lines of a script that runs "rsync --server" for somebody: what changes nothing does not end before %s
+# lines of a script that runs "rsync --server" for somebody: what rrsync does where another one is
+# under way, and what changes nothing does not end before %s
+ONE_AT_A_TIME = ('#!/bin/sh\nexec 9>>$0.lock; flock -n 9 || { echo locked >>$0.met; echo "rrsync error: '
+                 'Another instance of rrsync is already accessing this directory." >&2; exit 1; }\n')
+MET_THRICE = '[ "$(wc -l <$0.met)" -ge 3 ]'
 ON_ANSWERS = 'case $2 in -n*) until %s || ! [ -e "$0" ]; do sleep 0.1; done; esac\n'
 
 
@@ -5887,31 +5895,43 @@ class OtherRsyncs(Doctored):
                           (False, False, False)], text_of(said))
 
     def test_a_target_that_lets_one_in_at_a_time(self):
-        """The one that asked is not waited for to its end: it still has the lock."""
-        world = self.world('rsync_ssh')
-        met = os.path.join(world.top, 'met')
-        world.configure(**dict(world.options, rsync_options='--rsync-path=' + self.script(
-            world, '#!/bin/sh\nexec 9>>%s.lock; flock -n 9 || { echo locked >>%s; exit 1; }\n'
-            'rsync "$@"\n%s' % (met, met, ON_ANSWERS % ('[ -e %s ]' % met)))))
+        """The one that asked is not waited for to its end, which may take long: it still has the lock."""
+        world = self.world('rsync_ssh', retry_count='1')
+        there = self.script(world, ONE_AT_A_TIME + 'rsync "$@"\n' + ON_ANSWERS % MET_THRICE)
+        write(there + '.met')
+        world.configure(**dict(world.options, rsync_options='--rsync-path=' + there))
         write(os.path.join(world.source, 'f'), b'content')
         self.assert_run(world, 0)
         self.assertEqual((tree(world.source), contents(tree(world.target))), ({}, {b'f': b'content'}))
-        self.assertIn('locked\n', text_of(met))
+        self.assertIn('locked\n' * 3, text_of(there + '.met'))
+
+    def test_somebody_else_is_under_way_when_a_run_begins(self):
+        world = self.world('rsync_ssh', retry_count='1')
+        there = self.script(world, ONE_AT_A_TIME + 'rsync "$@"\necho $? >>$0.codes\n')
+        write(there + '.met')
+        world.configure(**dict(world.options, rsync_options='--rsync-path=' + there))
+        write(os.path.join(world.source, 'f'), b'content')
+        with open(there + '.lock', 'w') as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            run = world.start()
+            wait_for(lambda: text_of(there + '.met').count('\n') == 3, 'three that were turned away')
+        self.assertEqual(self.ended(run), 0, world.said())
+        self.assertEqual((tree(world.source), contents(tree(world.target))), ({}, {b'f': b'content'}))
+        self.assertEqual(set(text_of(there + '.codes').split()), {'0'})     # no client was killed
 
     def test_a_listing_where_one_is_let_in_at_a_time(self):
         """mirror_delete lists what is there when the proof before it has the lock still."""
         world = self.world('rsync_ssh', retry_count='1', transfer_mode='mirror', mirror_delete='yes')
-        met = os.path.join(world.top, 'met')
-        world.configure(**dict(world.options, rsync_options='--rsync-path=' + self.script(
-            world, '#!/bin/sh\nexec 9>>%s.lock; flock -n 9 || { echo locked >>%s; exit 1; }\nrsync "$@"\n'
-            'case "$*" in *--ignore-existing*) exit;; esac\n%s' % (
-                met, met, ON_ANSWERS % ('[ -e %s ]' % met)))))
+        there = self.script(world, ONE_AT_A_TIME + 'rsync "$@"\ncase "$*" in *--ignore-existing*) exit;; '
+                            'esac\n' + ON_ANSWERS % MET_THRICE)
+        write(there + '.met')
+        world.configure(**dict(world.options, rsync_options='--rsync-path=' + there))
         write(os.path.join(world.source, 'f'), b'content')
         write(os.path.join(world.target, 'gone'), b'old')
         self.assert_run(world, 0)
         for top in world.source, world.target:
             self.assertEqual(contents(tree(top)), {b'f': b'content'})
-        self.assertEqual(text_of(met), 'locked\n')
+        self.assertEqual(text_of(there + '.met'), 'locked\n' * 3)
 
     def test_a_login_that_fails_is_tried_once(self):
         world = self.world('rsync_ssh', retry_count='1')
@@ -12572,6 +12592,9 @@ def main():
     words = parser.parse_args()
     if words.bench:
         return bench(words)
+    unknown = [test for test in collected(words.names) if isinstance(test, unittest.loader._FailedTest)]
+    if unknown:
+        parser.error('there is no ' + ' and no '.join(test._testMethodName for test in unknown))
     if words.quick:
         global QUICK
         QUICK = True
