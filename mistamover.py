@@ -1280,7 +1280,7 @@ OPTIONS = [Option(*row) for row in (
     ('stream', 'target_port', kind_port, '', 'host', "the port, if not the protocol's own"),
     ('stream', 'target_dir', kind_plain, '', '',
      'where the data goes (required); rsync_native: MODULE/path, rclone: REMOTE:path; may end in '
-     "dates of the item's mtime, like data/%Y/%m/%d"),
+     "dates of the item's mtime, like data/%Y/%m/%d; %% is a percent sign"),
     ('stream', 'target_marker', kind_name, '', '',
      'a file that must exist in target_dir, so that an unmounted disk is not taken for it'),
     ('stream', 'create_directories', kind_flag, 'no', '',
@@ -1808,6 +1808,13 @@ TARGET_FORMS = {
 }
 
 
+def place_own_files(stream, state_dir):
+    stream.spool = os.path.join(state_dir, 'spool', stream.name)
+    own = os.path.join(state_dir, stream.name)
+    stream.control_dir, stream.unproven, stream.coarse = own + '.ssh', own + '.unproven', own + '.times'
+    stream.unsummed, stream.taken = own + '.unsummed', own + '.taken'
+
+
 def finish_stream(config, stream, protocols):
     """Derive what the rest of the program works with."""
     state_dir = config.settings.state_dir
@@ -1816,17 +1823,15 @@ def finish_stream(config, stream, protocols):
     stream.mirror = stream.transfer_mode == 'mirror'
     stream.move = not stream.mirror
     stream.quarantine_dir = stream.quarantine_dir or os.path.join(stream.directory, '.quarantine')
-    stream.spool = os.path.join(state_dir, 'spool', stream.name)
-    own = os.path.join(state_dir, stream.name)
-    stream.control_dir, stream.unproven, stream.coarse = own + '.ssh', own + '.unproven', own + '.times'
-    stream.unsummed, stream.taken = own + '.unsummed', own + '.taken'
+    place_own_files(stream, state_dir)
     if stream.protocol.target_form == 'here':
         home = config.home(stream.section, 'target_dir')
         base = os.path.dirname(config.place(home, 'target_dir')[0])
-        stream.target_dir = kind_path(stream.target_dir, base)
+        stream.target_dir = kind_path(stream.target_dir, base.replace('%', '%%'))
     parts = stream.target_dir.split('/')
-    first = next((i for i, part in enumerate(parts) if '%' in part), len(parts))
-    stream.target_base = '/'.join(parts[:first]) or ('/' if first and not parts[0] else '.')
+    first = next((i for i, part in enumerate(parts) if '%' in part.replace('%%', '')), len(parts))
+    stream.target_base = '/'.join(parts[:first]).replace('%%', '%') or (
+        '/' if first and not parts[0] else '.')
     stream.target_dates = '/'.join(parts[first:])
 
 
@@ -2811,7 +2816,7 @@ class Spent:
 
 def target_of(stream, dates=True):
     """user@host:dir for the ledger and for people; never a password."""
-    directory = stream.target_dir if dates else stream.target_base
+    directory = os.path.join(stream.target_base, stream.target_dates if dates else '').rstrip('/') or '/'
     if not stream.target_host:
         return directory
     return '%s%s:%s' % (stream.username + '@' if stream.username else '', stream.target_host, directory)
@@ -14233,8 +14238,7 @@ def check_one(stream, config, stop, shown):
     import tempfile
     with machine_trouble(), tempfile.TemporaryDirectory(prefix='mistamover-') as scratch:
         config.settings.state_dir = scratch
-        stream.spool = os.path.join(scratch, 'spool')
-        stream.control_dir = os.path.join(scratch, 'ssh')   # a running daemon keeps its own
+        place_own_files(stream, scratch)        # a running daemon keeps its own
         worker = Worker(stream, State(scratch, config))
         worker.transport = stream.protocol(stream, stop, worker.progress)
         worker.transport.area = CHECK_AREA

@@ -3211,6 +3211,35 @@ class Options(Doctored):
         self.assertEqual(modes, {b'file': '0o604', b'dir.zip': '0o604'} if world.site.zips else
                          {b'file': '0o604', b'dir': '0o705', b'dir/file': '0o604'})
 
+    @on_sites('local', 'rsync_ssh', 'scp', 'sftp', 'ftp')
+    def test_percent_signs_in_target_dir(self, site):
+        world = self.world(site)
+        world.configure(**dict(world.options, transfer_mode='mirror' if world.site.mirrors else 'move',
+                               mirror_delete='yes' if world.site.mirrors else None,
+                               target_dir=world.options['target_dir'] + '/100%%H/50%%'))
+        write(os.path.join(world.source, 'f'), b'x')
+        os.makedirs(os.path.join(world.target, '100%H', '50%'))
+        os.chmod(os.path.join(world.target, '100%H', '50%'), 0o777)
+        write(os.path.join(world.target, '100%H', '50%', 'old'), b'old')
+        done = self.assert_run(world, 0, '--check')
+        self.assertIn('/100%H/50% is there', done.output)
+        self.assert_run(world, 0)
+        expected = {b'100%H': 'directory', b'100%H/50%': 'directory', b'100%H/50%/f': b'x'}
+        if not world.site.mirrors:
+            expected[b'100%H/50%/old'] = b'old'
+        self.assertEqual(contents(tree(world.target)), expected)
+
+    def test_a_relative_target_dir_below_a_percent_sign(self):
+        world = self.world('local')
+        home = os.path.join(world.top, '100%H')
+        os.makedirs(os.path.join(home, 'out'))
+        world.ini = os.path.join(home, 'm.ini')
+        world.configure(**dict(world.options, target_dir='out/%Y'))
+        write(os.path.join(world.source, 'f'), b'x', 10 ** 9)
+        self.assert_run(world, 0)
+        self.assertEqual(contents(tree(os.path.join(home, 'out'))), {b'2001': 'directory', b'2001/f': b'x'})
+        self.assertEqual([r['target'] for r in world.ledger()], [os.path.join(home, 'out', '2001', 'f')])
+
     @on_sites()
     def test_symlinks_and_special_files_are_left(self, site):
         world = self.world(site)
@@ -10753,6 +10782,19 @@ class Commands(Doctored):
             os.chmod(world.target, 0o555)
             check(1, 'FAILED', 'may this account write there?')
             os.chmod(world.target, 0o777)
+
+    @on_sites(mirrors=True)
+    def test_a_check_of_a_mirror_has_files_of_its_own(self, site):
+        """It comes before the first run, and beside a daemon that keeps what it has not proven."""
+        world = self.world(site, transfer_mode='mirror')
+        write(os.path.join(world.source, 'item'), b'item')
+        self.assertIn('rename, remove: done', self.assert_run(world, 0, '--check').output)
+        self.assertEqual((os.path.exists(world.state), tree(world.target)), (False, {}))
+        write(os.path.join(world.state, 's.unproven'), b'item\0')
+        os.chmod(world.state, 0o700)
+        before = tree(world.state)
+        self.assert_run(world, 0, '--check')
+        self.assertEqual((tree(world.state), tree(world.target)), (before, {}))
 
     def test_check_says_what_it_learned_of_the_target(self):
         world = self.world('local')
