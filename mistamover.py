@@ -14507,7 +14507,9 @@ def command_explain(config, args, _stop):
         for line in explain(config, stream, path, time.time()):
             say('%s: %s' % (stream.name, show(line)))
     if not streams:
-        say('%s lies in no stream\'s directory' % show(path))
+        whose = [stream.name for stream in config.streams if os.path.normpath(stream.root) == path]
+        say('%s %s' % (show(path), 'is the directory of %s: name something in it, or see --status' %
+                       ' and '.join(whose) if whose else 'lies in no stream\'s directory'))
     return EXIT_OK if streams else EXIT_FAILED
 
 

@@ -3908,6 +3908,24 @@ class OneAtATime(Doctored):
     def test_an_rrsync_that_locks_its_directory_and_several_batches(self):
         self.one_at_a_time(self.world('rrsync', bandwidth_limit='1M', batch_files='4'))
 
+    def test_two_streams_behind_one_lock(self):
+        world = self.world('rrsync')
+        second = dict(world.options, directory=world.source + '2',
+                      target_dir=world.options['target_dir'] + '2')
+        with open(world.ini, 'a') as handle:
+            handle.write('[stream:t]\n' + ''.join('%s = %s\n' % pair for pair in second.items() if pair[1]))
+        os.makedirs(world.target + '2')
+        before = {}
+        for top in world.source, world.source + '2':
+            for number in range(10):
+                write(os.path.join(top, 'f%d' % number), mm.to_bytes(top) + b'%d' % number * 60000)
+            before[top] = tree(top)
+        done = self.assert_run(world, 0)
+        self.assertNotIn('ERROR', done.output)
+        for end in '', '2':
+            self.assertEqual((tree(world.source + end), tree(world.target + end)),
+                             ({}, before[world.source + end]))
+
     def test_a_module_with_one_connection(self):
         world = self.world('rsync_native', bandwidth_limit='1M')
         self.one_at_a_time(world.configure(**dict(
@@ -11694,6 +11712,7 @@ class Explaining(Case):
         self.assertIn('symlinks and special files are not sent', explain('link.dat'))
         self.assertIn('nothing of this name was ever delivered', explain('gone.dat'))
         self.assertIn('lies in no stream', self.assert_run(world, 1, '--explain', '/nowhere/x').output)
+        self.assertIn('in is the directory of s: name something in it', explain('', 1))
         self.assertIn('no MiStaMover works on this stream now', explain('old.dat'))
         write(os.path.join(world.source, '.stop'))
         self.assertIn('s: .stop in ' + world.source, explain('old.dat'))
