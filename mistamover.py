@@ -765,6 +765,7 @@ class Program:
 
     POLITE, ABRUPT = ('SIGTERM', 'SIGKILL'), ('SIGKILL',)
     PIPE = 1 << 16                      # bytes that pipe(7) holds
+    BACKLOG = 256                       # pieces of that size: what is read before somebody wants it
 
     def __init__(self, argv, stop, feed=b'', gather=0, keep_fds=(), secret=None, signals=POLITE,
                  merged=False):
@@ -775,7 +776,7 @@ class Program:
         self.stop, self.gather, self.signals = stop, gather, signals
         self.hung = False               # whether it was ended for its silence
         self.name = os.path.basename(to_text(argv[0]))
-        self.chunks = queue.Queue()
+        self.chunks = queue.Queue(self.BACKLOG)
         self.closing = threading.Event()
         self.errors_file = tempfile.TemporaryFile()
         convert = to_text if WINDOWS else to_bytes
@@ -803,10 +804,14 @@ class Program:
         self.reader.start()
 
     def _read(self):
+        import queue
         fd = self.process.stdout.fileno()
-        while True:
+        while not self.closing.is_set():
             chunk = os.read(fd, self.PIPE)
-            self.chunks.put(chunk)
+            while not self.closing.is_set():
+                with contextlib.suppress(queue.Full):
+                    self.chunks.put(chunk, timeout=0.1)
+                    break
             if not chunk:
                 return
             if self.gather and len(chunk) < self.PIPE:      # else it has gathered
@@ -821,10 +826,11 @@ class Program:
         """
         import queue
         since = time.monotonic()
+        self.watch(since, limit)            # where there always is something, a stop is heard, too
         while True:
             try:
                 pieces = [self.chunks.get(timeout=0.1)]
-                while pieces[-1] and not self.chunks.empty():
+                while pieces[-1] and len(pieces) < self.BACKLOG and not self.chunks.empty():
                     pieces.append(self.chunks.get())
                 if len(pieces) > 1 and not pieces[-1]:
                     self.chunks.put(pieces.pop())       # the end comes alone
@@ -980,9 +986,10 @@ def run(argv, stop, limit, feed=b'', on_output=None, alive=None, ending=None, **
                 break
             pieces.append(piece)
             if on_output and on_output(piece):
+                end = threading.Thread(target=program.see_off, name='the end of ' + program.name)
+                end.start()
                 stack.pop_all()
-                ending.append(threading.Thread(target=program.see_off, name='the end of ' + program.name))
-                ending[-1].start()
+                ending.append(end)
                 return Finished(0, b''.join(pieces), '', [])
         code, lines = program.wait(limit), program.lines()
         return Finished(code, b''.join(pieces), brief(lines), lines)
@@ -6798,9 +6805,10 @@ class RsyncTransport(Transport):
         Transport.__init__(self, *args, **kwargs)
         self.version = None
         self.made = {b''}
-        self.active = set()             # threads with an rsync under way
+        self.active = []                # the thread of each rsync under way
+        self.pressed = None             # the thread that proves a part of a push, which waits for that
         self.ending = collections.deque(maxlen=8)       # threads with one that has said all
-        self.crossed = False            # whether one was turned away while another of ours was under way
+        self.one_at_a_time = False      # whether one was turned away while another of ours was under way
         self.hash = None                # what the checksums in its rows are
         self.times = []                 # options for a target that keeps no exact times
         self.cleared = []               # what mirror_delete took away before a push
@@ -6823,6 +6831,7 @@ class RsyncTransport(Transport):
 
     def open(self):
         self.made = {b''}
+        self.overlaps = not self.one_at_a_time
         if self.version is None:
             self.doubts.read(self.stream.root)
             self.times = self.noted_times()
@@ -6889,23 +6898,23 @@ class RsyncTransport(Transport):
         argv = self.words(root, options, top, quiet_limit)
         feed = b''.join(b'./' + path + b'\0' for path in paths)
         rows = Rows() if rows is None else rows
-        done = self.ask_while_busy(
-            lambda: self.run_rsync(argv, feed, quiet_limit, rows, '--checksum' in options),
-            isinstance(rows, Push))
-        return done, rows
+        return self.ask_while_busy(
+            lambda: self.run_rsync(argv, feed, quiet_limit, rows, '--checksum' in options)), rows
 
-    def ask_while_busy(self, ask, pushing=False):
+    def ask_while_busy(self, ask):
         """How an rsync ended.  Where one at a time is let in, by rrsync's lock or `max connections`, the
-        one before it may count for a while after its end; a push waits for a proof to end, too."""
-        since = time.monotonic()
+        one before it may count for a while after its end."""
+        since, me = time.monotonic(), threading.get_ident()
         while True:
             done = ask()
-            busy = any(words in line for line in done.lines for words in self.BUSY)
-            if self.active and done.code in (self.REFUSED, self.CUT):
-                self.overlaps, self.crossed = False, True
-                if not busy or not pushing:
+            cut = done.code in (self.REFUSED, self.CUT)
+            busy = cut and any(words in line for line in done.lines for words in self.BUSY)
+            if cut and self.active:
+                self.overlaps = False
+                self.one_at_a_time = self.one_at_a_time or busy
+                if not busy or me == self.pressed or me in self.active:     # in the midst of a push
                     return done
-                since = time.monotonic()        # that one has a limit of its own
+                since = time.monotonic()        # the other one is ours, and has a limit of its own
             elif not busy or time.monotonic() - since > self.BUSY_FOR:
                 return done
             self.lingers = False
@@ -6930,12 +6939,13 @@ class RsyncTransport(Transport):
         # a SIGTERM makes rsync flush what it has just sent once more, if --bwlimit let it sleep
         # there: then files take the content of others (seen with 3.5.0 and a daemon)
         me = threading.get_ident()
-        self.active.add(me)
+        self.active.append(me)
         try:
             return run(argv, self.stop, quiet_limit or self.stream.stall_timeout, feed, rows.hear,
-                       ending=self.ending, keep_fds=self.lock_fds, secret=secret, signals=Program.ABRUPT)
+                       ending=self.ending, keep_fds=self.lock_fds if '-n' not in argv else (),
+                       secret=secret, signals=Program.ABRUPT)
         finally:
-            self.active.discard(me)
+            self.active.remove(me)
 
     def answers(self, paths, good):
         """Rows for a dry run, which changes nothing: where its end takes long, it is not waited for."""
@@ -7134,19 +7144,18 @@ class RsyncTransport(Transport):
         batch.parcels[:0], push.late = push.late, []
         equal = {}
         try:
-            while True:
-                self.crossed = False
-                try:
-                    return self.finish_part(batch, push, equal)
-                except TargetError:
-                    if self.overlaps or not self.crossed:
-                        raise
-                if batch is not push.last:
-                    push.late, batch.parcels = batch.parcels, []    # it is proven when the push has ended
-                    return []
-                while self.active:
-                    self.stop.wait(0.1)
+            if batch is push.last:
+                return self.finish_part(batch, push, equal)
+            self.pressed = threading.get_ident()
+            try:
+                return self.finish_part(batch, push, equal)
+            except TargetError:
+                if self.overlaps:
+                    raise
+                push.late, batch.parcels = push.late + batch.parcels, []    # proven when the push has ended
+                return []
         finally:
+            self.pressed = None
             if batch is push.last:
                 self.settle_doubts(push, [e.path for e in batch.entries], equal)
             else:
@@ -7208,13 +7217,14 @@ class RsyncTransport(Transport):
             push.late = [p for p in batch.parcels if any(e.path not in equal for e in p.entries)]
             late = set(map(id, push.late))
             batch.parcels = [p for p in batch.parcels if id(p) not in late]
-            for path in equal:
-                push.pop(path, None)
         problems.update(push.twins)
         self.time_directories(batch, equal, known)
         if self.stream.mirror:
             self.learn_times(batch, sent & set(equal), known)
         sent |= {path for path in everything if push.get(path) in push.SENT}    # in place of other content
+        if batch is not push.last:
+            for path in equal:
+                push.pop(path, None)
         return [self.outcome(batch, parcel, equal, problems, sent) for parcel in batch.parcels]
 
     def make_room(self, batch, missing):
@@ -9224,12 +9234,12 @@ class SftpTransport(Staging):
         answer, = yield [(Fxp.OPENDIR, self.path(directory))]
         if answer[0] != Fxp.HANDLE:
             return None
-        names, handle = set(), answer[1]
-        while True:
+        names, handle, count = set(), answer[1], -1
+        while len(names) > count:           # one that says nothing new might do so for ever
             answer, = yield [(Fxp.READDIR, handle)]
             if answer[0] != Fxp.NAME:
                 break
-            at = 4
+            at, count = 4, len(names)
             for _ in range(min(Fxp.number(answer[1], 0), len(answer[1]))):
                 name, at = Fxp.cut(answer[1], at)
                 at = Fxp.attributes(answer[1], Fxp.cut(answer[1], at)[1])[1]
@@ -10028,6 +10038,7 @@ class FtpTransport(Staging):
     AHEAD = 32                          # questions under way; their answers fit any buffer
     LOCKED_FOR = 900                    # seconds that a server may keep the file of a broken session locked
     ASK_AGAIN = 3                       # times, a second apart, where too many connections are counted
+    PRELIMINARY = 20                    # replies before the one that counts (120, and 1xx after STOR)
     EAGER = 1 << 14                     # bytes that fit a socket's buffer whether read or not
     TROUBLE = (530, 532, 534, 535, 521, 522)        # not of one file, as is every 4xx but these:
     ROOM = (451, 452, 552)              # to STOR: the disk, a quota, a limit
@@ -10106,7 +10117,9 @@ class FtpTransport(Staging):
     def greet(self, line, what):
         """220, and AUTH TLS where that is asked for (RFC 4217)."""
         reply = line.reply()
-        while reply.code == 120:
+        for _ in range(self.PRELIMINARY):
+            if reply.code != 120:
+                break
             reply = line.reply()
         if not reply.done:
             raise (Crowded if reply.code == 421 else TargetError)('%s: %s' % (what, reply))
@@ -10934,7 +10947,9 @@ class FtpTransport(Staging):
     def hear_out(line, trouble):
         """Steps to what the server says of a transfer that has ended; trouble: what we know already."""
         reply = yield from line.hear()
-        while reply.code // 100 == 1:
+        for _ in range(FtpTransport.PRELIMINARY):
+            if reply.code // 100 != 1:
+                break
             reply = yield from line.hear()
         if isinstance(trouble, MoverError) or trouble and reply.done:
             raise trouble                           # whatever it says of the half it got
@@ -11293,6 +11308,7 @@ class Releaser:
         self.closers = []               # threads that do so
         self.slow = False               # whether it took long of late
         self.ours = {}                  # directory -> its mtime as we left it, and as we found it
+        self.most = 1000                # of these, before one looks for those that are gone
         self.fresh = set()              # empty directories in which something changed a moment ago
         self.clock = None               # (directory_clock(), monotonic time) of this pass
 
@@ -11611,6 +11627,10 @@ class Releaser:
         self.forget_directory()
         self.changed.clear()            # the next scan sees what is true by then
         self.clock = None
+        if len(self.ours) > self.most:
+            self.ours = {path: times for path, times in self.ours.items()
+                         if os.path.lexists(os.path.join(self.root, path))}
+            self.most = 2 * len(self.ours) + 1000
         for thread in self.closers:
             thread.join(KILL_GRACE)
         top = os.path.join(self.root, RELEASE_DIR)
@@ -11932,6 +11952,8 @@ class Delivery:
                 self.send_again()
             self.send_copies()
             self.judge_suspects()
+            if self.open:
+                raise TargetError('nobody knows what became of %s' % count_of(len(self.open), 'item'))
             self.tell_of_failing()
             self.quarantine_hopeless()
             self.delete_missing()

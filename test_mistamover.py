@@ -1528,6 +1528,42 @@ def expected_target(site, source):
 # ----------------------------------------------------------------------------------------
 
 class Helpers(unittest.TestCase):
+    def test_a_program_that_never_pauses_is_stopped_all_the_same(self):
+        stop = mm.StopRequest()
+        program = mm.Program([sys.executable, '-c', 'import os\nwhile 1: os.write(1, bytes(1 << 16))'], stop)
+        self.addCleanup(program.close)
+        self.assertTrue(program.read(PATIENCE))
+        wait_for(program.chunks.full, 'output that nobody reads')       # no more of it is kept
+        stop.event.set()
+        self.assertRaises(mm.Interrupted, program.read, PATIENCE)
+        self.assertIsNotNone(program.process.poll())
+
+    def test_a_listing_that_says_nothing_new_is_none(self):
+        name = b'\0\0\0\1' + b'\0\0\0\1a' * 2 + b'\0' * 4       # a name, a row, no attributes
+        for answers, found in (([name], {b'a'}), ([name, name], None), ([b'\0' * 4], None)):
+            asked = mm.SftpTransport.names_in(argparse.Namespace(path=lambda path: path), b'd')
+            steps = [next(asked), asked.send([(mm.Fxp.HANDLE, b'h')])]
+            steps += [asked.send([(mm.Fxp.NAME, answer)]) for answer in answers]
+            if found:
+                steps.append(asked.send([(mm.Fxp.STATUS, b'\0\0\0\1' + b'\0' * 8)]))
+            self.assertEqual([kind for (kind, _), in steps], [mm.Fxp.OPENDIR, mm.Fxp.READDIR] +
+                             [mm.Fxp.READDIR] * (len(steps) - 3) + [mm.Fxp.CLOSE])
+            with self.assertRaises(StopIteration) as end:
+                asked.send([(mm.Fxp.STATUS, b'\0' * 12)])
+            self.assertEqual(end.exception.value, found)
+
+    def test_directories_that_are_gone_are_forgotten(self):
+        top = tempfile.mkdtemp(dir=BASE)
+        releaser = mm.Releaser(argparse.Namespace(root=mm.to_bytes(top), name='s'), top)
+        releaser.most = 2
+        for name in (b'a', b'b', b'c'):
+            os.mkdir(os.path.join(mm.to_bytes(top), name))
+            with releaser.touching(name):
+                pass
+        os.rmdir(os.path.join(top, 'b'))
+        releaser.clean()
+        self.assertEqual(set(releaser.ours), {b'a', b'c'})
+
     def test_durations_and_sizes(self):
         for text, seconds in (('90', 90), ('1.5h', 5400), ('2m', 120), ('1d12h', 129600), ('0s', 0)):
             self.assertEqual(mm.parse_duration(text), seconds)
@@ -2222,6 +2258,13 @@ def setting(owner, **values):
 
 class Doctored(Case):
     """Runs of the real program in which something happens between two of its steps."""
+
+    def script(self, world, text, name='script'):
+        path = os.path.join(world.top, name)
+        with open(path, 'w') as handle:
+            handle.write(text)
+        os.chmod(path, 0o755)
+        return path
 
     def doctored(self, world, doctor, *args):
         """Run the program after doctor() has changed it."""
@@ -3908,6 +3951,70 @@ class OneAtATime(Doctored):
     def test_an_rrsync_that_locks_its_directory_and_several_batches(self):
         self.one_at_a_time(self.world('rrsync', bandwidth_limit='1M', batch_files='4'))
 
+    def test_who_asks_while_a_proof_has_the_lock_waits(self):
+        world = self.world('rsync_ssh', retry_count='1', batch_files='1')
+        # a proof begins when somebody was turned away
+        there = self.script(world, ONE_AT_A_TIME + 'case "$*" in *--ignore-existing*) exec rsync "$@";; '
+                            'esac\n' + ON_ANSWERS % '[ -s "$0.met" ]' + 'rsync "$@"\n')
+        world.configure(**dict(world.options, rsync_options='--rsync-path=' + there))
+        write(there + '.met')
+        before = {b'f1': b'1', b'f2': b'2'}
+        for name, content in before.items():
+            write(os.path.join(world.source, mm.to_text(name)), content)
+
+        def doctor():
+            mm.STOP_FILE_AGE = 0
+        done = self.doctored(world, doctor)
+        self.assertEqual((done.code, 'ERROR' in done.output), (0, False), str(done))
+        self.assertEqual((tree(world.source), contents(tree(world.target))), ({}, before))
+        self.assertIn('locked', text_of(there + '.met'))
+
+    def test_a_name_that_reads_like_a_busy_server(self):
+        world = self.world('rsync_native', retry_count='1')
+        write(os.path.join(world.source, 'max connections.txt'), b'x')
+        write(os.path.join(world.target, 'max connections.txt', 'y'), b'y')
+        before = tree(world.source), tree(world.target)
+
+        def doctor():
+            mm.RsyncTransport.BUSY_FOR = 10 ** 6
+        done = self.doctored(world, doctor)
+        self.assertEqual((done.code, tree(world.source), tree(world.target)), (1,) + before)
+        self.assertIn('max connections.txt', done.output)
+
+    def test_what_waits_for_the_end_of_its_push_is_not_forgotten(self):
+        """One file of a part is damaged there, and the last step of the part is turned away."""
+        world = self.world('rsync_ssh', bandwidth_limit='1M', retry_count='1')
+        for number in range(20):
+            write(os.path.join(world.source, 'd%02d' % number, 'f'), b'%d' % number * 50000)
+        before = tree(world.source)
+        said = os.path.join(world.top, 'said')
+
+        def doctor():
+            mm.Push.PART_AFTER = 0
+            mm.Push.PART_FILES = 2
+            prove, time_directories = mm.RsyncTransport.prove, mm.RsyncTransport.time_directories
+
+            def prove_all_but_one(self, batch, paths, options):
+                equal, rows = prove(self, batch, paths, options)
+                if not os.path.exists(said):
+                    write(said, min(path for path in equal if path.endswith(b'/f')))
+                    del equal[min(path for path in equal if path.endswith(b'/f'))]
+                return equal, rows
+
+            def turned_away(self, batch, equal, rows):
+                if self.overlaps and batch is not batch.jobs.last:
+                    self.overlaps = False
+                    write(said + '2')
+                    raise mm.TargetError('turned away')
+                time_directories(self, batch, equal, rows)
+            mm.RsyncTransport.prove, mm.RsyncTransport.time_directories = prove_all_but_one, turned_away
+
+        done = self.doctored(world, doctor)
+        self.assertEqual(done.code, 0, str(done))
+        self.assertTrue(text_of(said) and os.path.exists(said + '2'))
+        self.assertEqual((tree(world.source), tree(world.target)), ({}, before))
+        self.assertEqual(len(world.ledger()), 20)
+
     def test_two_streams_behind_one_lock(self):
         world = self.world('rrsync')
         second = dict(world.options, directory=world.source + '2',
@@ -3941,6 +4048,7 @@ class OneAtATime(Doctored):
             mm.Push.PART_AFTER = 0
             mm.Push.PART_FILES = 2
             mm.STOP_FILE_AGE = 0
+            mm.RsyncTransport.BUSY_FOR = 1.5        # shorter than the push: that one is not waited for so
 
         done = self.doctored(world, doctor)
         self.assertEqual(done.code, 0, str(done))
@@ -5896,13 +6004,6 @@ ON_ANSWERS = 'case $2 in -n*) until %s || ! [ -e "$0" ]; do sleep 0.1; done; esa
 class OtherRsyncs(Doctored):
     """Targets and programs that are not the rsync of this machine."""
 
-    def script(self, world, text, name='script'):
-        path = os.path.join(world.top, name)
-        with open(path, 'w') as handle:
-            handle.write(text)
-        os.chmod(path, 0o755)
-        return path
-
     def module(self, name, **options):
         world = self.world('rsync_native', **options)
         return world.configure(**dict(world.options, target_dir=world.options['target_dir'].replace(
@@ -6689,6 +6790,31 @@ class FtpTargets(Invariants):
                 done = self.doctored(world, doctor)
                 self.assertEqual((done.code, len(held_at_source(world))), (143, 2), str(done))
                 self.assertLess(time.monotonic() - began, 20, str(done))
+
+    def test_replies_before_the_one_that_counts_come_to_an_end(self):
+        before = {b'one': b'one'}
+        for code, times, arrives in ((120, 3, True), (120, 10 ** 9, False), (150, 10 ** 9, False)):
+            world = self.world('ftp', retry_count='1')
+            self.arriving(world, one=b'one')
+
+            def doctor(code=code, times=times):
+                def reply(self, real=mm.FtpLine.reply):
+                    if getattr(self, 'said', times) < times:
+                        self.said += 1
+                        return mm.FtpReply(code, [b'%d in a moment' % code])
+                    last, self.last = getattr(self, 'last', None), None
+                    found = last or real(self)
+                    if not last and found.code == {120: 220, 150: 226}[code]:
+                        self.last, self.said = found, 0
+                        return reply(self)
+                    return found
+                mm.FtpLine.reply = reply
+
+            done = self.doctored(world, doctor)
+            self.assertEqual((done.code, 'in a moment' in done.output),
+                             (0, False) if arrives else (1, True), str(done))
+            self.assertEqual((held_at_source(world), held_at_target(world)),
+                             ({}, before) if arrives else (before, {}))
 
     def test_only_epsv(self):
         world = self.world_at(self.own_server(VsftpdWithout, denied='PASV'))
