@@ -6731,6 +6731,20 @@ def untouched(root, entry):
         return False
 
 
+def changed_here(batch, paths):
+    """{path: whether it was written in place} of those files that are not what the scan saw any more."""
+    changed = {}
+    for entry in batch.entries:
+        if entry.kind == 'f' and entry.path in paths:
+            try:
+                info = os.lstat(os.path.join(batch.root, entry.path))
+                if not entry.is_at(info):
+                    changed[entry.path] = (entry.dev, entry.ino) == (info.st_dev, info.st_ino)
+            except OSError:
+                changed[entry.path] = False
+    return changed
+
+
 class Doubts:
     """Names under which a push that was broken off may have left the bytes of other files, of the
     right size and time (seen from rsync 3.1.3 to 3.5.0): a mirror does not believe these, and they
@@ -7219,6 +7233,14 @@ class RsyncTransport(Transport):
             batch.parcels = [p for p in batch.parcels if id(p) not in late]
         problems.update(push.twins)
         self.time_directories(batch, equal, known)
+        changed = changed_here(batch, everything)   # after the proof, which looks at what is here now
+        for path in changed:
+            equal.pop(path, None)
+            problems[path] = Changed('%s changed while it was sent' % show(path))
+        half = {path for path, written in changed.items()
+                if written and (path in sent or push.get(path) in push.SENT)}
+        if half and self.stream.move and self.stream.on_conflict != 'overwrite':
+            self.withdraw(batch, half)
         if self.stream.mirror:
             self.learn_times(batch, sent & set(equal), known)
         sent |= {path for path in everything if push.get(path) in push.SENT}    # in place of other content
@@ -7226,6 +7248,17 @@ class RsyncTransport(Transport):
             for path in equal:
                 push.pop(path, None)
         return [self.outcome(batch, parcel, equal, problems, sent) for parcel in batch.parcels]
+
+    def withdraw(self, batch, paths):
+        """What was written here while it was sent may be half a file there: it gets the name of a backup.
+        Nothing is deleted, for another sender may have replaced it."""
+        suffix = stamped(b'')
+        paths = sorted(path for path in paths if len(os.path.basename(path)) + len(suffix) <= NAME_MAX)
+        for path in paths:
+            log.info('%s changed while it was sent: what arrived is renamed to %s there' % (
+                show(path), show(path + suffix)), self.stream)
+        if paths:
+            batch.jobs.said += self.set_aside(batch, paths, ['--backup', '--suffix=' + suffix.decode()]).lines
 
     def make_room(self, batch, missing):
         """The disk was full at one file, the first in the order of rsync(1) that is missing: its
@@ -7265,6 +7298,7 @@ class RsyncTransport(Transport):
 
     def send_again(self, batch, push, missing, sent, rows, equal):
         """What differs at the target is ours and damaged, or somebody else's: on_conflict."""
+        missing = missing - set(changed_here(batch, missing))
         differing = {p for p in missing if rows.get(p, (b'',))[0][:2] in (b'<f', b'cL')
                      and not rows[p][0].endswith(b'+' * 9)}
         damaged = {p for p in differing & self.doubts.names if rows[p][0][2:5] == b'c..'}    # only there

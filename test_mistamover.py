@@ -2918,6 +2918,44 @@ class OpenWriters(Doctored):
         self.assertEqual((target, source), ({}, {b'f': b'half and whole'}), str(done))
         self.assertEqual([r['outcome'] for r in world.ledger()], ['delivered', 'withdrawn'])
 
+    def test_a_file_that_rsync_sends_while_it_is_written(self):
+        """Half of it may be seen for a moment; nobody is told that it was delivered."""
+        for site, verb, policy in (
+                ('rsync_ssh', 'push', 'backup'), ('rsync_ssh', 'push', 'overwrite'),
+                ('rsync_native', 'push', 'backup'), ('write_only', 'push', 'refuse'),
+                ('rrsync', 'push', 'refuse'), ('rrsync', 'prove', 'backup')):
+            world = self.world(site, on_conflict=policy)
+            told = os.path.join(world.top, 'told')
+            world.configure(on_conflict=policy, after_delivery='tee -a ' + told)
+            for name in ('f', 'other'):
+                write(os.path.join(world.source, name), name.encode())
+
+            def doctor():
+                real = getattr(mm.RsyncTransport, verb)
+
+                def interrupted(self, *args):
+                    if not interrupted.writer:
+                        interrupted.writer = opener(world, '', 'f')
+                        wait_for(lambda: os.path.getsize(os.path.join(world.source, 'f')) == 4, 'half of it')
+                    return real(self, *args)
+                interrupted.writer = None
+                setattr(mm.RsyncTransport, verb, interrupted)
+
+            done, target, source = self.half_written(world, doctor)
+            story = '%s, %s, %s: %s' % (site, verb, policy, done)
+            self.assertIn('left for the next run: f', done.output, story)
+            self.assertEqual([r['item'] for r in world.ledger()], ['other'], story)
+            self.assertEqual(text_of(told), 'other\0', story)
+            if policy == 'overwrite':       # nothing may take its name but what replaces it
+                self.assertEqual(target.pop(b'f'), b'half', story)
+            self.assertNotIn(b'f', target, story)
+            self.assertEqual(source, {b'f': b'half and whole'}, story)
+            done = self.assert_run(world, 0)
+            target = held_at_target(world)
+            self.assertEqual((target[b'f'], tree(world.source), world.leftovers()),
+                             (b'half and whole', {}, []), '%s; %s' % (story, done))
+            self.assertEqual(text_of(told), 'other\0f\0')
+
     def test_a_directory_waits_as_a_whole(self):
         for options in ({}, {'target_chmod': '644'}, {'transfer_mode': 'mirror'}):
             world = self.world('local', **options)
