@@ -7526,7 +7526,8 @@ class Sums(Doctored):
 
                 done = self.doctored(world, doctor)
                 self.assertEqual(done.code, -signal.SIGKILL, str(done))
-                self.assert_run(world, 0)
+                done = wait_for(lambda: Kills.undisturbed(world), 'the orphans to end')
+                self.assertEqual(done.code, 0, str(done))
                 self.assertEqual(sorted(self.delivered(world)), sorted([name, 'run/a', 'run/b']))
                 self.assertEqual((tree(world.source), world.leftovers()), ({}, []))
 
