@@ -5819,9 +5819,10 @@ class LocalTransport(Staging):
                 self.copy_into(job, fd, out, digest)
                 if durable:
                     os.fsync(out)
+                dated = self.kind == b'fuse.rclone' and self.date(out, job.entry)
             finally:
                 os.close(out)
-            self.dress(job)
+            self.dress(job, dated)
         except (MoverError, OSError) as error:
             with contextlib.suppress(OSError):
                 os.unlink(self.path(job.staged))
@@ -5891,10 +5892,22 @@ class LocalTransport(Staging):
         os.lseek(out, 0, os.SEEK_SET)
         return False
 
-    def dress(self, job):
+    @staticmethod
+    def date(fd, entry):
+        """Before a close that uploads (rclone, --vfs-write-back 0s): a time that is set afterwards breaks
+        the upload, and what is then renamed while it is tried again keeps its staged name there.
+        Whether it could be done."""
+        try:
+            os.utime(fd, ns=(entry.mtime_ns, entry.mtime_ns))
+            return True
+        except (OSError, TypeError):
+            return False
+
+    def dress(self, job, dated=False):
         path, ns = self.path(job.staged), job.entry.mtime_ns
         try:
-            os.utime(path, ns=(ns, ns))
+            if not dated:
+                os.utime(path, ns=(ns, ns))
         except OSError as error:
             if error.errno not in self.CANNOT:
                 raise
