@@ -403,9 +403,12 @@ STARTED = threading.Lock()
 
 
 def free_port():
-    with contextlib.closing(socket.socket()) as probe:
-        probe.bind(('127.0.0.1', 0))
-        return probe.getsockname()[1]
+    """Below those that connections get (ip(7)): one of them might have it when a server begins again."""
+    while True:
+        port = random.SystemRandom().randrange(10000, 32768)
+        with contextlib.closing(socket.socket()) as probe, contextlib.suppress(OSError):
+            probe.bind(('127.0.0.1', port))
+            return port
 
 
 def find_program(name):
@@ -9612,7 +9615,7 @@ class TakenFromMirrors(Invariants):
 
     def test_the_oldest_are_forgotten(self):
         stream = mm.Settings('s', dict(taken=os.path.join(self.world.top, 's.taken'), target_host=None,
-                                       target_dir='there'))
+                                       target_base='there', target_dates=''))
         entries = [mm.Entry(b'%d' % n, 'f', n, n, 0, 0, 0, 0) for n in range(5)]
         with mock.patch.object(mm.Taken, 'MOST', 3):
             mm.Taken(stream).add(entries[:3])
