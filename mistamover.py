@@ -11970,7 +11970,7 @@ class Delivery:
         self.strikes = 0                # how often the line broke
         self.delivered = 0
         self.largest = 0                # bytes of the largest item that went
-        self.hopeless = {}              # name -> its entry of failures.json
+        self.hopeless = {}              # name -> (its entry of failures.json, whether it counts as due)
         self.restless = []              # names that never settle and are due to be copied
         self.copying = set()            # those under way
         self.any_there = False          # mirror: whether anything was at the target already
@@ -12922,7 +12922,7 @@ class Delivery:
         if not self.failures.is_known(name, error) or self.backing_off:     # --once tries the target again
             self.count(name, error)
         if self.stream.move and self.failures.hopeless(name, self.worker.age):
-            self.hopeless[name] = self.failures.items[to_text(name)]
+            self.hopeless[name] = self.failures.items[to_text(name)], self.counted
 
     def count(self, name, error):
         entry = self.failures.count(name, error, self.worker.wall())
@@ -12946,11 +12946,12 @@ class Delivery:
         """At the end of a pass that nobody suspended."""
         if self.hopeless:
             self.ask_stop_files()
-        for name, entry in self.hopeless.items():
-            self.quarantine(name, entry)
+        for name, (entry, due) in self.hopeless.items():
+            self.quarantine(name, entry, self.scanner.look(name) if due else None)
 
-    def quarantine(self, name, entry):
-        """Move an item that can never be sent out of the way, with the reason beside it."""
+    def quarantine(self, name, entry, due):
+        """Move an item that can never be sent out of the way, with the reason beside it.  due: the Item,
+        if it counts as due."""
         target = os.path.join(to_bytes(self.stream.quarantine_dir), name)
         head, base = os.path.split(target)
         reason = os.path.join(head, base[:200] + b'.reason')        # no name may be too long
@@ -12973,6 +12974,9 @@ class Delivery:
         self.quarantine_check(name, head)
         self.failures.forget(name)
         self.result.quarantined += 1
+        if due:
+            self.progress.total_items -= 1
+            self.progress.total_bytes -= due.size
         log.error('quarantined %s in %s' % (show(name), show(self.stream.quarantine_dir)), self.stream)
         self.worker.state.alerts.tell('warning', (
             'Stream %s gave up and quarantined %s in %s: %s.  To have it tried again, fix that and move it '

@@ -10735,6 +10735,33 @@ class Quarantine(Doctored):
         self.assertIn('dir_size_limit', reason)
         self.assert_run(world, 0)
 
+    def test_what_was_quarantined_does_not_wait(self):
+        world = self.world('local', on_conflict='refuse', retry_count='1', quarantine_after='0s')
+        for name in ('huge', 'tiny'):
+            write(os.path.join(world.source, name), name.encode())
+            write(os.path.join(world.target, name), b'other')
+        os.mkdir(os.path.join(world.source, 'open'), 0o700)
+
+        def doctor():                       # one that failed before it was due, one that stays where it is
+            real_scan, real_rename = mm.Scanner.scan, os.rename
+            def scan(self, watch=None):
+                for item in real_scan(self, watch):
+                    if item.name == b'open':
+                        item.fault = mm.ItemError('open cannot be read')
+                    yield item
+            def rename(source, target, **directories):
+                if source == os.path.join(mm.to_bytes(world.source), b'tiny'):
+                    raise PermissionError(errno.EACCES, 'Permission denied')
+                real_rename(source, target, **directories)
+            mm.Scanner.scan, os.rename = scan, rename
+
+        done = self.doctored(world, doctor)
+        self.assertEqual(done.code, 1, str(done))
+        row = mm.SharedJson(world.state, 'status.json').read()['s']
+        self.assertEqual((row['waiting_items'], row['waiting_bytes']), (1, 4))
+        self.assertEqual(sorted(n for n in tree(world.source) if not n.endswith(b'.reason')), [
+            b'.quarantine', b'.quarantine/huge', b'.quarantine/open', b'tiny'])
+
     def test_an_outage_counts_against_nothing(self):
         world = self.world('sftp', target_port=free_port(), retry_count='1', quarantine_after='0s')
         write(os.path.join(world.source, 'item'), b'item')
