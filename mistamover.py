@@ -14176,10 +14176,10 @@ def suspensions(stream):
 
 
 def command_dry_run(config, _args, stop):
-    """Say what would be done; nothing is written, locked, or connected to."""
+    """Say what would be done; nothing is written (but what Leases try), locked, or connected to."""
     code = EXIT_OK
     for stream in config.streams:
-        scanner, settler = make_scanner(stream, stop), Settler(stream.settle_time)
+        scanner, settler, leases = make_scanner(stream, stop), Settler(stream.settle_time), Leases(stream)
         settler.begin(time.time_ns() if hasattr(time, 'time_ns') else int(time.time() * 1e9), 0)
         count = size = 0
         for why in suspensions(stream):
@@ -14188,11 +14188,17 @@ def command_dry_run(config, _args, stop):
             for item in sorted(scanner.scan(), key=lambda item: item.name):
                 zipped = item.is_directory and (stream.directories == 'zip' or stream.zips)
                 name = show(item.name) + ('.zip' if zipped else '/' if item.is_directory else '')
-                if item.fault:
-                    say('%s: cannot send %s: %s' % (stream.name, show(item.name), item.fault))
-                    continue
                 word = 'would %s' % stream.transfer_mode if settler.settled(item, 0) else \
                     'still settling:'
+                try:
+                    if item.fault:
+                        raise item.fault
+                    check_unused(stream, item, leases)
+                except ItemError as error:
+                    say('%s: cannot send %s: %s' % (stream.name, show(item.name), error))
+                    continue
+                except Changed as why:
+                    word = 'in use (%s):' % why
                 say('%s: %s %s (%s, %s) to %s' % (
                     stream.name, word, name, count_of(len(item.files), 'file'),
                     format_size(item.size), target_of(stream)))

@@ -2775,6 +2775,19 @@ class OpenWriters(Doctored):
         if not leases_work():
             self.skipTest('needs a file system with leases')
 
+    def test_a_dry_run_says_what_is_open(self):
+        world = self.world('local')
+        for name in ('closed', 'day/closed', 'day/open'):
+            write(os.path.join(world.source, name), b'1234')
+        before = tree(world.source)
+        with open(os.path.join(world.source, 'day', 'open'), 'ab'):
+            done = self.assert_run(world, 0, '--dry-run')
+        self.assertEqual(done.output.splitlines(), [
+            's: would move closed (1 file, 4 B) to ' + world.target,
+            's: in use (day/open is open for writing): day/ (2 files, 8 B) to ' + world.target,
+            's: 2 items, 12 B'])
+        self.assertEqual((tree(world.source), tree(world.target)), (before, {}))
+
     def half_written(self, world, doctor):
         """Run with `doctor`; what the source holds after the writer had its time."""
         done = self.doctored(world, doctor)
