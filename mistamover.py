@@ -14188,8 +14188,8 @@ def command_dry_run(config, _args, stop):
             for item in sorted(scanner.scan(), key=lambda item: item.name):
                 zipped = item.is_directory and (stream.directories == 'zip' or stream.zips)
                 name = show(item.name) + ('.zip' if zipped else '/' if item.is_directory else '')
-                word = 'would %s' % stream.transfer_mode if settler.settled(item, 0) else \
-                    'still settling:'
+                word = 'still settling:' if not settler.settled(item, 0) else \
+                    'would compare' if stream.mirror else 'would move'
                 try:
                     if item.fault:
                         raise item.fault

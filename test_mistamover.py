@@ -11007,6 +11007,13 @@ class Commands(Doctored):
         self.assertEqual((tree(world.source), tree(world.target)), (before, {}))
         self.assertFalse(os.path.exists(world.state))
 
+    def test_a_dry_run_of_a_mirror_says_that_it_would_compare(self):
+        world = self.world('local', transfer_mode='mirror')
+        write(os.path.join(world.source, 'item'), b'1234')
+        self.assert_run(world, 0)
+        self.assertEqual(self.assert_run(world, 0, '--dry-run').output.splitlines(), [
+            's: would compare item (1 file, 4 B) to ' + world.target, 's: 1 item, 4 B'])
+
     @on_sites()
     def test_check(self, site):
         world = self.world(site)
