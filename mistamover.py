@@ -3449,7 +3449,7 @@ class Scanner:
         self.staying = {}           # emptied directories that something keeps -> what, in the last scan
         self.unready = 0            # items without their ready file, in the last scan
         self.lacking = []           # the names of some of them
-        self.passed = 0             # names that matched `ignore`, in the last scan
+        self.passed = 0             # see passes(), in the last scan
         self.checks = None          # the CheckFiles of the stream
         self.ready_pattern = self.marker = None
         if stream.ready_file and stream.ready_file.startswith('{name}/'):
@@ -3461,6 +3461,11 @@ class Scanner:
     def skip(self, name, top):
         return bool(self.ignored and self.ignored(name)) or name.startswith(OWN_PREFIX) or \
             top and (name in self.own or name in SYSTEM_NAMES)
+
+    def passes(self, name, top):
+        """Whether a name counts as one that matches `ignore`: those of our own do not."""
+        return bool(self.ignored and self.ignored(name)) and not (
+            name.startswith(OWN_PREFIX) or top and name in self.own)
 
     def listing(self, relative):
         """Yield (name, stat_result) of what a directory holds, with an OSError instead where that
@@ -3489,7 +3494,6 @@ class Scanner:
         self.stop.check()
         for name, info in sorted(self.listing(relative), key=lambda pair: pair[0]):
             if self.skip(name, False) and not self.is_inside(os.path.join(relative, name)):
-                self.passed += 1
                 left.append((os.path.join(relative, name), 'ignored'))
                 continue
             if isinstance(info, OSError):
@@ -3559,6 +3563,7 @@ class Scanner:
             path = os.path.join(relative, name)
             if self.skip(name, not relative) and not (self.ready_pattern and self.is_ready_name(name)) \
                     and not (self.checks and self.checks.is_one(name)):
+                self.passed += self.passes(name, not relative)
                 continue
             if not isinstance(info, OSError) and stat.S_ISDIR(info.st_mode):
                 below.append((path, info))      # later: an open directory a level would be too many
@@ -3614,13 +3619,15 @@ class Scanner:
                 self.follow_check(path, info, top)
                 continue
             if self.skip(name, top) or not self.wanted(name):
-                self.passed += bool(self.ignored and self.ignored(name))
+                self.passed += self.passes(name, top)
                 continue
             if self.ready_pattern and path not in ready:
                 if not self.is_ready_name(name):
                     self.lacks(path)
                 continue
             item = self.item(path, info)
+            for _, why in item.left if item else ():
+                self.passed += why == 'ignored'
             if item is None or item.is_directory and self.stays(item):
                 continue
             item.ready = ready.get(path)

@@ -3578,6 +3578,22 @@ class Quietly(Doctored):
             self.assertIn('suspended', done.output)
             self.assertNotIn('SCANNED', done.output)
 
+    def row(self, world):
+        row = mm.SharedJson(world.state, 'status.json').read()['s']
+        return tuple(row[key] for key in ('waiting_items', 'waiting_bytes', 'oldest', 'unready', 'ignored'))
+
+    def test_ignored_names_are_counted_once_and_our_own_are_not(self):
+        for items in ('top', 'files'):
+            world = self.world('local', items=items, ignore='.*, *.tmp, *.part', keep_delivered='1d')
+            for name in ('a', '.hid', 'x.tmp', 'day/b', 'day/y.part', 'day/deep/z.tmp', '.quarantine/old',
+                         '.mistamover-x/own', '.delivered/old'):
+                write(os.path.join(world.source, name), b'1234')
+            for delivered in ('a', 'day/b'), ():        # with a second look at the directory, and without
+                self.assert_run(world, 0)
+                self.assertEqual(self.row(world), (0, 0, None, 0, 4), items)
+                for name in delivered:
+                    self.assertIn(name.encode(), tree(world.target))
+
     @on_sites(each=True, zips=True)
     def test_the_ledger_is_read_when_a_directory_is_met(self, site):
         world = self.world(site)
