@@ -11925,7 +11925,7 @@ class Result:
         for number, text in ((self.failed, 'failed'), (self.withheld, 'changed meanwhile and kept'),
                              (len(self.settling) + len(self.busy), 'still settling'),
                              (self.waiting, 'waiting to be tried again'),
-                             (self.unready, 'waiting for the ready file'),
+                             (self.unready, 'waiting for a ready or check file'),
                              (self.quarantined, 'quarantined'), (self.copied, 'copied')):
             if number:
                 parts.append('%d %s' % (number, text))
@@ -13175,7 +13175,7 @@ def row_notes(row, now):
     if row.get('rate') and row['state'] == 'transferring':
         notes.append(format_size(row['rate']) + '/s')
     waits = ['%d %s' % (row[key], text) for key, text in (
-        ('settling', 'settling or in use'), ('unready', 'without a ready file')) if row.get(key)]
+        ('settling', 'settling or in use'), ('unready', 'without a ready or check file')) if row.get(key)]
     if waits and row.get('unsettled_since'):
         waits[-1] += ', the first for %s' % age_of(row['unsettled_since'], now)
     notes += waits
@@ -13313,7 +13313,7 @@ METRICS = (     # name, type, help, how to read it from a row: None where it is 
     ('waiting_bytes', 'gauge', 'Bytes that are due', count_in('waiting_bytes')),
     ('oldest_waiting_timestamp_seconds', 'gauge', 'Time of the oldest item that is due', time_in('oldest')),
     ('settling_items', 'gauge', 'Items that are still changing or too fresh', count_in('settling')),
-    ('unready_items', 'gauge', 'Items without their ready file', count_in('unready')),
+    ('unready_items', 'gauge', 'Items without their ready or check file', count_in('unready')),
     ('ignored_names', 'gauge', 'Names that match ignore', count_in('ignored')),
     ('unsettled_timestamp_seconds', 'gauge', 'Time since which an item settles, is in use or unready',
      time_in('unsettled_since')),
@@ -13690,7 +13690,7 @@ class Worker:
     def note_waiting(self, result):
         """What waits is counted; what waits for long makes an alert.  What fails has one of its own."""
         reasons = {}
-        for why, names in (('has no ready file', self.scanner.lacking), ('is in use', result.busy),
+        for why, names in (('has no ready or check file', self.scanner.lacking), ('is in use', result.busy),
                            ('keeps changing', result.settling)):
             for name in map(to_text, names):            # of a million, those that are remembered
                 if len(reasons) < Waits.MOST or name in self.waits.names:
@@ -14216,7 +14216,7 @@ def command_dry_run(config, _args, stop):
             continue
         say('%s: %s, %s%s%s' % (
             stream.name, count_of(count, 'item'), format_size(size),
-            '; %d waiting for the ready file' % scanner.unready if scanner.unready else '',
+            '; %d waiting for a ready or check file' % scanner.unready if scanner.unready else '',
             '; mirror_delete would delete at the target what is not here'
             if stream.mirror and stream.mirror_delete else ''))
     return code

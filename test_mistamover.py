@@ -3222,7 +3222,7 @@ class Options(Doctored):
         write(os.path.join(world.source, 'z'), b'z')
         write(os.path.join(world.source, 'y'), b'y')
         done = self.assert_run(world, 0)
-        self.assertIn('1 waiting for the ready file', done.output)
+        self.assertIn('1 waiting for a ready or check file', done.output)
         self.assertEqual((sorted(tree(world.source)), sorted(tree(world.target))),
                          ([b'y'], [b'z', b'z.done']))
 
@@ -3840,7 +3840,7 @@ class Companions(Doctored):
                              (9, [b'.mistamover-release', b'run1.done']))
             write(item, b'half of the sec', OLD + 5)
             done = self.assert_run(world, 0)
-            self.assertIn('1 waiting for the ready file', done.output)
+            self.assertIn('1 waiting for a ready or check file', done.output)
             self.assertEqual(contents(tree(world.source)), {b'run1': b'half of the sec'})
             sent = {b'run1.done': b''} if send == 'yes' else {}
             self.assertEqual(contents(tree(world.target)), {b'run1': b'first', **sent})
@@ -11902,6 +11902,15 @@ class Status(Case):
         os.makedirs(world.target)
         self.assert_run(world, 0)
         self.assertNotIn('ago: ', self.assert_run(world, 0, '--status').output)
+
+    def test_what_lacks_a_check_file_is_not_said_to_lack_a_ready_file(self):
+        for option in ('ready_file', 'check_file'):
+            world = self.world('local', **{option: '{name}.sha256'})
+            write(os.path.join(world.source, 'item'), b'item')
+            for args, said in (('--dry-run', '; 1 waiting for a ready or check file\n'),
+                               ('--once', ', 1 waiting for a ready or check file\n'),
+                               ('--status', '\n    1 without a ready or check file, the first for ')):
+                self.assertIn(said, self.assert_run(world, 0, args).output)
 
     def test_an_item_that_fails_is_trouble(self):
         world = self.world('local', on_conflict='refuse')
