@@ -2966,6 +2966,16 @@ class Progress:
         self.started = time.monotonic()
         self.looks.clear()
 
+    def more(self, items):
+        """These are due as well.  Not while a part of a batch is being released."""
+        self.total_items += len(items)
+        self.total_bytes += sum(item.size for item in items)
+
+    def fewer(self, items):
+        """These counted as due, and nothing is to be sent."""
+        self.total_items -= len(items)
+        self.total_bytes -= sum(item.size for item in items)
+
     def sent(self, count):
         self.sent_bytes += count
 
@@ -12297,10 +12307,10 @@ class Delivery:
 
     def take_ready(self):
         """What follows its item: check files, ready files, markers; the last ones last."""
-        items = [Item(entry.path, [entry]) for entry in self.followers]
-        for item in items + self.shared_checks() + self.lasts:
-            if not self.up_to_date(item):
-                yield item
+        items = [Item(entry.path, [entry]) for entry in self.followers] + self.shared_checks() + self.lasts
+        items = [item for item in items if not self.up_to_date(item)]
+        self.progress.more(items)
+        yield from items
 
     def shared_checks(self):
         """Check files that name several items go when none of these is here any more."""
@@ -12401,6 +12411,7 @@ class Delivery:
         except ItemError as error:
             self.fail(item.name, error)
             return
+        self.progress.fewer([item])
         for reason in reasons:
             log.info(reason, self.stream)
         if not reasons:
@@ -12691,6 +12702,7 @@ class Delivery:
         self.releaser.forget_directory()
         sent = [pair for pair in good if pair[1].sent]
         size = sum(parcel.item.size for parcel, _ in sent)
+        self.progress.fewer([parcel.item for parcel, outcome in good if not outcome.sent])
         self.progress.delivered(len(sent), size)
         if sent:
             word = 'mirrored' if self.stream.mirror else 'moved' if released else 'delivered'
@@ -12982,8 +12994,7 @@ class Delivery:
         self.failures.forget(name)
         self.result.quarantined += 1
         if due:
-            self.progress.total_items -= 1
-            self.progress.total_bytes -= due.size
+            self.progress.fewer([due])
         log.error('quarantined %s in %s' % (show(name), show(self.stream.quarantine_dir)), self.stream)
         self.worker.state.alerts.tell('warning', (
             'Stream %s gave up and quarantined %s in %s: %s.  To have it tried again, fix that and move it '

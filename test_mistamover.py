@@ -11857,6 +11857,7 @@ class Looking(Case):
         self.assertEqual([span[1:] for span in tally.last(2, 86400, now)], [(1, 13), (3, 23)])
 
 
+@spread
 class Status(Case):
     """--status, as somebody who looks after many machines uses it."""
 
@@ -11902,6 +11903,26 @@ class Status(Case):
         os.makedirs(world.target)
         self.assert_run(world, 0)
         self.assertNotIn('ago: ', self.assert_run(world, 0, '--status').output)
+
+    def test_what_fails_waits_though_ready_files_of_others_went(self):
+        world = self.world('local', ready_file='{name}.done', on_conflict='refuse')
+        for name in ('a', 'b'):
+            write(os.path.join(world.source, name), b'1234')
+            write(os.path.join(world.source, name + '.done'), b'12')
+        write(os.path.join(world.target, 'a'), b'other')
+        self.assert_run(world, 1)
+        row = self.row(world, 1)
+        self.assertEqual((row['waiting_items'], row['waiting_bytes'], row['delivered_items']), (1, 4, 2))
+
+    @on_sites('local', 'rsync_ssh', 'rsync_native')
+    def test_nothing_waits_after_a_pass_that_had_nothing_to_send(self, site):
+        world = self.world(site, transfer_mode='mirror')
+        write(os.path.join(world.source, 'item'), b'item')
+        for delivered in (1, 1):
+            self.assert_run(world, 0)
+            row = self.row(world, 0)
+            self.assertEqual((row['waiting_items'], row['waiting_bytes'], row['oldest'],
+                              row['delivered_items']), (0, 0, None, delivered))
 
     def test_what_lacks_a_check_file_is_not_said_to_lack_a_ready_file(self):
         for option in ('ready_file', 'check_file'):
