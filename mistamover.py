@@ -3278,6 +3278,11 @@ class Item:
         self.size = sum(e.size for e in entries) if self.is_directory else entries[0].size
 
     @property
+    def label(self):
+        """What the log and the ledger call it."""
+        return self.name
+
+    @property
     def files(self):
         return [e for e in self.entries if e.kind == 'f']
 
@@ -3307,6 +3312,16 @@ class Item:
     @property
     def fingerprint(self):
         return hash((self.name, tuple((e.path, e.kind, e.identity) for e in self.entries)))
+
+
+class Marker(Item):
+    """What goes last of a directory, whose name it has."""
+
+    __slots__ = ()
+
+    @property
+    def label(self):
+        return self.entries[-1].path
 
 
 def compile_globs(patterns):
@@ -3538,6 +3553,7 @@ class Scanner:
             item.last = next((e for e in entries if e.path == os.path.join(name, self.marker)), None)
             if item.last and not self.stream.zips:
                 item.entries.remove(item.last)
+                item.size -= item.last.size
         return item
 
     def is_inside(self, path):
@@ -12724,7 +12740,7 @@ class Delivery:
         stream = self.stream
         if not sent or not stream.after_delivery:
             return
-        feed = b''.join(parcel.item.name + b'\0' for parcel, _ in sent) \
+        feed = b''.join(parcel.item.label + b'\0' for parcel, _ in sent) \
             if stream.after_delivery_format == 'nul' else \
             b''.join(to_json(line) + b'\n' for line in self.lines(sent, 'delivered'))
         try:
@@ -12737,7 +12753,7 @@ class Delivery:
             self.worker.state.alerts.tell('warning', '%s: after_delivery: %s' % (stream.name, trouble))
 
     def names_of(self, pairs):
-        names = [show(parcel.item.name) for parcel, _ in pairs[:3]]
+        names = [show(parcel.item.label) for parcel, _ in pairs[:3]]
         return ', '.join(names) + (' and %d more' % (len(pairs) - 3) if len(pairs) > 3 else '')
 
     def record(self, good):
@@ -12749,23 +12765,22 @@ class Delivery:
         if self.stream.mirror:
             self.worker.taken.add([entry for _, outcome in sent for entry in outcome.taken])
         for parcel, _ in good if log.detailed else ():
-            log.debug('delivered %s' % show(parcel.item.name), self.stream)
+            log.debug('delivered %s' % show(parcel.item.label), self.stream)
 
     def lines(self, pairs, word):
         stream, now = self.stream, utc_stamp()
         seconds = round(time.monotonic() - self.progress.started, 3)
         top = target_of(stream, False).rstrip('/') + '/'
         for (item, entries), outcome in pairs:
-            name = to_text(item.name)
             there = outcome.target if outcome.target is not None else \
-                os.path.join(self.dated(item), item.name)
+                os.path.join(self.dated(item), item.label)
             yield dict(
-                time=now, stream=stream.name, item=name, size=item.size, files=len(item.files),
+                time=now, stream=stream.name, item=to_text(item.label), size=item.size, files=len(item.files),
                 protocol=stream.transfer_protocol, target=top + to_text(there),
                 mode=stream.transfer_mode, verify=stream.verify, proof=outcome.proof,
                 checksum=outcome.checksum,
                 snapshot=None if entries is item.entries else item.snapshot, seconds=seconds,
-                attempt=self.failures.items.get(name, {}).get('count', 0) + 1,
+                attempt=self.failures.items.get(to_text(item.name), {}).get('count', 0) + 1,
                 outcome='taken' if outcome.taken and word == 'delivered' else word)
 
     def spend_ready(self, good):
@@ -12822,7 +12837,7 @@ class Delivery:
         if item.check and not (self.scanner.checks.inside or self.scanner.checks.shared):
             self.follow(item.check, item.mtime_ns)
         if item.last and not self.stream.zips:
-            self.lasts.append(Item(item.name, [e for e in item.entries if e.kind == 'd'] + [item.last]))
+            self.lasts.append(Marker(item.name, [e for e in item.entries if e.kind == 'd'] + [item.last]))
             self.dates[item.name] = item.mtime_ns
         if item.ready and self.stream.ready_file_send:
             self.follow(item.ready, item.mtime_ns)

@@ -7538,6 +7538,21 @@ class Sums(Doctored):
         self.assertIn('waits for CopyComplete.txt inside of it', self.assert_run(
             world, 0, '--explain', os.path.join(world.source, 'unready')).output)
 
+    @on_sites('local', 'rsync_ssh', 'rsync_native')
+    def test_the_marker_has_a_line_of_its_own(self, site):
+        world = self.world(site)
+        world.configure(ready_file='{name}/done', after_delivery="sh -c 'cat >> %s/hooked'" % world.top)
+        self.put(world, run__b=self.B, run__done=b'yes')
+        done = self.assert_run(world, 0)
+        self.assertIn('moved run, %d B\n' % len(self.B), done.output)
+        self.assertIn('moved run/done, 3 B\n', done.output)
+        top = mm.target_of(mm.load_config(world.ini, mm.TRANSPORTS).streams[0], False)
+        self.assertEqual([(r['item'], r['target'], r['size']) for r in world.ledger()], [
+            ('run', top + '/run', len(self.B)), ('run/done', top + '/run/done', 3)])
+        self.assertEqual(text_of(os.path.join(world.top, 'hooked')), 'run\0run/done\0')
+        said = self.assert_run(world, 0, '--explain', os.path.join(world.source, 'run')).output
+        self.assertIn(': %s/run\n' % top, said)
+
     @on_sites('local', 'rsync_ssh')
     def test_the_marker_goes_last(self, site):
         world = self.world(site, ready_file='{name}/AAA-complete')
