@@ -13763,7 +13763,7 @@ class Worker:
             log.debug('%s (try %d)' % (message, failures))
 
     def once(self):
-        """Deliver what is there; what is too fresh gets one settle_time.  Sets exit_code."""
+        """Deliver what is there; waits one settle_time for what is too fresh.  Sets exit_code."""
         failures, looked_again = 0, False
         while True:
             try:
