@@ -2274,14 +2274,14 @@ class Log:
     def error(self, message, stream=None, trace=None):
         self.write('error', message, stream, trace)
 
-    def once(self, message, stream=None):
-        """A warning about something that stays as it is: said once in a process's life."""
+    def once(self, message, stream=None, level='warning'):
+        """About something that stays as it is: said once in a process's life."""
         message = self.of(stream, message)
         if message not in self.said:
             if len(self.said) >= self.REMEMBERED:
                 self.said.clear()           # rather twice than never
             self.said.add(message)
-            self.warning(message)
+            getattr(self, level)(message)
 
 
 log = Log()
@@ -3536,8 +3536,8 @@ class Scanner:
         """The Item of one entry, or None if it is nothing that is ever sent."""
         entry = Entry.of(name, info)
         if entry.kind == '?' or entry.kind == 'l' and not self.follow_links:
-            log.once('%s is a %s and is left alone' % (
-                show(name), 'symlink' if entry.kind == 'l' else 'special file'), self.stream)
+            log.once('%s is a %s and is left alone' % (     # by design: no mail from cron
+                show(name), 'symlink' if entry.kind == 'l' else 'special file'), self.stream, 'info')
             return None
         entries, left, fault = [entry], [], None
         if entry.kind == 'd':

@@ -3613,6 +3613,17 @@ class Quietly(Doctored):
                 log.once('message %d' % number)
         self.assertEqual(len(lines), log.REMEMBERED + 5)
 
+    def test_what_is_left_alone_by_design_is_no_warning(self):
+        """Or the crontab of README would mail every five minutes."""
+        for mode in ('move', 'mirror'):
+            world = self.world('local', transfer_mode=mode, symlinks='leave')
+            os.symlink('/etc/passwd', os.path.join(world.source, 'link'))
+            os.mkfifo(os.path.join(world.source, 'fifo'))
+            self.assertEqual(self.assert_run(world, 0, '--once', '--quiet').output, '')
+            said = self.assert_run(world, 0).output
+            self.assertRegex(said, 'INFO +s: link is a symlink and is left alone')
+            self.assertRegex(said, 'INFO +s: fifo is a special file and is left alone')
+
     def test_alerts_that_a_process_took_over_outlive_it(self):
         world = self.world('local')
         world.configure('alert_command = /bin/false\n')
