@@ -7011,8 +7011,8 @@ class RsyncTransport(Transport):
         """Rows for a dry run, which changes nothing: where its end takes long, it is not waited for."""
         return Answers(paths, good) if self.lingers else Rows()
 
-    def fail(self, done, what):
-        raise TargetError('%s: %s' % (what, self.reason(done)), self.HINTS.get(done.code, ''))
+    def fail(self, done, what, hint=''):
+        raise TargetError('%s: %s' % (what, self.reason(done)), hint or self.HINTS.get(done.code, ''))
 
     @staticmethod
     def reason(done):
@@ -7504,7 +7504,9 @@ class RsyncTransport(Transport):
         """[(name, whether it is a directory)] of all that is there.  Raises TargetError."""
         listed, done = self.listing(b'')
         if done.code:
-            self.fail(done, 'mirror_delete cannot list %s' % target_of(self.stream))
+            self.fail(done, 'mirror_delete cannot list %s' % target_of(self.stream),
+                      'it must: give the key rrsync without -wo, the module no "write only"'
+                      if re.search('write.only', self.reason(done)) else '')    # rrsync's, or a module's
         return listed
 
     def delete_missing(self, wanted):

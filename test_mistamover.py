@@ -6151,6 +6151,22 @@ class OtherRsyncs(Doctored):
         self.assertEqual((tree(world.source), contents(tree(world.target))), ({}, {b'f': b'content'}))
         self.assertIn('locked\n' * 3, text_of(there + '.met'))
 
+    def test_mirror_delete_where_nobody_may_list(self):
+        """rsync ends as one that is too old does, or that knows no such module."""
+        for world in self.world('rsync_ssh'), self.world('write_only'):
+            if world.site.name == 'rsync_ssh':
+                world.options.update(target_dir='.', rsync_options='--rsync-path=' + self.script(
+                    world, '#!/bin/sh\nSSH_ORIGINAL_COMMAND="rsync $*" exec %s -wo %s\n' % (
+                        find_program('rrsync'), world.target)))
+            world.configure(**dict(world.options, transfer_mode='mirror', mirror_delete='yes',
+                                   retry_count='1'))
+            write(os.path.join(world.source, 'f'), b'content')
+            write(os.path.join(world.target, 'old'), b'old')
+            self.assertRegex(
+                self.assert_run(world, 1).output, r'mirror_delete cannot list .*write.only.*'
+                r'\(it must: give the key rrsync without -wo, the module no "write only"\)')
+            self.assertEqual(contents(tree(world.target)), {b'f': b'content', b'old': b'old'})
+
     def test_somebody_else_is_under_way_when_a_run_begins(self):
         world = self.world('rsync_ssh', retry_count='1')
         there = self.script(world, ONE_AT_A_TIME + 'rsync "$@"\necho $? >>$0.codes\n')
