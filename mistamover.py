@@ -14513,6 +14513,7 @@ def reasons_by_name(scanner, name, relative):
     """Why something of this name would never be looked at."""
     stream = scanner.stream
     parts = relative.split(b'/')
+    item = stream.items == 'files' and scanner.look(name)
     if parts[0] == KEPT_DIR:
         yield 'it is a copy of what was delivered, kept for keep_delivered'
     elif parts[0] == os.path.basename(to_bytes(stream.quarantine_dir)) and \
@@ -14523,6 +14524,9 @@ def reasons_by_name(scanner, name, relative):
     elif any(scanner.skip(part, not i) for i, part in enumerate(parts)):
         yield 'it is ignored: its name matches ignore (%s), or is one of our own or of the system' % (
             ', '.join(stream.ignore))
+    elif item and item.is_directory:
+        if not item.fault:
+            yield 'each file in it is an item of its own (items = files): ask for one'
     elif not scanner.wanted(os.path.basename(name)):
         yield 'it is left alone: its name does not match only (%s)' % ', '.join(stream.only)
 
@@ -14578,12 +14582,14 @@ def explain(config, stream, path, now):
     state_dir = config.settings.state_dir
     scanner = make_scanner(stream, StopRequest(), Spent(SharedJson(state_dir, 'spent.json'), stream))
     found = os.path.lexists(os.path.join(stream.root, relative))
-    last = None
+    last, inside = None, to_text(name) + '/'        # a file in it: with items = files
     for record in Ledger(state_dir).read():
-        if record.get('stream') == stream.name and record['item'] == to_text(name):
+        if record.get('stream') == stream.name and (record['item'] + '/').startswith(inside):
             last = record
     if last:
-        yield '%s at %s: %s' % (last.get('outcome'), last.get('time'), show(last.get('target') or ''))
+        yield '%s%s at %s: %s' % (
+            '' if last['item'] == to_text(name) else 'of the files in it, the last one: ',
+            last.get('outcome'), last.get('time'), show(last.get('target') or ''))
     if not found:
         quarantined = os.path.lexists(os.path.join(to_bytes(stream.quarantine_dir), name))
         yield 'it is in quarantine: %s' % show(stream.quarantine_dir) if quarantined else \

@@ -12067,6 +12067,23 @@ class Explaining(Case):
         self.assert_run(world, 1)
         self.assertIn('the stream is down: ', explain('day/inner/file'))
 
+    def test_a_directory_where_each_file_is_an_item(self):
+        world = self.world('local', items='files', only='*.raw')
+        write(os.path.join(world.source, 'day', 'deep', 'a.raw'), b'a')
+        os.makedirs(os.path.join(world.source, 'tmp.tmp'))
+
+        def explain(name):
+            return self.assert_run(world, 0, '--explain', os.path.join(world.source, name)).output
+        first = 's: each file in it is an item of its own (items = files): ask for one\n'
+        self.assertEqual(explain('day'), first)
+        self.assertIn('matches ignore', explain('tmp.tmp'))
+        self.assert_run(world, 0)
+        last = r's: of the files in it, the last one: delivered at \S+: %s/day/deep/a.raw\n' % world.target
+        self.assertRegex(explain('day'), '^%ss: it is not here any more\n$' % last)
+        self.assertIn('nothing of this name was ever delivered', explain('da'))
+        write(os.path.join(world.source, 'day', 'notes.txt'), b'b')
+        self.assertRegex(explain('day'), '^%s%s$' % (last, re.escape(first)))
+
     def test_history_between_two_moments_with_totals(self):
         world = self.world('local')
         os.makedirs(world.state)
