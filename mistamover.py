@@ -14829,6 +14829,12 @@ def command_init(args, stop):
     path = os.path.abspath(args.config or config_beside())
     if os.path.lexists(path):
         raise ConfigError('%s exists already' % show(path), 'name another one with --config')
+    import tempfile
+    try:                    # before somebody has answered everything
+        tempfile.TemporaryFile(dir=os.path.dirname(path)).close()
+    except OSError as error:
+        raise ConfigError('cannot write %s: %s' % (show(path), error.strerror),
+                          'name another place with --config')
     say('This writes %s.  An empty answer takes what is in [brackets].' % show(path))
     streams = collections.OrderedDict()
     while not streams or ask('Another stream?  yes or no', 'no') == 'yes':

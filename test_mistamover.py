@@ -12129,6 +12129,18 @@ class Explaining(Case):
         before = text_of(ini)
         self.assertEqual((self.init(ini, *answers).code, text_of(ini)), (2, before))
 
+    def test_init_asks_nothing_where_it_cannot_write(self):
+        for reason in ('No such file or directory', 'Permission denied'):
+            place = os.path.join(self.world('local').top, 'place')
+            if reason == 'Permission denied':
+                if os.geteuid() == 0:
+                    continue
+                os.mkdir(place, 0o555)
+            done = self.init(os.path.join(place, 'fresh.ini'))
+            self.assertEqual((done.code, done.output), (
+                2, 'mistamover: cannot write %s/fresh.ini: %s (name another place with --config)\n' % (
+                    place, reason)))
+
     def test_init_asks_what_the_protocol_needs_and_for_more_streams(self):
         world = self.world('local')
         ini = os.path.join(world.top, 'fresh.ini')
