@@ -960,6 +960,9 @@ class Program:
         self.errors_file.close()
 
 
+SILENT = 'nothing on standard error'         # of a program that failed
+
+
 def brief(lines):
     """The cause comes first, what it led to last; rules of @, as ssh draws them, say nothing."""
     lines = [line for line in lines if line.strip('@')]
@@ -3197,7 +3200,8 @@ class Alerts:
         with self.stop.on_stop(stop.request):
             done = run(self.command, stop, 60, ('%s\n\n%s' % (subject, body)).encode(), look)
         if done.code:
-            raise MoverError('%s ended with %d: %s' % (show(self.command[0]), done.code, done.errors))
+            raise MoverError('%s ended with %d: %s' % (
+                show(self.command[0]), done.code, done.errors or SILENT))
 
 
 class State:
@@ -12747,7 +12751,7 @@ class Delivery:
             b''.join(to_json(line) + b'\n' for line in self.lines(sent, 'delivered'))
         try:
             done = run(stream.after_delivery, self.stop, stream.stall_timeout, feed)
-            trouble = 'ended with %d: %s' % (done.code, done.errors) if done.code else None
+            trouble = 'ended with %d: %s' % (done.code, done.errors or SILENT) if done.code else None
         except TargetError as error:
             trouble = str(error)
         if trouble:
@@ -12994,8 +12998,8 @@ class Delivery:
         if os.path.lexists(target) or os.path.lexists(reason):
             target = os.path.join(head, stamped(base[:200]))
             reason = target + b'.reason'
-        text = '%s\nfailed %d times since %s\nlast: %s\n' % (
-            show(name), entry['count'], utc_stamp(entry['first']), entry['error'])
+        text = '%s\nfailed %s since %s\nlast: %s\n' % (
+            show(name), count_of(entry['count'], 'time'), utc_stamp(entry['first']), entry['error'])
         try:
             os.makedirs(head, 0o700, exist_ok=True)
             atomic_write(os.fsdecode(reason), text.encode('utf-8', 'backslashreplace'))
@@ -14602,8 +14606,8 @@ def explain(config, stream, path, now):
     waits = list(suspensions(stream)) + list(reasons_by_state(stream, scanner, scanner.look(name), now))
     failure = SharedJson(state_dir, 'failures.json').read().get(stream.name, {}).get(to_text(name))
     if failure:
-        waits.append('it failed %d times since %s: %s' % (
-            failure['count'], utc_stamp(failure['first']), failure['error']))
+        waits.append('it failed %s since %s: %s' % (
+            count_of(failure['count'], 'time'), utc_stamp(failure['first']), failure['error']))
     status = SharedJson(state_dir, 'status.json').read().get(stream.name, {})
     if status.get('state') in ('down', 'stopped'):
         if status.get('note') not in waits:

@@ -11560,7 +11560,7 @@ class Hooks(Case):
         self.assert_run(world, 0)
         self.assertEqual((contents(tree(world.target)), tree(world.source)), ({b'item': b'item'}, {}))
         with open(out) as handle:
-            self.assertIn('after_delivery: ended with 1', handle.read())
+            self.assertIn('after_delivery: ended with 1: nothing on standard error\n', handle.read())
 
 
 class Reload(Case):
@@ -11982,6 +11982,8 @@ class Status(Case):
         self.assert_run(world, 1)
         done = self.assert_run(world, 1, '--status')
         self.assertIn('\n    1 item failing\n', done.output)
+        path = os.path.join(world.source, 'item')
+        self.assertRegex(self.assert_run(world, 0, '--explain', path).output, 's: it failed 1 time since ')
 
     def test_it_works_while_the_configuration_holds_a_mistake(self):
         world = self.world('local')
