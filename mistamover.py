@@ -8984,7 +8984,8 @@ class SftpSession:
             raise
 
     def greet(self, limit):
-        self.program.write(b'\0\0\0\5\1\0\0\0\3', limit)
+        with contextlib.suppress(TargetError):      # it ended already: below it is said why
+            self.program.write(b'\0\0\0\5\1\0\0\0\3', limit)
         while True:
             if len(self.rest) >= 5 and (self.rest[4] != Fxp.VERSION or self.length(0) > self.LONGEST):
                 raise TargetError('the sftp server does not begin with the protocol but with: %s' % show(

@@ -8550,6 +8550,20 @@ class Sftp(Invariants):
         self.assertEqual(self.ended(process, 10), 143, world.said())
         self.assert_nothing_lost(world, originals)
 
+    def test_an_ssh_that_ends_before_anything_is_written_to_it(self):
+        world = self.world('sftp', retry_count='1')
+        ssh = os.path.join(world.top, 'ssh')
+        write(ssh, b'#!/bin/sh\necho "Could not resolve hostname x" >&2\nexit 255\n')
+        os.chmod(ssh, 0o755)
+        world.configure(**dict(world.options, ssh_command=ssh))
+        write(os.path.join(world.source, 'item'), b'x')
+        real = mm.Program.write
+        done = self.doctored(world, setting(mm.Program, write=lambda program, *args: (
+            program.process.wait(), real(program, *args))))
+        self.assertIn('ERROR   s: cannot log in, or no sftp there: Could not resolve hostname x (is '
+                      'target_host right?', done.output)
+        self.assertEqual((contents(tree(world.source)), tree(world.target)), ({b'item': b'x'}, {}))
+
     def test_output_before_the_protocol(self):
         world = self.between('talks')
         write(os.path.join(world.source, 'item'), b'x')
