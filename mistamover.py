@@ -551,11 +551,15 @@ def oddities(name):
 def alive(pid):
     try:
         os.kill(int(pid), 0)
-        return True
     except PermissionError:
-        return True
+        pass
     except (OSError, TypeError, ValueError):
         return False
+    try:        # Linux: a dead one that nobody has waited for, as in a container, is there still
+        with open('/proc/%d/stat' % int(pid), 'rb') as handle:
+            return handle.read().rpartition(b')')[2].split()[0] != b'Z'
+    except (OSError, IndexError):
+        return True
 
 
 def say(text, stream=None):

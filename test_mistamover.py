@@ -11940,6 +11940,19 @@ class Status(Case):
             done = self.assert_run(world, 1, '--status')
             self.assertRegex(done.output, r'(?m)^s +died +.*\n    process %d is gone; ' % process.pid)
 
+    def test_a_killed_daemon_that_nobody_waited_for_has_died(self):
+        """As in a container whose first process waits for nobody."""
+        need('/proc/self/stat')
+        world = self.world('local')
+        process = self.daemon(world)
+        shared = mm.SharedJson(world.state, 'status.json')
+        wait_for(lambda: shared.read().get('s', {}).get('state') == 'idle', 'idle')
+        self.assertTrue(mm.alive(process.pid))
+        process.kill()
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        self.assertEqual(self.row(world, 1)['state'], 'died')
+        process.wait()
+
     def test_a_daemon_that_was_stopped_has_ended(self):
         world = self.world('local')
         process = self.daemon(world)
