@@ -1321,8 +1321,8 @@ OPTIONS = [Option(*row) for row in (
     ('stream', 'settle_time', kind_duration, '60s', '',
      'an item must have been unchanged for this long before it is sent'),
     ('stream', 'settle_max', kind_duration, '', '',
-     'a file that never rests for settle_time is copied after this time, again each time it is over, '
-     'and not released; each copy replaces the one before'),
+     'a file that never rests for settle_time is copied after this time (longer than settle_time), again '
+     'each time it is over, and not released; each copy replaces the one before'),
     ('stream', 'stale_after', kind_duration, '1d', '',
      'an alert names what has waited for this long, whatever the reason; 0: none'),
     ('stream', 'ready_file', kind_marker, '', '',
