@@ -12018,6 +12018,7 @@ class Delivery:
         self.restless = []              # names that never settle and are due to be copied
         self.copying = set()            # those under way
         self.any_there = False          # mirror: whether anything was at the target already
+        self.counted = False            # whether the scan is over and what is due is known
 
     def run(self, backing_off):
         """The straight line.  backing_off: items that failed before wait for their own back-off.
@@ -12117,6 +12118,7 @@ class Delivery:
         if names:
             due = [row for row in due if not self.clash(row, names)]
         self.progress.begin(len(due), size, oldest)
+        self.counted = True
         return due
 
     def find_due(self, backing_off):
