@@ -14595,7 +14595,8 @@ def explain(config, stream, path, now):
     found = os.path.lexists(os.path.join(stream.root, relative))
     last, inside = None, to_text(name) + '/'        # a file in it: with items = files
     for record in Ledger(state_dir).read():
-        if record.get('stream') == stream.name and (record['item'] + '/').startswith(inside):
+        if record.get('stream') == stream.name and (record['item'] + '/').startswith(inside) and (
+                record['item'] == to_text(name) or last is None or last['item'] != to_text(name)):
             last = record
     if last:
         yield '%s%s at %s: %s' % (
