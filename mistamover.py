@@ -2830,7 +2830,9 @@ class Spent:
 
 def target_of(stream, dates=True):
     """user@host:dir for the ledger and for people; never a password."""
-    directory = os.path.join(stream.target_base, stream.target_dates if dates else '').rstrip('/') or '/'
+    directory = stream.target_base
+    if dates and stream.target_dates:
+        directory = directory.rstrip('/') + '/' + stream.target_dates
     if not stream.target_host:
         return directory
     return '%s%s:%s' % (stream.username + '@' if stream.username else '', stream.target_host, directory)
@@ -7308,11 +7310,12 @@ class RsyncTransport(Transport):
         Nothing is deleted, for another sender may have replaced it."""
         suffix = stamped(b'')
         paths = sorted(path for path in paths if len(os.path.basename(path)) + len(suffix) <= NAME_MAX)
+        done = self.set_aside(batch, paths, ['--backup', '--suffix=' + suffix.decode()]) if paths else None
         for path in paths:
-            log.info('%s changed while it was sent: what arrived is renamed to %s there' % (
-                show(path), show(path + suffix)), self.stream)
-        if paths:
-            batch.jobs.said += self.set_aside(batch, paths, ['--backup', '--suffix=' + suffix.decode()]).lines
+            log.info('%s changed while it was sent: what arrived %s there' % (
+                show(path), 'cannot be renamed' if done.code not in (0, 24) else
+                'is renamed to %s' % show(path + suffix)), self.stream)
+        batch.jobs.said += done.lines if done else []
 
     def make_room(self, batch, missing):
         """The disk was full at one file, the first in the order of rsync(1) that is missing: its
@@ -12850,7 +12853,9 @@ class Delivery:
         if item.check and not (self.scanner.checks.inside or self.scanner.checks.shared):
             self.follow(item.check, item.mtime_ns)
         if item.last and not self.stream.zips:
-            self.lasts.append(Marker(item.name, [e for e in item.entries if e.kind == 'd'] + [item.last]))
+            there = [e for e in item.entries if e.kind == 'd' and     # what the release has left
+                     os.path.lexists(os.path.join(self.stream.root, e.path))]
+            self.lasts.append(Marker(item.name, there + [item.last]))
             self.dates[item.name] = item.mtime_ns
         if item.ready and self.stream.ready_file_send:
             self.follow(item.ready, item.mtime_ns)

@@ -7580,6 +7580,15 @@ class Sums(Doctored):
         said = self.assert_run(world, 0, '--explain', os.path.join(world.source, 'run')).output
         self.assertIn(': %s/run\n' % top, said)
 
+    @on_sites('local', 'rsync_native', 'sftp')
+    def test_a_marker_of_a_directory_with_directories(self, site):
+        world = self.world(site, ready_file='{name}/done', retry_count='1')
+        self.put(world, run__b=self.B, run__sub__c=self.A, run__done=b'yes')
+        self.assert_run(world, 0)
+        self.assertEqual(held_at_source(world), {})
+        self.assertEqual(sorted({r['item'] for r in world.ledger()}), ['run'] if world.site.zips else
+                         ['run', 'run/done'])
+
     @on_sites('local', 'rsync_ssh')
     def test_the_marker_goes_last(self, site):
         world = self.world(site, ready_file='{name}/AAA-complete')
