@@ -230,9 +230,11 @@ def forked(argv, environment, limit=120, before=lambda: None):
             time.sleep(0.002)
             done, status = os.waitpid(pid, os.WNOHANG)
         if not done:
-            os.kill(pid, signal.SIGKILL)
+            os.kill(pid, signal.SIGABRT)        # faulthandler: where its threads are
             os.waitpid(pid, 0)
-            raise AssertionError('the program did not end within %d s' % limit)
+            output.seek(0)
+            raise AssertionError('the program did not end within %d s:\n%s' % (
+                limit, output.read().decode('utf-8', 'replace')))
         output.seek(0)
         return Finished(os.WEXITSTATUS(status) if os.WIFEXITED(status) else -os.WTERMSIG(status),
                         output.read().decode('utf-8', 'replace'))
@@ -246,6 +248,7 @@ def be_the_program(argv, environment, output, before):
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.dup2(output, 1)
         os.dup2(output, 2)
+        faulthandler.enable(2)
         os.environ.clear()
         os.environ.update(environment)
         sys.argv = [PROGRAM] + argv
@@ -4412,6 +4415,7 @@ class Watching(Doctored):
 
         def doctor():
             real_scan, real_stirred, asked = mm.Scanner.scan, mm.Watch.stirred, []
+            mm.Worker.EASE = 0          # else it asks less often where the disk is slow
             def scan(self, watch):
                 print('scan after', len(asked))
                 return real_scan(self, watch)
