@@ -7571,6 +7571,7 @@ class Sums(Doctored):
 
     @on_sites('local', 'rsync_ssh', 'rsync_native')
     def test_the_marker_has_a_line_of_its_own(self, site):
+        need('sh')
         world = self.world(site)
         world.configure(ready_file='{name}/done', after_delivery="sh -c 'cat >> %s/hooked'" % world.top)
         self.put(world, run__b=self.B, run__done=b'yes')
