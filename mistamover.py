@@ -7214,16 +7214,14 @@ class RsyncTransport(Transport):
         batch.parcels[:0], push.late = push.late, []
         equal = {}
         try:
-            if batch is push.last:
-                return self.finish_part(batch, push, equal)
-            self.pressed = threading.get_ident()
-            try:
-                return self.finish_part(batch, push, equal)
-            except TargetError:
-                if self.overlaps:
-                    raise
-                push.late, batch.parcels = push.late + batch.parcels, []    # proven when the push has ended
-                return []
+            if batch is not push.last:
+                self.pressed = threading.get_ident()
+            return self.finish_part(batch, push, equal)
+        except TargetError:
+            if batch is push.last or self.overlaps:
+                raise
+            push.late, batch.parcels = push.late + batch.parcels, []    # proven when the push has ended
+            return []
         finally:
             self.pressed = None
             if batch is push.last:
@@ -7310,12 +7308,14 @@ class RsyncTransport(Transport):
         Nothing is deleted, for another sender may have replaced it."""
         suffix = stamped(b'')
         paths = sorted(path for path in paths if len(os.path.basename(path)) + len(suffix) <= NAME_MAX)
-        done = self.set_aside(batch, paths, ['--backup', '--suffix=' + suffix.decode()]) if paths else None
+        if not paths:
+            return
+        done = self.set_aside(batch, paths, ['--backup', '--suffix=' + suffix.decode()])
         for path in paths:
             log.info('%s changed while it was sent: what arrived %s there' % (
-                show(path), 'cannot be renamed' if done.code not in (0, 24) else
-                'is renamed to %s' % show(path + suffix)), self.stream)
-        batch.jobs.said += done.lines if done else []
+                show(path), 'is renamed to %s' % show(path + suffix) if done.code in (0, 24) else
+                'cannot be renamed'), self.stream)
+        batch.jobs.said += done.lines
 
     def make_room(self, batch, missing):
         """The disk was full at one file, the first in the order of rsync(1) that is missing: its
@@ -14598,15 +14598,17 @@ def explain(config, stream, path, now):
     state_dir = config.settings.state_dir
     scanner = make_scanner(stream, StopRequest(), Spent(SharedJson(state_dir, 'spent.json'), stream))
     found = os.path.lexists(os.path.join(stream.root, relative))
-    last, inside = None, to_text(name) + '/'        # a file in it: with items = files
+    own = inside = None                 # the last record of it, and of a file in it (items = files)
     for record in Ledger(state_dir).read():
-        if record.get('stream') == stream.name and (record['item'] + '/').startswith(inside) and (
-                record['item'] == to_text(name) or last is None or last['item'] != to_text(name)):
-            last = record
+        if record.get('stream') == stream.name:
+            if record['item'] == to_text(name):
+                own = record
+            elif record['item'].startswith(to_text(name) + '/'):
+                inside = record
+    last = own or inside
     if last:
-        yield '%s%s at %s: %s' % (
-            '' if last['item'] == to_text(name) else 'of the files in it, the last one: ',
-            last.get('outcome'), last.get('time'), show(last.get('target') or ''))
+        yield '%s%s at %s: %s' % ('' if own else 'of the files in it, the last one: ',
+                                  last.get('outcome'), last.get('time'), show(last.get('target') or ''))
     if not found:
         quarantined = os.path.lexists(os.path.join(to_bytes(stream.quarantine_dir), name))
         yield 'it is in quarantine: %s' % show(stream.quarantine_dir) if quarantined else \

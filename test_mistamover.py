@@ -8566,9 +8566,7 @@ class Sftp(Invariants):
 
     def test_an_ssh_that_ends_before_anything_is_written_to_it(self):
         world = self.world('sftp', retry_count='1')
-        ssh = os.path.join(world.top, 'ssh')
-        write(ssh, b'#!/bin/sh\necho "Could not resolve hostname x" >&2\nexit 255\n')
-        os.chmod(ssh, 0o755)
+        ssh = self.script(world, '#!/bin/sh\necho "Could not resolve hostname x" >&2\nexit 255\n', 'ssh')
         world.configure(**dict(world.options, ssh_command=ssh))
         write(os.path.join(world.source, 'item'), b'x')
         real = mm.Program.write
